@@ -1,0 +1,1 @@
+"""The fast operations, each with its eager reference; needs torch alone."""

@@ -1,0 +1,1 @@
+"""Volumes in, crops of latents out; knows no model."""

@@ -1,0 +1,55 @@
+"""Files that are either whole or absent: write to a temporary name, then rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file below a folder, to the disk: a rename must not outlive its content."""
+    for item in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        descriptor = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any failure it is removed.
+
+    The caller creates a file or a folder at the yielded path. The temporary name starts with ``.`` and ends
+    with ``.tmp<pid>``, so that listings by suffix never see it. A folder may only replace an absent one.
+
+    Raises:
+        OSError: as raised by the caller's writing, by the flush to disk or by the rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    _remove(temporary)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in ``folder`` (names made by :func:`atomic_path`)."""
+    for item in folder.glob(".*.tmp*"):
+        _remove(item)

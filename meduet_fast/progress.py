@@ -1,0 +1,122 @@
+"""One progress display: a rich bar with rate and ETA on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+PLAIN_INTERVAL_S = 5.0
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ProgressBar:
+    """Counts ``total`` units of work.
+
+    Args:
+        description: what is being done.
+        total: how many units there are.
+        unit: name of one unit, for the rate.
+        initial: units that were done before (a resumed run); they do not count towards the rate.
+    """
+
+    def __init__(self, description: str, total: int, unit: str = "it", initial: int = 0) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = self.initial = initial
+        self.text = ""
+        self._start = self._last_line = time.monotonic()
+        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+        console = Console(file=sys.stderr)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+            )
+
+    def __enter__(self) -> ProgressBar:
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task(
+                self.description, total=self.total, completed=self.done, rate="", text=""
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif kind is None:
+            self._print_line()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.initial) / max(time.monotonic() - self._start, 1e-9)
+
+    def update(self, advance: int = 1, text: str | None = None) -> None:
+        """Count ``advance`` units as done and show ``text`` beside the bar."""
+        self.done += advance
+        if text is not None:
+            self.text = text
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", text=self.text
+            )
+        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = _duration(self._last_line - self._start)
+        remaining = (self.total - self.done) / self.rate if self.done > self.initial else float("nan")
+        eta = _duration(remaining) if remaining == remaining else "?"
+        print(
+            f"{self.description}: {self.done}/{self.total} {self.unit}, {self.rate:.3g} {self.unit}/s, "
+            f"{elapsed} elapsed, ETA {eta}" + (f" | {self.text}" if self.text else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str = "it", initial: int = 0) -> Iterator[ProgressBar]:
+    """``with progress_bar("Encoding", 10, "volume") as bar: ... bar.update(1, "name")``."""
+    with ProgressBar(description, total, unit, initial) as bar:
+        yield bar
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate with a progress display.
+
+    Raises:
+        TypeError: if ``total`` is not given and the iterable has no length.
+    """
+    if total is None:
+        if not isinstance(iterable, Sized):
+            raise TypeError("track: give `total` for an iterable without a length")
+        total = len(iterable)
+    with progress_bar(description, total, unit) as bar:
+        for item in iterable:
+            yield item
+            bar.update()

@@ -1,0 +1,1 @@
+"""The VAE between image voxels and latents; knows no model."""

@@ -1,0 +1,37 @@
+"""Installs ``meduet_fast``; the top-level folder ``kernels`` becomes ``meduet_fast.kernels``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="meduet-fast",
+    version="0.1.0",
+    description="Fast, resumable MeDUET pretraining for 3D medical volumes: content and style in a latent space",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=[*find_packages(include=["meduet_fast", "meduet_fast.*"]), "meduet_fast.kernels"],
+    package_dir={"meduet_fast.kernels": "kernels"},
+    package_data={"meduet_fast": ["py.typed", "configs/*.yaml", "tokenizer/weights/*.safetensors"]},
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "monai>=1.6,<1.7",
+        "nibabel>=5.3",
+        "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "jsonargparse[signatures]>=4.40",
+        "PyYAML>=6",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},
+)
