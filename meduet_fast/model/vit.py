@@ -1,0 +1,73 @@
+"""Transformer blocks with timm's parameter names, and fixed 3D sine-cosine positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on (B, N, D) through PyTorch's fused kernels."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """Linear, exact-erf GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(dim: int, grid: int, theta: float = 10000.0) -> Tensor:
+    """Fixed positions of a cubic token grid, with a zero row for CLS in front.
+
+    A third of the width for each axis (x, y, z), sines in its first half, cosines in its second
+    (MeDUET section "Network").
+
+    Returns:
+        (1, 1 + grid^3, dim) float32.
+
+    Raises:
+        ValueError: if ``dim`` is not a multiple of 6.
+    """
+    if dim % 6:
+        raise ValueError(f"width {dim} is not a multiple of 6, as 3D sine-cosine positions need")
+    frequencies = theta ** -(torch.arange(dim // 6, dtype=torch.float64) / (dim // 6))
+    axis = torch.arange(grid, dtype=torch.float64)
+    coordinates = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    angles = coordinates.unsqueeze(-1) * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0).float()

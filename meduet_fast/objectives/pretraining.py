@@ -1,0 +1,195 @@
+"""MeDUET's pretraining losses, each pass done once. Source: MeDUET sections "Losses" and 6."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meduet_fast.kernels import (
+    MixTables,
+    check_mask,
+    dual_reconstruction_loss,
+    mix_tables,
+    pooled_layer_norm,
+    quadruplet_contrast,
+)
+from meduet_fast.kernels.reconstruction import Pairing
+from meduet_fast.model import Factors, MeDUET
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and variants of the losses; the defaults are the published ones, but for the pairing.
+
+    Attributes:
+        lambda_domain: weight of both domain classification losses.
+        lambda_mftd: weight of the mixed-factor token distillation.
+        lambda_siqc: weight of the quadruplet contrast.
+        lambda_content: weight of content against style within MFTD.
+        mftd: whether MFTD is on; without it two encoder passes are saved.
+        pairing: "source" supervises each reconstructed stream where it was hidden; "reference" reproduces
+            the published code, see :func:`meduet_fast.kernels.dual_reconstruction_loss`.
+        learn_siqc_scale: train the contrast's two scales; otherwise they stay as they are.
+    """
+
+    lambda_domain: float = 0.2
+    lambda_mftd: float = 0.5
+    lambda_siqc: float = 0.3
+    lambda_content: float = 0.5
+    mftd: bool = True
+    pairing: Pairing = "source"
+    learn_siqc_scale: bool = True
+
+
+def random_mix_mask(
+    batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Random mixing masks: (B, L) bool with exactly L/2 ones in each row, made without a host sync.
+
+    Raises:
+        ValueError: for an odd number of tokens.
+    """
+    if num_tokens % 2:
+        raise ValueError(f"num_tokens is {num_tokens}, expected an even number: half of the tokens are mixed")
+    noise = torch.rand(batch, num_tokens, generator=generator, device=device)
+    return noise.argsort(1).argsort(1) < num_tokens // 2
+
+
+def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, check_values: bool) -> None:
+    batch = latents.shape[0]
+    if batch == 0 or batch % 2:
+        raise ValueError(f"batch is {batch}, expected a positive even number: sample i is paired with B-1-i")
+    if mask.shape != (batch, model.config.num_tokens):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, model.config.num_tokens)}")
+    if domain.shape != (batch,) or domain.dtype != torch.int64:
+        raise ValueError(f"domain is {domain.dtype} {tuple(domain.shape)}, expected torch.int64 {(batch,)}")
+    check_mask(mask, check_values)
+    if check_values:
+        low, high = int(domain.min()), int(domain.max())
+        if low < 0 or high >= model.config.num_domains:
+            raise ValueError(
+                f"domain has ids from {low} to {high}, expected 0 to {model.config.num_domains - 1}"
+            )
+
+
+def _slice(factors: Factors, start: int, stop: int) -> Factors:
+    return Factors(*(part[start:stop] for part in factors))
+
+
+def _pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pooled LayerNorm and plain token mean, rows of source 1, then of source 2: (S*B, W)."""
+    normed, mean = pooled_layer_norm(x, mask)
+    return normed.flatten(0, 1), mean.flatten(0, 1)
+
+
+@torch.no_grad()
+def _teach(
+    teacher: MeDUET, latents: Tensor, tables: MixTables, mftd: bool
+) -> tuple[Tensor, Tensor, Factors | None]:
+    """The teacher on the complementary mask: contrast keys (4B, D) and (4B, Ds), and targets for MFTD."""
+    tables = tables.complement()
+    batch = latents.shape[0]
+    tokens = teacher.embed(latents, tables.mask)
+    if mftd:
+        tokens = torch.cat([tokens, teacher.embed(latents)])
+    encoded = teacher.encode(tokens)
+    mixed = teacher.factorize(encoded[:batch], tables)
+    full = teacher.factorize(encoded[batch:]) if mftd else None
+    swapped = teacher.decode(mixed, tables, straight=False)
+    again = teacher.factorize(teacher.encode(teacher.embed_predicted(swapped)))
+    content_keys = torch.cat([_pool(mixed.content, tables.mask)[0], _pool(again.content)[0]])
+    style_keys = torch.cat([_pool(mixed.style, tables.mask)[0], _pool(again.style)[0]])
+    return content_keys, style_keys, full
+
+
+def _distillation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference over the tokens that each stream had to fill in, both streams added.
+
+    Args:
+        student: (2B, L, W), stream 1 rows first.
+        teacher: (B, L, W); stream 2 of row i shows sample B-1-i.
+        mask: (B, L) bool.
+    """
+    target = torch.cat([teacher, teacher.flip(0)]).float()
+    error = (student.float() - target).square().mean(-1)
+    hidden = torch.cat([mask, ~mask]).to(error.dtype)
+    first, second = (error * hidden).chunk(2)
+    return (first.sum() + second.sum()) / (mask.shape[0] * mask.shape[1] // 2)
+
+
+def pretraining_losses(
+    student: MeDUET,
+    teacher: MeDUET,
+    latents: Tensor,
+    domain: Tensor,
+    mask: Tensor,
+    config: ObjectiveConfig | None = None,
+    check_values: bool = True,
+) -> dict[str, Tensor]:
+    """All losses of one batch.
+
+    Args:
+        student: gets gradients.
+        teacher: the exponential moving average of the student; gets none.
+        latents: (B, C, S, S, S) float, B even; sample i is mixed with sample B-1-i.
+        domain: (B,) int64, data set of each sample.
+        mask: (B, L) of 0 and 1, exactly L/2 ones a row; 1 = the partner's token.
+        config: weights and variants.
+        check_values: look at the values of mask and domain too, which waits for the device; shapes are
+            always checked.
+
+    Returns:
+        Scalars ``reconstruction, domain_content, domain_style, mftd, siqc, total``; only ``total`` is
+        meant for backward. ``mftd`` is zero while it is off.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    config = config or ObjectiveConfig()
+    _check_inputs(latents, domain, mask, student, check_values)
+    batch = latents.shape[0]
+    tables = mix_tables(mask)
+
+    mixed = student.factorize(student.encode(student.embed(latents, tables.mask)), tables)
+    predicted = student.decode(mixed, tables)
+    straight, swapped = predicted[: 2 * batch], predicted[2 * batch :]
+    again = student.factorize(student.encode(student.embed_predicted(predicted if config.mftd else swapped)))
+    again_swapped = _slice(again, 2 * batch, 4 * batch) if config.mftd else again
+
+    losses = {
+        "reconstruction": dual_reconstruction_loss(
+            straight, latents, tables.mask, student.config.patch_size, config.pairing
+        )
+    }
+    content, content_mean = _pool(mixed.content, tables.mask)
+    style, style_mean = _pool(mixed.style, tables.mask)
+    logits_content, logits_style = student.domain_classifier(content_mean, style_mean)
+    both_domains = torch.cat([domain, domain.flip(0)])
+    losses["domain_content"] = F.cross_entropy(logits_content.float(), both_domains)
+    losses["domain_style"] = F.cross_entropy(logits_style.float(), both_domains)
+
+    content_keys, style_keys, full = _teach(teacher, latents, tables, config.mftd)
+    if full is None:
+        losses["mftd"] = losses["reconstruction"].new_zeros(())
+    else:
+        losses["mftd"] = config.lambda_content * _distillation(
+            again.content[: 2 * batch], full.content, tables.mask
+        ) + _distillation(again.style[: 2 * batch], full.style, tables.mask)
+
+    log_scale = student.siqc_log_scale if config.learn_siqc_scale else student.siqc_log_scale.detach()
+    content_queries = torch.cat([content, _pool(again_swapped.content)[0]])
+    style_queries = torch.cat([style, _pool(again_swapped.style)[0]])
+    losses["siqc"] = quadruplet_contrast(
+        content_queries, content_keys, log_scale[0], "content"
+    ) + quadruplet_contrast(style_queries, style_keys, log_scale[1], "style")
+
+    losses["total"] = (
+        losses["reconstruction"]
+        + config.lambda_domain * (losses["domain_content"] + losses["domain_style"])
+        + config.lambda_mftd * losses["mftd"]
+        + config.lambda_siqc * losses["siqc"]
+    )
+    return losses
