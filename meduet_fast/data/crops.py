@@ -1,0 +1,217 @@
+"""Crop batches: a pure function of (seed, step, rank, world size), so resume is exact with any workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, from_numpy
+from torch.utils.data import DataLoader, Dataset
+
+from meduet_fast.data.split import held_out_start
+from meduet_fast.data.store import LatentStore
+from meduet_fast.errors import UserError
+
+# Streams of the counter-based generator; two uses of one seed never share numbers.
+_TRAINING, _EVALUATION = 1, 2
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """How batches are drawn.
+
+    Attributes:
+        crop_size: edge of the cubic crop in latent voxels (published: 24).
+        batch_size: crops per rank and step; even, because the method mixes row i with row B-1-i.
+        seed: seed of the whole order of crops.
+        held_out_fraction: part of axis 0 (left-right) of every volume that training never sees.
+    """
+
+    crop_size: int = 24
+    batch_size: int = 64
+    seed: int = 0
+    held_out_fraction: float = 0.0
+
+
+def _generator(seed: int, stream: int, step: int, lane: int) -> np.random.Generator:
+    # The counter's low words count the numbers drawn; step and lane, in the high words, keep streams apart.
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, step, lane]))
+
+
+class CropBatches(Dataset[dict[str, Tensor]]):
+    """Map-style data set whose index is the global step number and whose item is this rank's whole batch.
+
+    An item is a dict: ``latents`` bfloat16 (B, C, s, s, s); ``domain`` int64 (B,), positions in
+    ``store.domains``; ``volume`` int64 (B,), positions in ``store.entries``; ``start`` int64 (B, 3), first
+    corners in latent voxels.
+
+    Every rank's batch, and the global batch of all ranks, holds every domain as often as any other, give or
+    take one; volumes are uniform within a domain, corners uniform within a volume's training region. Rows i
+    and B-1-i come from different volumes.
+
+    Args:
+        store: an open store.
+        config: how batches are drawn.
+        rank, world_size: which part of the global batch this process takes.
+
+    Raises:
+        UserError: odd batch, a single volume, volumes that cannot hold a crop (all are named), bad arguments.
+    """
+
+    def __init__(self, store: LatentStore, config: CropConfig, rank: int = 0, world_size: int = 1) -> None:
+        if config.batch_size < 2 or config.batch_size % 2:
+            raise UserError(
+                f"batch_size: found {config.batch_size}, expected an even number of at least 2 "
+                "(row i is mixed with row B-1-i)"
+            )
+        if not 0 <= config.seed < 2**64:
+            raise UserError(f"seed: found {config.seed}, expected 0 <= seed < 2**64")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank: found {rank}, expected 0 <= rank < world_size = {world_size}")
+        if len(store.entries) < 2:
+            raise UserError(
+                f"{store.path}: {len(store.entries)} volume(s), expected at least 2: "
+                "a sample is never mixed with itself"
+            )
+        self.store, self.config, self.rank, self.world_size = store, config, rank, world_size
+        self._choices = _start_choices(store, config)
+        domain = np.array([store.domain_id(index) for index in range(len(store.entries))])
+        self._by_domain = np.argsort(domain, kind="stable")  # volume indices, grouped by domain
+        self._count = np.bincount(domain)
+        self._first = np.cumsum(self._count) - self._count
+
+    def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What batch ``step`` holds, without reading it: domain (B,), volume (B,), start (B, 3), all int64.
+
+        Raises:
+            IndexError: the step is negative.
+        """
+        if step < 0:
+            raise IndexError(f"step {step} is negative")
+        size, seed = self.config.batch_size, self.config.seed
+        # All ranks agree on one order of domains and take consecutive windows of its endless repetition.
+        order = _generator(seed, _TRAINING, step, 0).permutation(len(self._count))
+        window = order[np.arange(self.rank * size, (self.rank + 1) * size) % len(order)]
+        rng = _generator(seed, _TRAINING, step, 1 + self.rank)
+        domain = rng.permutation(window)
+        own, partner = domain[: size // 2], domain[: size // 2 - 1 : -1]  # views: row i and row B-1-i
+        self._part_single_volumes(own, partner, rng)
+
+        rank_in_domain = (rng.random(size) * self._count[domain]).astype(np.int64)
+        first, second = rank_in_domain[: size // 2], rank_in_domain[: size // 2 - 1 : -1]
+        same = own == partner
+        # Within one domain the partner is drawn from the others: one choice less, and skip the own volume.
+        others = (rng.random(size // 2) * (self._count[partner] - 1)).astype(np.int64)
+        second[same] = (others + (others >= first))[same]
+
+        volume = self._by_domain[self._first[domain] + rank_in_domain]
+        start = (rng.random((size, 3)) * self._choices[volume]).astype(np.int64)
+        return domain, volume, start
+
+    def _part_single_volumes(self, own: np.ndarray, partner: np.ndarray, rng: np.random.Generator) -> None:
+        """Swap rows so that no pair has both its rows in a domain of one volume.
+
+        Of two or more domains none fills more than half the rows, so for such a pair there is always another
+        pair without that domain; a swap with it mends one pair and harms none.
+        """
+        for pair in np.flatnonzero((own == partner) & (self._count[own] == 1)):
+            single = own[pair]
+            if partner[pair] != single:
+                continue  # an earlier swap took one of its rows
+            other = rng.choice(np.flatnonzero((own != single) & (partner != single)))
+            partner[pair], own[other] = own[other], single
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        domain, volume, start = self.plan(step)
+        edge = self.config.crop_size
+        return {
+            "latents": self.store.read_crops(volume.tolist(), start.tolist(), (edge, edge, edge)),
+            "domain": from_numpy(domain),
+            "volume": from_numpy(volume),
+            "start": from_numpy(start),
+        }
+
+
+def _start_choices(store: LatentStore, config: CropConfig) -> np.ndarray:
+    """Number of possible first corners per volume and axis, (volumes, 3)."""
+    crop, refused, choices = config.crop_size, [], []
+    if crop < 1:
+        raise UserError(f"crop_size: found {crop}, expected at least 1")
+    for entry in store.entries:
+        if min(entry.grid) < crop:
+            refused.append(f"{entry.name} {entry.grid} is smaller than a crop of {crop}")
+            continue
+        try:
+            end = held_out_start(entry.grid[0], config.held_out_fraction, crop)
+        except UserError as error:
+            refused.append(f"{entry.name}: {error}")
+            continue
+        choices.append([end - crop + 1, entry.grid[1] - crop + 1, entry.grid[2] - crop + 1])
+    if refused:
+        raise UserError(f"{store.path}: volumes that cannot hold a training crop: " + "; ".join(refused))
+    return np.array(choices)
+
+
+def crop_loader(
+    store: LatentStore,
+    config: CropConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    total_steps: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[dict[str, Tensor]]:
+    """Loader over the batches of steps ``start_step`` to ``total_steps - 1``; see :class:`CropBatches`.
+
+    Args:
+        workers: reader processes; 0 reads in this process. The batches are the same.
+        pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
+
+    Raises:
+        UserError: see :class:`CropBatches`.
+    """
+    return DataLoader(
+        CropBatches(store, config, rank, world_size),
+        batch_size=None,
+        sampler=range(start_step, total_steps),
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+
+
+def evaluation_starts(
+    grid: tuple[int, int, int], crop_size: int, fraction: float, count: int, seed: int, *, held_out: bool
+) -> list[tuple[int, int, int]]:
+    """Distinct crop corners in the held-out slab, or in the training region; the same for every equal grid.
+
+    Args:
+        grid: spatial shape (X, Y, Z) in latent voxels.
+        crop_size: edge of the crop in latent voxels.
+        fraction: held-out part of axis 0.
+        count: how many corners; fewer come back where the region has fewer.
+        seed: chooses the corners.
+        held_out: which of the two regions.
+
+    Raises:
+        UserError: the grid cannot hold such a crop, or nothing is held out.
+    """
+    if min(grid) < crop_size:
+        raise UserError(f"grid {grid} cannot hold a crop of {crop_size}")
+    if held_out and fraction == 0:
+        raise UserError("held-out fraction is 0: there are no held-out crops")
+    boundary = held_out_start(grid[0], fraction, crop_size)
+    first, end = (boundary, grid[0]) if held_out else (0, boundary)
+    choices = (end - first - crop_size + 1, grid[1] - crop_size + 1, grid[2] - crop_size + 1)
+    total = int(np.prod(choices))
+    chosen = _generator(seed, _EVALUATION, 0, 0).choice(total, size=min(count, total), replace=False)
+    x, y, z = (axis.tolist() for axis in np.unravel_index(chosen, choices))
+    return [(first + x[i], y[i], z[i]) for i in range(len(chosen))]
+
+
+def sample_crops(
+    store: LatentStore, index: int, starts: list[tuple[int, int, int]], crop_size: int
+) -> Tensor:
+    """Crops of one volume at given corners: bfloat16 (len(starts), C, s, s, s)."""
+    return store.read_crops([index] * len(starts), starts, (crop_size, crop_size, crop_size))

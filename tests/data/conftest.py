@@ -1,0 +1,46 @@
+"""A factory of small latent stores with random latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_writer import StoreWriter
+
+MakeStore = Callable[..., tuple[LatentStore, dict[str, Tensor]]]
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """``make_store({"name": ("domain", (X, Y, Z))})`` gives the open store and the latents by name."""
+
+    def make(
+        volumes: dict[str, tuple[str, tuple[int, int, int]]], path: Path = tmp_path / "store"
+    ) -> tuple[LatentStore, dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        latents = {}
+        with StoreWriter(
+            path, tokenizer="fake-1", tokenizer_spec="fake", channels=4, compression=4
+        ) as writer:
+            for name, (domain, grid) in volumes.items():
+                latents[name] = torch.randn(4, *grid, generator=generator).bfloat16()
+                writer.add(
+                    name=name,
+                    domain=domain,
+                    body_part="chest",
+                    content_key=f"key-{name}",
+                    source=f"/input/{name}.nii.gz",
+                    latent=latents[name],
+                    affine=np.diag([1.5, 1.5, 1.5, 1.0]),
+                    spacing=(1.5, 1.5, 1.5),
+                    intensity={"kind": "ct_window", "low": -175.0, "high": 250.0},
+                )
+        return LatentStore.open(path), latents
+
+    return make
