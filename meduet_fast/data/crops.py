@@ -35,7 +35,9 @@ class CropConfig:
 
 def _generator(seed: int, stream: int, step: int, lane: int) -> np.random.Generator:
     # The counter's low words count the numbers drawn; step and lane, in the high words, keep streams apart.
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, step, lane]))
+    key = np.array([seed, stream], dtype=np.uint64)  # of mixed plain integers numpy would make floats
+    counter = np.array([0, 0, step, lane], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class CropBatches(Dataset[dict[str, Tensor]]):

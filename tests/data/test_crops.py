@@ -103,11 +103,11 @@ def test_seed_step_and_rank_each_change_the_batch(tmp_path):
     store = store_without_files(tmp_path, [3, 3])
     plans = [
         CropBatches(store, small(seed=seed), rank, 2).plan(step)[2].tobytes()
-        for seed in (5, 6)
+        for seed in (5, 6, 2**64 - 2, 2**64 - 1)
         for rank in (0, 1)
         for step in (0, 1)
     ]
-    assert len(set(plans)) == 8
+    assert len(set(plans)) == 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])
