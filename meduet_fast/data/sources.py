@@ -24,8 +24,8 @@ class IntensityRule:
     """How voxel values become [0, 1]: linear between ``low`` and ``high``, clipped outside.
 
     Attributes:
-        kind: "ct_window": the limits are Hounsfield units; "mr_percentile": they are percentiles (0 to 100) of
-            the non-zero voxels of each volume.
+        kind: "ct_window": the limits are Hounsfield units; "mr_percentile": they are percentiles (0 to 100)
+            of the non-zero voxels of each volume.
         low: value that becomes 0.
         high: value that becomes 1.
 
@@ -97,8 +97,8 @@ def find_volumes(
           intensity: {ct_window: [-175, 250]}     # or {mr_percentile: [0.5, 99.5]}; optional
 
     A folder with a ``dataset.json`` is read by that file. Where no intensity rule is given, the modality that
-    a ``dataset.json`` states decides ("CT": CT window, anything else: MR percentiles); without one it is the CT
-    window.
+    a ``dataset.json`` states decides ("CT": CT window, anything else: MR percentiles); without one it is the
+    CT window.
 
     Args:
         input_path: the file or folder.

@@ -11,8 +11,8 @@ def held_out_start(size: int, fraction: float, crop: int, multiple: int = 1) -> 
     """First index, along axis 0, of the held-out slab of one volume.
 
     Training crops lie wholly before it (``start + crop <= held_out_start``), held-out crops wholly at or
-    after it. The slab is the last ``fraction`` of the axis, never narrower than one crop; it is widened, never
-    narrowed, so that it starts at a multiple of ``multiple``.
+    after it. The slab is the last ``fraction`` of the axis, never narrower than one crop; it is widened,
+    never narrowed, so that it starts at a multiple of ``multiple``.
 
     Args:
         size: length of axis 0 (voxels or latent voxels; ``crop`` and ``multiple`` are in the same unit).

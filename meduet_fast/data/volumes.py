@@ -14,7 +14,15 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import CenterSpatialCrop, CropForeground, DivisiblePad, Orientation, Spacing, SpatialPad
+from monai.transforms import (
+    CenterSpatialCrop,
+    Compose,
+    CropForeground,
+    DivisiblePad,
+    Orientation,
+    Spacing,
+    SpatialPad,
+)
 from nibabel.filebasedimages import ImageFileError
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
@@ -39,7 +47,8 @@ class TransformConfig:
         multiple: the axes are padded to a multiple of this many voxels (the tokenizer's compression).
 
     Raises:
-        UserError: if a value is not positive, or ``max_size`` below ``min_size`` or no multiple of ``multiple``.
+        UserError: if a value is not positive, or ``max_size`` is below ``min_size`` or not divisible by
+            ``multiple``.
     """
 
     spacing: float = 1.5
@@ -101,8 +110,11 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels, (X, Y, Z) float32, and affine, (4, 4) float64, of a file that has passed every check."""
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-            kind = _check_header(stream.read(nib.nifti2.Nifti2Header.sizeof_hdr))
+        packed = path.name.endswith(".gz")
+        # Deflate packs at most 1032 bytes into one: bounds what a damaged header may make us allocate.
+        capacity = path.stat().st_size * (1032 if packed else 1)
+        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+            kind = _check_header(stream.read(nib.Nifti2Header.sizeof_hdr), capacity)
             stream.seek(0)
             image = kind.from_file_map({"image": FileHolder(fileobj=stream)}, mmap=False)
             affine = _check_affine(image)
@@ -114,6 +126,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise _Refused(f"damaged or truncated gzip: {error}") from error
     except (HeaderDataError, HeaderTypeError, ImageFileError) as error:
         raise _Refused(f"damaged NIfTI header: {error}") from error
+    except MemoryError as error:
+        raise _Refused("does not fit into memory") from error
     except OSError as error:
         # Without an error code it is nibabel's count of missing bytes, not the system's refusal.
         raise _Refused(
@@ -128,8 +142,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return voxels, affine
 
 
-def _check_header(block: bytes) -> type[nib.Nifti1Image]:
-    """The image class of a NIfTI file that starts with ``block``.
+def _check_header(block: bytes, capacity: int) -> type[nib.Nifti1Image]:
+    """The image class of a NIfTI file that starts with ``block`` and holds at most ``capacity`` bytes.
 
     nibabel mends odd spacings silently when it loads a file; the raw header tells what is really in it.
     """
@@ -150,6 +164,11 @@ def _check_header(block: bytes) -> type[nib.Nifti1Image]:
         raise _Refused(f"found the spacing {spacing} mm in the header, expected positive numbers")
     if header.get_data_dtype().kind not in "iuf":
         raise _Refused(f"found voxels of type {header.get_data_dtype()}, expected integers or floats")
+    promised = math.prod(shape) * header.get_data_dtype().itemsize
+    if promised > capacity:
+        raise _Refused(
+            f"truncated: the header promises {promised} bytes of voxels, there are at most {capacity}"
+        )
     return kind
 
 
@@ -193,26 +212,32 @@ def _prepare(voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) ->
             f"spacing {tuple(edges.round(4).tolist())} mm makes a grid of {size} voxels, far beyond "
             f"{tuple(config.max_size)}: is the spacing in mm?"
         )
-    image = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
-    image = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(image)
-    image = Spacing(config.spacing, mode="bilinear", dtype=torch.float32)(image)
-    image = CropForeground(allow_smaller=True)(image)
+    to_grid = Compose(
+        [
+            Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Spacing(config.spacing, mode="bilinear", dtype=np.float32),
+            CropForeground(allow_smaller=True),
+        ]
+    )
+    to_size = Compose(
+        [
+            CenterSpatialCrop(config.max_size),
+            SpatialPad([config.min_size] * 3),
+            DivisiblePad(config.multiple),
+        ]
+    )
+    image = to_grid(MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine)))
     found = tuple(image.shape[1:])
     if min(found) < config.min_size / 4:
         raise _Refused(
             f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
             f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)"
         )
-    for transform in (
-        CenterSpatialCrop(config.max_size),
-        SpatialPad([config.min_size] * 3),
-        DivisiblePad(config.multiple),
-    ):
-        image = transform(image)
-    grid = np.asarray(image.affine, dtype=np.float64)
+    image = to_size(image)
     return PreparedVolume(
+        # Plain: a MetaTensor carries its history of transforms along. Interpolation may overshoot by a rounding.
         image=image.as_tensor().contiguous().clamp_(0, 1),
-        affine=grid,
+        affine=np.asarray(image.affine, dtype=np.float64),
         spacing=(config.spacing,) * 3,
     )
 
