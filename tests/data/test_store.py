@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,21 +82,14 @@ def test_open_maps_are_bounded_and_hold_no_descriptor(make_store, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def _send_volume(store: LatentStore, queue: multiprocessing.Queue) -> None:
-    queue.put(store.read_volume(1).float().numpy())
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_an_open_store_is_usable_in_a_child_process(make_store, method):
     store, latents = make_store(TWO)
     store.read_volume(1)
     context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    child = context.Process(target=_send_volume, args=(store, queue))
-    child.start()
-    received = queue.get(timeout=120)
-    child.join()
-    assert np.array_equal(received, latents["b"].float().numpy())
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        received = pool.submit(store.read_volume, 1).result(timeout=120)
+    assert torch.equal(received, latents["b"])
 
 
 def test_a_folder_without_a_store_is_named(tmp_path):
