@@ -6,14 +6,21 @@ passes of equal weights and decode nothing twice.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path
 from meduet_fast.kernels import (
     MixTables,
     assemble_streams,
@@ -259,3 +266,33 @@ class MeDUET(nn.Module):
     def to_reference(self) -> dict[str, Tensor]:
         """State dict with the published names, shapes and values."""
         return {key: value for key, value in self.state_dict().items() if key != "siqc_log_scale"}
+
+    def save_pretrained(self, path: Path | str) -> None:
+        """Write one safetensors file: weights, and the sizes in its metadata. Atomic.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        metadata = {"format": "pt", "meduet_config": json.dumps(asdict(self.config))}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str) -> MeDUET:
+        """Load what :meth:`save_pretrained` wrote, onto the CPU.
+
+        Raises:
+            UserError: naming the file, if it is absent, damaged or not a MeDUET model.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {})["meduet_config"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            model = cls(MeDUETConfig(**config))
+            model.load_state_dict(state)
+        except KeyError as error:
+            raise UserError(f"{path}: not a MeDUET model: no {error} in its metadata") from error
+        except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: not a readable MeDUET model: {error}") from error
+        return model
