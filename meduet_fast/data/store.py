@@ -171,6 +171,24 @@ def read_header(path: Path) -> tuple[dict[str, str], tuple[int, ...], int]:
     return metadata, shape, 8 + length
 
 
+def check_file(store: Path, entry: StoreEntry) -> tuple[dict[str, str], int]:
+    """Check the header of a volume's latent file against its entry.
+
+    Returns:
+        The header's metadata and the byte where the latents begin.
+
+    Raises:
+        UserError: the file is missing, damaged or not the one that the entry describes.
+    """
+    path = store / entry.file
+    metadata, shape, offset = read_header(path)
+    if shape != entry.shape:
+        raise UserError(f"{path}: shape {shape}, the index says {entry.shape}; run prepare again")
+    if metadata.get("content_key") != entry.content_key:
+        raise UserError(f"{path}: content key differs from the index; run prepare again")
+    return metadata, offset
+
+
 class LatentStore:
     """Read access to a store. Safe to pass to worker processes, forked or spawned.
 
@@ -215,22 +233,8 @@ class LatentStore:
         return self.domains.index(self.entries[index].domain)
 
     def metadata(self, index: int) -> dict[str, str]:
-        """Labels in the header of the latent file of volume ``index``, which is checked against the index.
-
-        Raises:
-            UserError: the file is missing, damaged or not the one that the index describes.
-        """
-        return self._checked_header(index)[0]
-
-    def _checked_header(self, index: int) -> tuple[dict[str, str], int]:
-        entry = self.entries[index]
-        path = self.path / entry.file
-        metadata, shape, offset = read_header(path)
-        if shape != entry.shape:
-            raise UserError(f"{path}: shape {shape}, the index says {entry.shape}; run prepare again")
-        if metadata.get("content_key") != entry.content_key:
-            raise UserError(f"{path}: content key differs from the index; run prepare again")
-        return metadata, offset
+        """Labels in the header of the latent file of volume ``index``; see :func:`check_file`."""
+        return check_file(self.path, self.entries[index])[0]
 
     def _map(self, index: int) -> np.ndarray:
         """One volume as a read-only int16 view (C, X, Y, Z) of its file: numpy has no bfloat16."""
@@ -239,7 +243,7 @@ class LatentStore:
             self._maps.move_to_end(index)
             return array
         entry = self.entries[index]
-        _, offset = self._checked_header(index)
+        _, offset = check_file(self.path, entry)
         # torch's map, unlike numpy's, keeps no file descriptor: thousands of volumes stay under `ulimit -n`.
         size = offset + 2 * int(np.prod(entry.shape))
         whole = torch.from_file(

@@ -101,7 +101,8 @@ class StoreWriter:
         affine: np.ndarray,
         spacing: tuple[float, float, float],
         intensity: Mapping[str, Any],
-    ) -> StoreEntry:
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         """Write one volume's file, then list it.
 
         Args:
@@ -109,6 +110,7 @@ class StoreWriter:
             latent: (C, X, Y, Z), any floating dtype and device; kept as bfloat16.
             affine: (4, 4), voxels of the prepared image to RAS mm.
             intensity: the rule that mapped voxel values to [0, 1], as a mapping.
+            notes: further labels for the file's header.
 
         Raises:
             ValueError: the latents have another number of channels or dimensions.
@@ -126,6 +128,7 @@ class StoreWriter:
                 [name]
             )  # or a kill between file and index would leave an entry that does not fit its file
         metadata = {
+            **(notes or {}),
             "domain": domain,
             "body_part": body_part,
             "affine": json.dumps(np.asarray(affine, dtype=np.float64).tolist()),
@@ -144,7 +147,6 @@ class StoreWriter:
         self.entries[name] = entry
         if time.monotonic() - self._index_written >= INDEX_INTERVAL_S:
             self._write_index()
-        return entry
 
     def drop(self, names: Iterable[str]) -> None:
         """Unlist volumes, then delete their files."""

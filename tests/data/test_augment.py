@@ -15,17 +15,17 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_probability_zero_changes_nothing():
+def test_probability_zero_changes_nothing() -> None:
     latents = batch()
     assert torch.equal(augment(latents, seeded(0), 0.0, 0.0), latents)
 
 
-def test_probability_one_flips_every_axis():
+def test_probability_one_flips_every_axis() -> None:
     latents = batch()
     assert torch.equal(augment(latents, seeded(0), 1.0, 0.0), latents.flip(2, 3, 4))
 
 
-def test_probability_one_turns_every_sample():
+def test_probability_one_turns_every_sample() -> None:
     latents = batch(rows=64)
     turned = augment(latents, seeded(0), 0.0, 1.0)
     quarters = []
@@ -36,7 +36,7 @@ def test_probability_one_turns_every_sample():
     assert set(quarters) == {1, 2, 3}
 
 
-def test_every_sample_is_flipped_then_turned_and_the_input_is_kept():
+def test_every_sample_is_flipped_then_turned_and_the_input_is_kept() -> None:
     latents = batch(rows=200)
     kept = latents.clone()
     augmented = augment(latents, seeded(1), 0.5, 0.5)
@@ -49,7 +49,7 @@ def test_every_sample_is_flipped_then_turned_and_the_input_is_kept():
         assert any(torch.equal(after, image) for image in images)
 
 
-def test_probabilities_are_the_published_ones_by_default():
+def test_probabilities_are_the_published_ones_by_default() -> None:
     latents = torch.arange(8.0).view(1, 1, 2, 2, 2).expand(20000, 1, 2, 2, 2)
     augmented = augment(latents, seeded(2))
     unchanged = (augmented == latents).flatten(1).all(1).float().mean()
@@ -59,19 +59,19 @@ def test_probabilities_are_the_published_ones_by_default():
     assert abs(flipped_z - 0.2) < 0.015
 
 
-def test_the_generator_decides():
+def test_the_generator_decides() -> None:
     latents = batch(rows=32)
     assert torch.equal(augment(latents, seeded(3)), augment(latents, seeded(3)))
     assert not torch.equal(augment(latents, seeded(3)), augment(latents, seeded(4)))
 
 
-def test_a_sample_does_not_depend_on_the_others():
+def test_a_sample_does_not_depend_on_the_others() -> None:
     latents, other = batch(rows=32), batch(rows=32)
     other[1:] = 0
     assert torch.equal(augment(latents, seeded(5), 0.5, 0.5)[0], augment(other, seeded(5), 0.5, 0.5)[0])
 
 
-def test_crops_that_are_not_square_can_be_flipped_but_not_turned():
+def test_crops_that_are_not_square_can_be_flipped_but_not_turned() -> None:
     latents = torch.randn(4, 4, 6, 5, 4)
     assert torch.equal(augment(latents, seeded(0), 1.0, 0.0), latents.flip(2, 3, 4))
     with pytest.raises(UserError, match=r"a crop of \(6, 5, 4\) cannot be turned"):
@@ -79,8 +79,8 @@ def test_crops_that_are_not_square_can_be_flipped_but_not_turned():
 
 
 @pytest.mark.parametrize("name", ["flip_prob", "rotate_prob"])
-def test_bad_arguments_are_named(name):
+def test_bad_arguments_are_named(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: found 1.5"):
-        augment(batch(), **{name: 1.5})
+        augment(batch(), None, **{name: 1.5})
     with pytest.raises(UserError, match=r"expected \(B, C, X, Y, Z\)"):
         augment(batch()[0])

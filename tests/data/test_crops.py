@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from meduet_fast.data.split import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
 
+MakeStore = Callable[..., tuple[LatentStore, dict[str, torch.Tensor]]]
 THREE_DOMAINS = {
     "a0": ("a", (12, 9, 8)),
     "a1": ("a", (13, 8, 8)),
@@ -23,11 +27,11 @@ THREE_DOMAINS = {
 }
 
 
-def small(**changes: object) -> CropConfig:
+def small(**changes: Any) -> CropConfig:
     return CropConfig(**{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
 
 
-def store_without_files(tmp_path, volumes_per_domain: list[int]) -> LatentStore:
+def store_without_files(tmp_path: Path, volumes_per_domain: list[int]) -> LatentStore:
     """An open store whose plans can be made; nothing of it can be read."""
     entries = tuple(
         StoreEntry(f"{d}-{i}", f"d{d:03d}", "chest", (4, 12, 12, 12), "key", "source", (1.5, 1.5, 1.5))
@@ -37,7 +41,7 @@ def store_without_files(tmp_path, volumes_per_domain: list[int]) -> LatentStore:
     return LatentStore(tmp_path, StoreIndex("fake", "fake", 4, 4, entries))
 
 
-def test_a_batch_holds_the_crops_that_it_names(make_store):
+def test_a_batch_holds_the_crops_that_it_names(make_store: MakeStore) -> None:
     store, latents = make_store(THREE_DOMAINS)
     batch = CropBatches(store, small())[3]
     assert batch["latents"].shape == (8, 4, 4, 4, 4)
@@ -59,8 +63,8 @@ def test_a_batch_holds_the_crops_that_it_names(make_store):
     step=st.integers(0, 2**40),
 )
 def test_every_batch_is_balanced_and_never_pairs_a_volume_with_itself(
-    tmp_path, volumes, half, world, seed, step
-):
+    tmp_path: Path, volumes: list[int], half: int, world: int, seed: int, step: int
+) -> None:
     store = store_without_files(tmp_path, volumes)
     config = CropConfig(crop_size=4, batch_size=2 * half, seed=seed, held_out_fraction=0.2)
     everything = Counter(dict.fromkeys(range(len(volumes)), 0))
@@ -77,7 +81,7 @@ def test_every_batch_is_balanced_and_never_pairs_a_volume_with_itself(
     assert max(everything.values()) - min(everything.values()) <= 1
 
 
-def test_volumes_and_corners_are_uniform(tmp_path):
+def test_volumes_and_corners_are_uniform(tmp_path: Path) -> None:
     store = store_without_files(tmp_path, [3, 1, 2])
     batches = CropBatches(store, small(batch_size=12))
     plans = [batches.plan(step) for step in range(2000)]
@@ -89,9 +93,9 @@ def test_volumes_and_corners_are_uniform(tmp_path):
         assert np.abs(np.bincount(starts[:, axis], minlength=9) / len(starts) - 1 / 9).max() < 0.02
 
 
-def test_partners_may_share_a_domain_but_not_a_volume(tmp_path):
+def test_partners_may_share_a_domain_but_not_a_volume(tmp_path: Path) -> None:
     batches = CropBatches(store_without_files(tmp_path, [3, 1, 2]), small(batch_size=6))
-    pairs = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
     for step in range(500):
         domain, _, _ = batches.plan(step)
         pairs.update(zip(domain[:3].tolist(), domain[:2:-1].tolist(), strict=True))
@@ -99,7 +103,7 @@ def test_partners_may_share_a_domain_but_not_a_volume(tmp_path):
     assert (1, 1) not in pairs
 
 
-def test_seed_step_and_rank_each_change_the_batch(tmp_path):
+def test_seed_step_and_rank_each_change_the_batch(tmp_path: Path) -> None:
     store = store_without_files(tmp_path, [3, 3])
     plans = [
         CropBatches(store, small(seed=seed), rank, 2).plan(step)[2].tobytes()
@@ -111,7 +115,9 @@ def test_seed_step_and_rank_each_change_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_the_same_batches_whatever_start_and_workers(make_store, workers):
+def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
+    make_store: MakeStore, workers: int
+) -> None:
     store, _ = make_store(THREE_DOMAINS)
     whole = CropBatches(store, small(), rank=1, world_size=2)
     loader = crop_loader(store, small(), rank=1, world_size=2, start_step=3, total_steps=7, workers=workers)
@@ -138,20 +144,20 @@ def test_the_loader_gives_the_same_batches_whatever_start_and_workers(make_store
         (small(held_out_fraction=0.8), 0, "a0: axis of 12 cannot hold a training crop"),
     ],
 )
-def test_bad_arguments_are_named(make_store, config, rank, message):
+def test_bad_arguments_are_named(make_store: MakeStore, config: CropConfig, rank: int, message: str) -> None:
     store, _ = make_store(THREE_DOMAINS)
     with pytest.raises(UserError, match=message):
         CropBatches(store, config, rank, 2)
 
 
-def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path):
+def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 volume\(s\), expected at least 2"):
         CropBatches(store_without_files(tmp_path, [1]), small())
     with pytest.raises(IndexError, match="-1"):
         CropBatches(store_without_files(tmp_path, [2]), small()).plan(-1)
 
 
-def test_evaluation_corners_are_distinct_and_on_their_side():
+def test_evaluation_corners_are_distinct_and_on_their_side() -> None:
     grid, boundary = (30, 12, 10), held_out_start(30, 0.2, 4)
     held_out = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=True)
     training = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=False)
@@ -163,19 +169,19 @@ def test_evaluation_corners_are_distinct_and_on_their_side():
     assert held_out != evaluation_starts(grid, 4, 0.2, 20, seed=2, held_out=True)
 
 
-def test_evaluation_corners_of_a_tight_region_are_all_there_are():
+def test_evaluation_corners_of_a_tight_region_are_all_there_are() -> None:
     starts = evaluation_starts((9, 5, 4), 4, 0.2, 50, seed=1, held_out=True)
     assert sorted(starts) == [(5, 0, 0), (5, 1, 0)]
 
 
-def test_evaluation_corners_need_room():
+def test_evaluation_corners_need_room() -> None:
     with pytest.raises(UserError, match="cannot hold a crop of 4"):
         evaluation_starts((9, 3, 4), 4, 0.2, 5, seed=1, held_out=True)
     with pytest.raises(UserError, match="no held-out crops"):
         evaluation_starts((9, 5, 4), 4, 0.0, 5, seed=1, held_out=True)
 
 
-def test_crops_at_given_corners(make_store):
+def test_crops_at_given_corners(make_store: MakeStore) -> None:
     store, latents = make_store(THREE_DOMAINS)
     crops = sample_crops(store, 3, [(0, 0, 0), (10, 4, 2)], 4)
     assert torch.equal(crops[0], latents["b0"][:, :4, :4, :4])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter
 from meduet_fast.errors import UserError
 
+MakeStore = Callable[..., tuple[LatentStore, dict[str, torch.Tensor]]]
 TWO = {"b": ("mr", (9, 8, 7)), "a": ("ct", (6, 7, 8))}
 
 
@@ -28,7 +30,7 @@ def edit_index(store: LatentStore, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_volumes_and_labels_survive_the_round_trip(make_store):
+def test_volumes_and_labels_survive_the_round_trip(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
     assert [entry.name for entry in store.entries] == ["a", "b"]
     assert store.domains == ["ct", "mr"]
@@ -41,7 +43,7 @@ def test_volumes_and_labels_survive_the_round_trip(make_store):
         assert torch.equal(store.read_volume(index), latents[name])
 
 
-def test_the_file_is_plain_safetensors_with_labels_in_its_header(make_store):
+def test_the_file_is_plain_safetensors_with_labels_in_its_header(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
     with safe_open(store.path / "latents" / "a.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("latent"), latents["a"])
@@ -54,7 +56,7 @@ def test_the_file_is_plain_safetensors_with_labels_in_its_header(make_store):
     assert metadata["content_key"] == "key-a"
 
 
-def test_crops_equal_slices_of_the_volume(make_store):
+def test_crops_equal_slices_of_the_volume(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
     crops = store.read_crops([0, 1, 0], [(0, 0, 0), (6, 4, 2), (3, 1, 5)], (3, 4, 2))
     assert crops.dtype == torch.bfloat16
@@ -65,13 +67,15 @@ def test_crops_equal_slices_of_the_volume(make_store):
 
 
 @pytest.mark.parametrize("start", [(-1, 0, 0), (4, 0, 0), (0, 5, 0), (0, 0, 6)])
-def test_a_crop_that_leaves_its_volume_is_refused(make_store, start):
+def test_a_crop_that_leaves_its_volume_is_refused(make_store: MakeStore, start: tuple[int, int, int]) -> None:
     store, _ = make_store(TWO)
     with pytest.raises(ValueError, match=r"leaves volume a of \(6, 7, 8\)"):
         store.read_crop(0, start, (3, 3, 3))
 
 
-def test_open_maps_are_bounded_and_hold_no_descriptor(make_store, monkeypatch):
+def test_open_maps_are_bounded_and_hold_no_descriptor(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "MAX_OPEN_MAPS", 3)
     store, latents = make_store({f"v{i}": ("ct", (3, 3, 3)) for i in range(8)})
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -83,7 +87,7 @@ def test_open_maps_are_bounded_and_hold_no_descriptor(make_store, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_open_store_is_usable_in_a_child_process(make_store, method):
+def test_an_open_store_is_usable_in_a_child_process(make_store: MakeStore, method: str) -> None:
     store, latents = make_store(TWO)
     store.read_volume(1)
     context = multiprocessing.get_context(method)
@@ -92,7 +96,7 @@ def test_an_open_store_is_usable_in_a_child_process(make_store, method):
     assert torch.equal(received, latents["b"])
 
 
-def test_a_folder_without_a_store_is_named(tmp_path):
+def test_a_folder_without_a_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: not a latent store .*meduet-fast prepare"):
         LatentStore.open(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
@@ -100,7 +104,7 @@ def test_a_folder_without_a_store_is_named(tmp_path):
         LatentStore.open(tmp_path / "file")
 
 
-def test_a_damaged_index_is_named(make_store):
+def test_a_damaged_index_is_named(make_store: MakeStore) -> None:
     store, _ = make_store(TWO)
     (store.path / "index.json").write_text('{"format": "meduet-fa')
     with pytest.raises(UserError, match=r"index\.json: damaged index"):
@@ -117,14 +121,14 @@ def test_a_damaged_index_is_named(make_store):
         ({"channels": 8}, r"volume a has shape \(4, 6, 7, 8\), expected 8 channels"),
     ],
 )
-def test_a_wrong_index_is_named(make_store, changes, message):
+def test_a_wrong_index_is_named(make_store: MakeStore, changes: dict[str, object], message: str) -> None:
     store, _ = make_store(TWO)
     edit_index(store, **changes)
     with pytest.raises(UserError, match=message):
         LatentStore.open(store.path)
 
 
-def test_an_entry_cannot_point_outside_the_store(make_store):
+def test_an_entry_cannot_point_outside_the_store(make_store: MakeStore) -> None:
     store, _ = make_store(TWO)
     entries = json.loads((store.path / "index.json").read_text())["entries"]
     edit_index(store, entries=[{**entries[0], "name": "../../a"}])
@@ -179,7 +183,9 @@ def _other_tensor(path: Path) -> None:
         (_other_tensor, "damaged header"),
     ],
 )
-def test_a_damaged_latent_file_is_named_when_first_read(make_store, damage, message):
+def test_a_damaged_latent_file_is_named_when_first_read(
+    make_store: MakeStore, damage: Callable[[Path], object], message: str
+) -> None:
     store, latents = make_store(TWO)
     damage(store.path / "latents" / "a.safetensors")
     reopened = LatentStore.open(store.path)
@@ -188,7 +194,7 @@ def test_a_damaged_latent_file_is_named_when_first_read(make_store, damage, mess
     assert torch.equal(reopened.read_volume(1), latents["b"])
 
 
-def test_a_second_writer_is_refused_until_the_first_leaves(make_store):
+def test_a_second_writer_is_refused_until_the_first_leaves(make_store: MakeStore) -> None:
     store, _ = make_store(TWO)
     with writer_for(store.path), pytest.raises(UserError, match="another process is writing"):
         writer_for(store.path).__enter__()
@@ -196,7 +202,7 @@ def test_a_second_writer_is_refused_until_the_first_leaves(make_store):
         assert set(writer.entries) == {"a", "b"}
 
 
-def test_a_folder_with_other_content_is_refused(tmp_path):
+def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("x")
     with pytest.raises(UserError, match="not empty and not a latent store"):
         writer_for(tmp_path).__enter__()
@@ -205,7 +211,7 @@ def test_a_folder_with_other_content_is_refused(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_another_tokenizer_empties_the_store(make_store):
+def test_another_tokenizer_empties_the_store(make_store: MakeStore) -> None:
     store, _ = make_store(TWO)
     with writer_for(store.path, tokenizer="fake-2") as writer:
         assert writer.entries == {}
@@ -213,7 +219,7 @@ def test_another_tokenizer_empties_the_store(make_store):
     assert list((store.path / "latents").iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_removed(make_store):
+def test_what_a_killed_writer_left_is_removed(make_store: MakeStore) -> None:
     store, _ = make_store(TWO)
     leftovers = [
         store.path / "latents" / ".c.safetensors.tmp123",
@@ -231,7 +237,7 @@ def test_what_a_killed_writer_left_is_removed(make_store):
     ]
 
 
-def test_dropping_unlists_and_deletes(make_store):
+def test_dropping_unlists_and_deletes(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
     with writer_for(store.path) as writer:
         writer.drop(["a"])
@@ -240,7 +246,9 @@ def test_dropping_unlists_and_deletes(make_store):
     assert torch.equal(LatentStore.open(store.path).read_volume(0), latents["b"])
 
 
-def test_a_failed_write_leaves_the_old_content_visible(make_store, monkeypatch):
+def test_a_failed_write_leaves_the_old_content_visible(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, latents = make_store(TWO)
 
     def no_space(*args: object, **kwargs: object) -> None:
@@ -268,7 +276,7 @@ def test_a_failed_write_leaves_the_old_content_visible(make_store, monkeypatch):
     assert torch.equal(reopened.read_volume(0), latents["a"])
 
 
-def test_latents_of_another_channel_count_are_refused(make_store):
+def test_latents_of_another_channel_count_are_refused(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
     with writer_for(store.path) as writer, pytest.raises(ValueError, match=r"expected \(4, X, Y, Z\)"):
         writer.add(

@@ -1,0 +1,91 @@
+"""Prepares a store over and over, each time with settings that make all of it stale, and kills every attempt.
+
+After each kill the store must open and every listed volume must read in full and be what it should be. Prints
+a JSON object. A program of its own, because a process that has used torch's threads must not fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meduet_fast.data import store_writer
+from meduet_fast.data.prepare import PrepareConfig, prepare_volumes
+from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.volumes import TransformConfig
+from meduet_fast.tokenizer.base import Tokenizer
+
+KILLS, VOLUMES = 20, 8
+CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16))
+
+
+class PoolingTokenizer(Tokenizer):
+    channels, compression, scale, identity = 4, 4, 1.0, "pooling"
+
+    def encode(
+        self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return F.avg_pool3d(volume, 4).repeat(1, 4, 1, 1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def volumes_with(folder: Path, upper: float) -> list[VolumeEntry]:
+    rule = IntensityRule("ct_window", 0.0, upper)
+    return [VolumeEntry(path, "ct", "chest", rule, path.stem) for path in sorted(folder.glob("*.nii"))]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    store_writer.INDEX_INTERVAL_S = 0.0  # these volumes take milliseconds; list each one at once
+    for seed in range(VOLUMES):
+        voxels = np.random.default_rng(seed).integers(1, 1000, (40, 44, 48)).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.diag([1.5, 1.5, 1.5, 1.0])), folder / f"v{seed}.nii")
+    settings = [volumes_with(folder, upper) for upper in (1000.0, 500.0)]
+
+    expected: dict[str, Tensor] = {}  # by content key
+    for number, volumes in enumerate(settings):
+        started = time.monotonic()
+        prepare_volumes(volumes, folder / f"whole{number}", PoolingTokenizer(), CONFIG)
+        duration = time.monotonic() - started
+        whole = LatentStore.open(folder / f"whole{number}")
+        expected |= {item.content_key: whole.read_volume(i) for i, item in enumerate(whole.entries)}
+    assert len(expected) == 2 * VOLUMES
+
+    store, chance, seen = folder / "store", random.Random(0), []
+    for attempt in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            prepare_volumes(settings[attempt % 2], store, PoolingTokenizer(), CONFIG)
+            time.sleep(60)
+        time.sleep(chance.uniform(0, 1.1 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if attempt > 0 or (store / "index.json").exists():
+            opened = LatentStore.open(store)
+            for index, item in enumerate(opened.entries):
+                assert torch.equal(opened.read_volume(index), expected[item.content_key]), item.name
+            seen.append(len(opened.entries))
+    summary = prepare_volumes(settings[0], store, PoolingTokenizer(), CONFIG)
+    leftovers = [path for path in store.rglob("*") if ".tmp" in path.name]
+    assert not summary.failed, summary.failed
+    assert not leftovers, leftovers
+    final = len(LatentStore.open(store).entries)
+    print(json.dumps({"kills": KILLS, "entries": seen, "volumes": VOLUMES, "final": final}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
