@@ -1,7 +1,8 @@
 """Prepares a store over and over, each time with settings that make all of it stale, and kills every attempt.
 
-After each kill the store must open and every listed volume must read in full and be what it should be. Prints
-a JSON object. A program of its own, because a process that has used torch's threads must not fork.
+First at random moments, then right after every single rename. After each kill the store must open and every
+listed volume must read in full and be what it should be. Prints a JSON object. A program of its own, because
+a process that has used torch's threads must not fork.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from meduet_fast.data.volumes import TransformConfig
 from meduet_fast.tokenizer.base import Tokenizer
 
 KILLS, VOLUMES = 20, 8
+DIED = 9
 CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16))
 
 
@@ -48,6 +50,36 @@ def volumes_with(folder: Path, upper: float) -> list[VolumeEntry]:
     return [VolumeEntry(path, "ct", "chest", rule, path.stem) for path in sorted(folder.glob("*.nii"))]
 
 
+def start(volumes: list[VolumeEntry], store: Path, die_after: int = -1) -> int:
+    """Prepare in a child process, which ends right after its rename number ``die_after``; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    replace, renames = os.replace, 0
+
+    def replace_and_die(source: Path, target: Path) -> None:
+        nonlocal renames
+        replace(source, target)
+        renames += 1
+        if renames == die_after:
+            os._exit(DIED)
+
+    os.replace = replace_and_die  # type: ignore[assignment]
+    try:
+        prepare_volumes(volumes, store, PoolingTokenizer(), CONFIG)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def check(store: Path, expected: dict[str, Tensor]) -> int:
+    """Read every listed volume in full; the number of them."""
+    opened = LatentStore.open(store)
+    for index, item in enumerate(opened.entries):
+        assert torch.equal(opened.read_volume(index), expected[item.content_key]), item.name
+    return len(opened.entries)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     store_writer.INDEX_INTERVAL_S = 0.0  # these volumes take milliseconds; list each one at once
@@ -65,26 +97,32 @@ def main(folder: Path) -> None:
         expected |= {item.content_key: whole.read_volume(i) for i, item in enumerate(whole.entries)}
     assert len(expected) == 2 * VOLUMES
 
-    store, chance, seen = folder / "store", random.Random(0), []
-    for attempt in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            prepare_volumes(settings[attempt % 2], store, PoolingTokenizer(), CONFIG)
-            time.sleep(60)
+    store, chance = folder / "store", random.Random(0)
+    seen: list[int] = []
+    for kill in range(KILLS):
+        child = start(settings[kill % 2], store)
         time.sleep(chance.uniform(0, 1.1 * duration))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if attempt > 0 or (store / "index.json").exists():
-            opened = LatentStore.open(store)
-            for index, item in enumerate(opened.entries):
-                assert torch.equal(opened.read_volume(index), expected[item.content_key]), item.name
-            seen.append(len(opened.entries))
+        if seen or (store / "index.json").exists():  # the very first kill may come before there is a store
+            seen.append(check(store, expected))
+
+    renames = 0
+    while True:
+        renames += 1
+        _, status = os.waitpid(start(settings[renames % 2][:3], store, die_after=renames), 0)
+        check(store, expected)
+        if os.waitstatus_to_exitcode(status) != DIED:
+            break
+    assert os.waitstatus_to_exitcode(status) == 0, status
+
     summary = prepare_volumes(settings[0], store, PoolingTokenizer(), CONFIG)
     leftovers = [path for path in store.rglob("*") if ".tmp" in path.name]
     assert not summary.failed, summary.failed
     assert not leftovers, leftovers
-    final = len(LatentStore.open(store).entries)
-    print(json.dumps({"kills": KILLS, "entries": seen, "volumes": VOLUMES, "final": final}))
+    final = check(store, expected)
+    result = {"kills": KILLS, "entries": seen, "renames": renames, "volumes": VOLUMES, "final": final}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
