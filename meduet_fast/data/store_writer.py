@@ -124,9 +124,8 @@ class StoreWriter:
         entry = StoreEntry(name, domain, body_part, (c, x, y, z), content_key, source, spacing)
         before = self.entries.get(name)
         if before is not None and before.content_key != content_key:
-            self.drop(
-                [name]
-            )  # or a kill between file and index would leave an entry that does not fit its file
+            # A kill between file and index would leave an entry that does not fit its file.
+            self.drop([name])
         metadata = {
             **(notes or {}),
             "domain": domain,
