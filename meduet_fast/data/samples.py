@@ -245,7 +245,11 @@ def _make_variant(directory: Path, name: str) -> str:
     voxels, affine = _VARIANTS[name](image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine)
     variant = nib.nifti1.Nifti1Image(np.rint(voxels).clip(-2048, 3071).astype(np.int16), affine)
     path = directory / name
-    # Level 1, because writing takes the time; no date in the header, so that equal voxels give equal files.
-    with atomic_path(path) as temporary, gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as stream:
+    # Level 1, because writing takes the time; no name or date inside, so that equal voxels give equal files.
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("wb") as packed,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=packed, mtime=0) as stream,
+    ):
         variant.to_stream(stream)
     return str(_sha256(path))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -23,12 +20,10 @@ from monai.transforms import (
     Spacing,
     SpatialPad,
 )
-from nibabel.filebasedimages import ImageFileError
-from nibabel.fileholders import FileHolder
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from torch import Tensor
 
-from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.nifti import read_nifti
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.errors import UserError, VolumeError
 
 # Raised when the code below gives other voxels than before, so that prepared volumes count as stale.
@@ -85,10 +80,6 @@ class PreparedVolume:
     spacing: tuple[float, float, float]
 
 
-class _Refused(Exception):
-    """Why a volume cannot be used."""
-
-
 def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
     """Read, check and prepare one volume (spec section 1).
 
@@ -99,97 +90,14 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
         VolumeError: with a plain reason, if the file cannot be read, is no NIfTI, is damaged, is not 3D, has
             an unusable header or voxels, shows nothing, or is too small.
     """
-    try:
-        voxels, affine = _read(entry.path)
-        _apply_intensity(voxels, entry.intensity)
-        return _prepare(voxels, affine, config)
-    except _Refused as error:
-        raise VolumeError(entry.path, str(error)) from error.__cause__
+    voxels, affine = read_nifti(entry.path)
+    _apply_intensity(voxels, entry)
+    return _prepare(entry.path, voxels, affine, config)
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels, (X, Y, Z) float32, and affine, (4, 4) float64, of a file that has passed every check."""
-    try:
-        packed = path.name.endswith(".gz")
-        # Deflate packs at most 1032 bytes into one: bounds what a damaged header may make us allocate.
-        capacity = path.stat().st_size * (1032 if packed else 1)
-        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-            kind = _check_header(stream.read(nib.Nifti2Header.sizeof_hdr), capacity)
-            stream.seek(0)
-            image = kind.from_file_map({"image": FileHolder(fileobj=stream)}, mmap=False)
-            affine = _check_affine(image)
-            with np.errstate(over="ignore"):  # what overflows is reported as not finite below
-                voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-            while stream.read(1 << 20):  # gzip compares its checksum at the end only
-                pass
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _Refused(f"damaged or truncated gzip: {error}") from error
-    except (HeaderDataError, HeaderTypeError, ImageFileError) as error:
-        raise _Refused(f"damaged NIfTI header: {error}") from error
-    except MemoryError as error:
-        raise _Refused("does not fit into memory") from error
-    except OSError as error:
-        # Without an error code it is nibabel's count of missing bytes, not the system's refusal.
-        raise _Refused(
-            f"cannot be read: {error.strerror}" if error.errno else f"truncated: {error}"
-        ) from error
-    voxels = voxels.reshape(voxels.shape[:3])
-    low, high = float(voxels.min()), float(voxels.max())
-    if not math.isfinite(high - low):
-        raise _Refused(f"{int((~np.isfinite(voxels)).sum())} voxels are not finite (NaN or Inf)")
-    if low == high:
-        raise _Refused(f"constant image: every voxel is {low:g}")
-    return voxels, affine
-
-
-def _check_header(block: bytes, capacity: int) -> type[nib.Nifti1Image]:
-    """The image class of a NIfTI file that starts with ``block`` and holds at most ``capacity`` bytes.
-
-    nibabel mends odd spacings silently when it loads a file; the raw header tells what is really in it.
-    """
-    for kind in (nib.Nifti1Image, nib.Nifti2Image):
-        size = kind.header_class.sizeof_hdr
-        if len(block) >= size and block[:4] in (size.to_bytes(4, "little"), size.to_bytes(4, "big")):
-            header = kind.header_class(block[:size], check=False)
-            break
-    else:
-        raise _Refused("not a NIfTI file")
-    if bytes(header["magic"])[:3] != header.single_magic[:3]:
-        raise _Refused("not a single-file NIfTI (a header of an .hdr/.img pair, or damaged)")
-    shape = tuple(int(size) for size in header["dim"][1 : 1 + max(0, min(7, int(header["dim"][0])))])
-    if len(shape) < 3 or min(shape) < 1 or any(size > 1 for size in shape[3:]):
-        raise _Refused(f"found the shape {shape}, expected 3 axes (one volume, one channel)")
-    spacing = tuple(float(value) for value in header["pixdim"][1:4])
-    if not all(0 < value < math.inf for value in spacing):
-        raise _Refused(f"found the spacing {spacing} mm in the header, expected positive numbers")
-    if header.get_data_dtype().kind not in "iuf":
-        raise _Refused(f"found voxels of type {header.get_data_dtype()}, expected integers or floats")
-    promised = math.prod(shape) * header.get_data_dtype().itemsize
-    if promised > capacity:
-        raise _Refused(
-            f"truncated: the header promises {promised} bytes of voxels, there are at most {capacity}"
-        )
-    return kind
-
-
-def _check_affine(image: nib.Nifti1Image) -> np.ndarray:
-    try:
-        affine = np.asarray(image.affine, dtype=np.float64)
-    except ValueError as error:  # a quaternion that is no rotation
-        raise _Refused(f"unusable orientation in the header: {error}") from error
-    if not np.isfinite(affine).all():
-        raise _Refused("the affine is not finite")
-    # The volume of a voxel over that of a box with the same edges: 1 for a proper grid, 0 for a singular one.
-    edges = np.linalg.norm(affine[:3, :3], axis=0)
-    if not edges.all() or abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-3:
-        raise _Refused(
-            f"singular affine: {affine[:3, :3].round(4).tolist()} maps voxels onto a plane or a line"
-        )
-    return affine
-
-
-def _apply_intensity(voxels: np.ndarray, rule: IntensityRule) -> None:
+def _apply_intensity(voxels: np.ndarray, entry: VolumeEntry) -> None:
     """Map ``voxels`` to [0, 1] in place."""
+    rule = entry.intensity
     low, high = rule.low, rule.high
     if rule.kind == "mr_percentile":
         low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
@@ -198,19 +106,21 @@ def _apply_intensity(voxels: np.ndarray, rule: IntensityRule) -> None:
         voxels *= 1 / (high - low)
         np.clip(voxels, 0, 1, out=voxels)
     if low >= high or voxels.min() == voxels.max():
-        raise _Refused(
+        raise VolumeError(
+            entry.path,
             f"constant image after {rule.kind} [{rule.low:g}, {rule.high:g}]: "
-            "does the intensity rule suit the modality?"
+            "does the intensity rule suit the modality?",
         )
 
 
-def _prepare(voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) -> PreparedVolume:
+def _prepare(path: Path, voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) -> PreparedVolume:
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     size = tuple(math.ceil(n * edge / config.spacing) for n, edge in zip(voxels.shape, edges, strict=True))
     if math.prod(size) > 4 * math.prod(config.max_size):
-        raise _Refused(
+        raise VolumeError(
+            path,
             f"spacing {tuple(edges.round(4).tolist())} mm makes a grid of {size} voxels, far beyond "
-            f"{tuple(config.max_size)}: is the spacing in mm?"
+            f"{tuple(config.max_size)}: is the spacing in mm?",
         )
     to_grid = Compose(
         [
@@ -229,16 +139,19 @@ def _prepare(voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) ->
     image = to_grid(MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine)))
     found = tuple(image.shape[1:])
     if min(found) < config.min_size / 4:
-        raise _Refused(
+        raise VolumeError(
+            path,
             f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
-            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)"
+            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)",
         )
     image = to_size(image)
+    grid = np.asarray(image.affine, dtype=np.float64)
+    x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
     return PreparedVolume(
-        # Plain: a MetaTensor carries its history of transforms along. Interpolation may overshoot by a rounding.
+        # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
         image=image.as_tensor().contiguous().clamp_(0, 1),
-        affine=np.asarray(image.affine, dtype=np.float64),
-        spacing=(config.spacing,) * 3,
+        affine=grid,
+        spacing=(x, y, z),
     )
 
 
