@@ -5,11 +5,12 @@ Source: MeDUET section "Losses", SiQC.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .precision import at_least_float32, without_autocast
 
 Identity = Literal["content", "style"]
 MIN_SCALE, MAX_SCALE = 1e-3, 100.0
@@ -21,11 +22,11 @@ def quadruplet_identities(batch: int, identity: Identity, device: torch.device |
     The four blocks are: source 1, source 2 (the batch-flip partner), the reconstruction with source 1's
     content and source 2's style, and the reverse. Rows are alike in content, or in style.
 
+    In an odd batch the middle sample is its own partner, and its four rows are alike: three positives again.
+
     Raises:
-        ValueError: for an odd batch, whose middle sample would be its own partner, and an unknown identity.
+        ValueError: for an unknown identity.
     """
-    if batch <= 0 or batch % 2:
-        raise ValueError(f"batch is {batch}, expected a positive even number: sample i is paired with B-1-i")
     own = torch.arange(batch, device=device)
     partner = own.flip(0)
     if identity == "content":
@@ -33,12 +34,6 @@ def quadruplet_identities(batch: int, identity: Identity, device: torch.device |
     if identity == "style":
         return torch.cat([own, partner, partner, own])
     raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would run the small, sensitive similarity in bf16; devices without autocast need nothing."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def quadruplet_contrast(queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity) -> Tensor:
@@ -57,20 +52,20 @@ def quadruplet_contrast(queries: Tensor, keys: Tensor, log_scale: Tensor, identi
         Scalar, computed in at least float32.
 
     Raises:
-        ValueError: if the shapes differ or do not make four blocks of an even batch.
+        ValueError: if the shapes differ or do not make four blocks.
     """
     if queries.shape != keys.shape or queries.dim() != 2 or queries.shape[0] % 4:
         raise ValueError(
             f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, expected both (4B, D)"
         )
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    query, key = queries.to(dtype), keys.detach().to(dtype)
+    query = at_least_float32(queries)
+    key = keys.detach().to(query.dtype)
     query = query / (query.norm(dim=1, keepdim=True) + 1e-8)
     key = key / (key.norm(dim=1, keepdim=True) + 1e-8)
     rows = quadruplet_identities(queries.shape[0] // 4, identity, queries.device)
     itself = torch.eye(len(rows), dtype=torch.bool, device=queries.device)
-    scale = log_scale.to(dtype).exp().clamp(MIN_SCALE, MAX_SCALE)
-    with _full_precision(queries.device):
+    scale = log_scale.to(query.dtype).exp().clamp(MIN_SCALE, MAX_SCALE)
+    with without_autocast(queries.device):  # it would run the small, sensitive similarity in bf16
         logits = (scale * (query @ key.T)).masked_fill(itself, float("-inf"))
     log_probability = logits.log_softmax(1).masked_fill(itself, 0.0)
     positive = (rows[:, None] == rows[None, :]) & ~itself

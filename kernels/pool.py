@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens, of the whole sequence or of each source.
@@ -45,5 +47,5 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
     Raises:
         ValueError: if the mask's shape does not fit.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     return token_mean(F.layer_norm(x, x.shape[-1:], eps=eps), mask), token_mean(x, mask)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .precision import at_least_float32
 from .tokenize import patchify_3d
 
 Pairing = Literal["source", "reference"]
@@ -43,10 +44,8 @@ def dual_reconstruction_loss(
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(truth.shape[:2])}")
     if pairing not in ("source", "reference"):
         raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
-    dtype = prediction.dtype if prediction.dtype.itemsize >= 4 else target.float().dtype
-    truth = truth.to(dtype)
-    first, second = prediction.to(dtype).chunk(2)
-    hidden = mask.to(dtype)
+    first, second = at_least_float32(prediction).chunk(2)
+    truth, hidden = truth.to(first.dtype), mask.to(first.dtype)
     error_first = (first - truth).square().mean(-1)
     error_second = (second.flip(0) - truth).square().mean(-1)
     hidden_second = 1 - (hidden.flip(0) if pairing == "source" else hidden)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meduet_fast.kernels import (
     MixTables,
+    at_least_float32,
     check_mask,
     dual_reconstruction_loss,
     mix_tables,
@@ -113,8 +114,8 @@ def _distillation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         teacher: (B, L, W); stream 2 of row i shows sample B-1-i.
         mask: (B, L) bool.
     """
-    target = torch.cat([teacher, teacher.flip(0)]).float()
-    error = (student.float() - target).square().mean(-1)
+    target = at_least_float32(torch.cat([teacher, teacher.flip(0)]))
+    error = (at_least_float32(student) - target).square().mean(-1)
     hidden = torch.cat([mask, ~mask]).to(error.dtype)
     first, second = (error * hidden).chunk(2)
     return (first.sum() + second.sum()) / (mask.shape[0] * mask.shape[1] // 2)
@@ -168,8 +169,8 @@ def pretraining_losses(
     style, style_mean = _pool(mixed.style, tables.mask)
     logits_content, logits_style = student.domain_classifier(content_mean, style_mean)
     both_domains = torch.cat([domain, domain.flip(0)])
-    losses["domain_content"] = F.cross_entropy(logits_content.float(), both_domains)
-    losses["domain_style"] = F.cross_entropy(logits_style.float(), both_domains)
+    losses["domain_content"] = F.cross_entropy(at_least_float32(logits_content), both_domains)
+    losses["domain_style"] = F.cross_entropy(at_least_float32(logits_style), both_domains)
 
     content_keys, style_keys, full = _teach(teacher, latents, tables, config.mftd)
     if full is None:

@@ -1,0 +1,223 @@
+"""The eager references: against plain PyTorch modules and loops, fp64 gradients, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from meduet_fast.kernels import (
+    assemble_streams,
+    check_mask,
+    dual_reconstruction_loss,
+    mix_tables,
+    patch_embed_3d,
+    patch_embed_tokens,
+    patchify_3d,
+    pooled_layer_norm,
+    quadruplet_contrast,
+    quadruplet_identities,
+    style_convolution,
+    token_mean,
+    unpatchify_3d,
+)
+from meduet_fast.objectives import random_mix_mask
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+edges = st.integers(1, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.tuples(edges, edges, edges), st.tuples(edges, edges, edges))
+def test_patches_round_trip_and_equal_conv3d(
+    batch: int, channels: int, patch: tuple[int, int, int], grid: tuple[int, int, int]
+) -> None:
+    size = [p * g for p, g in zip(patch, grid, strict=True)]
+    x = randn(batch, channels, *size).detach().transpose(2, 4).contiguous().transpose(2, 4)  # odd strides
+    for order in ("first", "last"):
+        tokens = patchify_3d(x, patch, order)  # type: ignore[arg-type]
+        assert torch.equal(unpatchify_3d(tokens, patch, grid, order), x)  # type: ignore[arg-type]
+    weight, bias = randn(5, channels, *patch, seed=1).detach(), randn(5, seed=2).detach()
+    expected = F.conv3d(x, weight, bias, stride=patch).flatten(2).transpose(1, 2)
+    assert torch.allclose(patch_embed_3d(x, weight, bias), expected, atol=1e-12)
+    again = patch_embed_tokens(patchify_3d(x, patch), weight, bias)
+    assert torch.allclose(again, expected, atol=1e-12)
+
+
+def test_patch_embedding_mixes_with_the_partner_and_leaves_room() -> None:
+    x, weight, position = randn(4, 2, 4, 4, 4), randn(5, 2, 2, 2, 2, seed=1), randn(8, 5, seed=2)
+    mask = random_mix_mask(4, 8, torch.Generator().manual_seed(0))
+    own = patch_embed_3d(x, weight)
+    tokens = patch_embed_3d(x, weight, None, position, mask, num_prefix_tokens=2)
+    assert tokens.shape == (4, 10, 5)
+    assert (tokens[:, :2] == 0).all()
+    for row in range(4):
+        for token in range(8):
+            source = own[3 - row] if mask[row, token] else own[row]
+            assert torch.allclose(tokens[row, 2 + token], source[token] + position[token])
+
+
+def test_mix_tables_against_loops() -> None:
+    mask = random_mix_mask(5, 12, torch.Generator().manual_seed(1))
+    tables = mix_tables(mask)
+    opposite = tables.complement()
+    for name, expected in zip(tables._fields, mix_tables(~mask), strict=True):
+        assert torch.equal(getattr(opposite, name), expected), name
+    for row in range(5):
+        sources = [[t for t in range(12) if bool(mask[row, t]) == second] for second in (False, True)]
+        assert tables.order[row].tolist() == sources[0] + sources[1]
+        for tokens, others in (sources, sources[::-1]):
+            for rank, token in enumerate(tokens):
+                assert tables.partner[row, token] == others[rank]
+                assert tables.previous[row, token] == (tokens[rank - 1] if rank else -1)
+                assert tables.next[row, token] == (tokens[rank + 1] if rank < 5 else -1)
+
+
+def test_style_convolution_sees_its_own_source_only() -> None:
+    style, weight = randn(3, 10, 4), randn(4, 1, 3, seed=1)
+    sequence = F.conv1d(style.transpose(1, 2), weight, padding=1, groups=4).transpose(1, 2)
+    assert torch.allclose(style_convolution(style, weight), sequence)
+    mask = random_mix_mask(3, 10, torch.Generator().manual_seed(2))
+    mixed = style_convolution(style, weight, mix_tables(mask))
+    for row in range(3):
+        for chosen in (mask[row], ~mask[row]):
+            alone = F.conv1d(style[row, chosen].T[None], weight, padding=1, groups=4)[0].T
+            assert torch.allclose(mixed[row, chosen], alone)
+
+
+def test_streams() -> None:
+    content, style = randn(2, 6, 3), randn(2, 6, 3, seed=1)
+    prefix, mask_token, position = randn(2, 1, 3, seed=2), randn(3, seed=3), randn(7, 3, seed=4)
+    mask = random_mix_mask(2, 6, torch.Generator().manual_seed(3))
+    tables = mix_tables(mask)
+    arguments = (content, style, prefix, mask_token, position, tables)
+    streams = assemble_streams(*arguments)
+    assert streams.shape == (8, 7, 3)
+    assert torch.equal(streams[:4], assemble_streams(*arguments, swapped=False))
+    assert torch.equal(streams[4:], assemble_streams(*arguments, straight=False))
+    for row in range(8):
+        sample, second, swapped = row % 2, row // 2 % 2 == 1, row >= 4
+        assert torch.allclose(streams[row, 0], prefix[sample, 0] + position[0])
+        for token in range(6):
+            other = tables.partner[sample, token] if swapped else token
+            shown = bool(mask[sample, token]) == second
+            expected = content[sample, token] + style[sample, other] if shown else mask_token
+            assert torch.allclose(streams[row, 1 + token], expected + position[1 + token])
+    with pytest.raises(ValueError, match="straight or swapped"):
+        assemble_streams(*arguments, straight=False, swapped=False)
+
+
+def test_pooling() -> None:
+    x, mask = randn(3, 8, 5), random_mix_mask(3, 8, torch.Generator().manual_seed(4))
+    normed, mean = pooled_layer_norm(x, mask)
+    assert normed.shape == mean.shape == (2, 3, 5)
+    for row in range(3):
+        for source, chosen in enumerate((~mask[row], mask[row])):
+            assert torch.allclose(mean[source, row], x[row, chosen].mean(0))
+            assert torch.allclose(normed[source, row], F.layer_norm(x[row, chosen], (5,)).mean(0))
+    assert torch.allclose(token_mean(x)[0], x.mean(1))
+    assert (token_mean(x, torch.zeros(3, 8))[1] == 0).all()
+    assert pooled_layer_norm(x.bfloat16())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("identity", ["content", "style"])
+def test_contrast_positives_are_always_three(batch: int, identity: str) -> None:
+    rows = quadruplet_identities(batch, identity)  # type: ignore[arg-type]
+    assert ((rows[:, None] == rows).sum(1) == 4).all()
+
+
+def test_contrast_clamps_its_scale_and_survives_zero_vectors() -> None:
+    queries, keys = randn(8, 3), randn(8, 3, seed=1)
+    capped, huge = (quadruplet_contrast(queries, keys, torch.tensor(s), "content") for s in (4.60517, 50.0))
+    assert huge.item() == pytest.approx(capped.item(), rel=1e-5)
+    zero = quadruplet_contrast(torch.zeros(8, 3), keys.float(), torch.tensor(2.0), "style")
+    assert zero.item() == pytest.approx(torch.tensor(7.0).log().item())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quadruplet_contrast(queries, keys, torch.tensor(2.0), "style").dtype == torch.float64
+
+
+GRADCHECKS = {
+    "patch_embed_3d": lambda: (
+        lambda x, w, b, p: patch_embed_3d(x, w, b, p, torch.tensor([[1, 0] * 4, [0, 1] * 4]), 1),
+        (randn(2, 2, 4, 4, 4), randn(3, 2, 2, 2, 2, seed=1), randn(3, seed=2), randn(8, 3, seed=3)),
+    ),
+    "patch_embed_tokens": lambda: (
+        lambda t, w, b: patch_embed_tokens(t, w, b, None, 1),
+        (randn(2, 8, 16), randn(3, 2, 2, 2, 2, seed=1), randn(3, seed=2)),
+    ),
+    "style_convolution": lambda: (
+        lambda s, w: style_convolution(s, w, mix_tables(torch.tensor([[1, 0, 0, 1, 1, 0]]))),
+        (randn(1, 6, 3), randn(3, 1, 3, seed=1)),
+    ),
+    "assemble_streams": lambda: (
+        lambda *tensors: assemble_streams(*tensors, mix_tables(torch.tensor([[1, 0, 0, 1]]))),
+        (
+            randn(1, 4, 2),
+            randn(1, 4, 2, seed=1),
+            randn(1, 1, 2, seed=2),
+            randn(2, seed=3),
+            randn(5, 2, seed=4),
+        ),
+    ),
+    "pooled_layer_norm": lambda: (
+        lambda x: pooled_layer_norm(x, torch.tensor([[1, 0, 0, 1]])),
+        (randn(1, 4, 3),),
+    ),
+    "quadruplet_contrast": lambda: (
+        lambda q, s: quadruplet_contrast(q, randn(8, 3, seed=1), s, "style"),
+        (randn(8, 3), randn(1, seed=2)[0].detach().requires_grad_()),
+    ),
+    "dual_reconstruction_loss": lambda: (
+        lambda p: dual_reconstruction_loss(
+            p, randn(2, 1, 2, 2, 2, seed=1), torch.tensor([[1] * 4 + [0] * 4] * 2), 1
+        ),
+        (randn(4, 8, 1),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKS)
+def test_gradcheck(name: str) -> None:
+    function, inputs = GRADCHECKS[name]()
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_refusals_name_the_argument() -> None:
+    x, weight = torch.zeros(2, 1, 4, 4, 5), torch.zeros(3, 1, 2, 2, 2)
+    with pytest.raises(
+        ValueError, match="spatial axis 2 has size 5, expected a positive multiple of the patch edge 2"
+    ):
+        patch_embed_3d(x, weight)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 1, 4\)"):
+        patchify_3d(torch.zeros(2, 1, 4), 2)
+    with pytest.raises(ValueError, match=r"position has shape \(7, 3\), expected \(8, 3\)"):
+        patch_embed_3d(x[..., :4], weight, position=torch.zeros(7, 3))
+    with pytest.raises(ValueError, match=r"source_mask has shape \(2, 4\), expected \(2, 8\)"):
+        patch_embed_3d(x[..., :4], weight, source_mask=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="tokens has width 7, expected"):
+        patch_embed_tokens(torch.zeros(1, 8, 7), weight)
+    with pytest.raises(ValueError, match="tokens has 8 tokens"):
+        unpatchify_3d(torch.zeros(1, 8, 8), 2, (2, 2, 3))
+    with pytest.raises(ValueError, match="tokens has width 7"):
+        unpatchify_3d(torch.zeros(1, 8, 7), 2, (2, 2, 2))
+    with pytest.raises(ValueError, match="an even L > 0"):
+        mix_tables(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="values other than 0 and 1"):
+        check_mask(torch.full((1, 2), 0.5))
+    with pytest.raises(ValueError, match=r"prediction has shape \(2, 8, 8\), expected \(4, 8, 8\)"):
+        dual_reconstruction_loss(torch.zeros(2, 8, 8), x[..., :4], torch.zeros(2, 8), 2)
+    with pytest.raises(ValueError, match="pairing is 'both'"):
+        dual_reconstruction_loss(torch.zeros(4, 8, 8), x[..., :4], torch.zeros(2, 8), 2, "both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected both"):
+        quadruplet_contrast(torch.zeros(8, 3), torch.zeros(4, 3), torch.zeros(()), "style")
+    with pytest.raises(ValueError, match="identity is 'organ'"):
+        quadruplet_identities(2, "organ")  # type: ignore[arg-type]
