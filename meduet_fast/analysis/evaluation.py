@@ -1,0 +1,163 @@
+"""Which crops separation is measured on: volumes that show one anatomy, places that show something."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from meduet_fast.data.crops import evaluation_starts, sample_crops
+from meduet_fast.data.store import LatentStore
+from meduet_fast.errors import UserError
+
+Start = tuple[int, int, int]
+POSITIONS = 64  # crops of each volume and region
+MAX_VOLUMES = 64  # volumes that are looked at; a large store has many that tell the same
+FALLBACK_FRACTION = 1 / 3  # of axis 0, for runs that held nothing out
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """The crops of an evaluation. Volumes are positions in ``store.entries``.
+
+    Attributes:
+        volumes: all volumes looked at.
+        groups: those of them that show the same anatomy on one grid, see :func:`same_anatomy_groups`; empty
+            if the store has none, then ``volumes`` are of all domains.
+        fitted: corners in the training region, by volume: what probes are fitted on.
+        tested: corners in the held-out slab, by volume: what everything is measured on. Volumes of one group
+            have the same corners.
+        unseen: whether pretraining kept away from the held-out slab.
+    """
+
+    volumes: list[int]
+    groups: list[list[int]]
+    fitted: dict[int, list[Start]]
+    tested: dict[int, list[Start]]
+    unseen: bool
+
+    @property
+    def num_crops(self) -> int:
+        """Crops in the plan."""
+        return sum(len(self.fitted[volume]) + len(self.tested[volume]) for volume in self.volumes)
+
+
+def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
+    """Volumes that show the same anatomy in several acquisitions: the ground truth of separation.
+
+    Taken to be those of one body part on one grid: equal shape, and an affine that differs by less than half
+    a voxel of the prepared image everywhere. A group has at least two domains. (Different people registered
+    to one template would be taken for one person.)
+
+    Returns:
+        Lists of positions in ``store.entries``, in ascending order.
+    """
+    by_shape: defaultdict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    for index, entry in enumerate(store.entries):
+        by_shape[entry.body_part, entry.shape].append(index)
+    groups: list[list[int]] = []
+    for candidates in by_shape.values():
+        corners: list[np.ndarray] = []  # one per group of this shape
+        members: list[list[int]] = []
+        for index in candidates if len(candidates) > 1 else ():
+            own = _corners(store, index)
+            tolerance = min(store.entries[index].spacing) / 2
+            for other, group in zip(corners, members, strict=True):
+                if np.abs(own - other).max() < tolerance:
+                    group.append(index)
+                    break
+            else:
+                corners.append(own)
+                members.append([index])
+        groups += [group for group in members if len({store.entries[index].domain for index in group}) > 1]
+    return sorted(groups)
+
+
+def _corners(store: LatentStore, index: int) -> np.ndarray:
+    """Positions in mm of the eight corners of a volume's image, (8, 3)."""
+    affine = np.array(json.loads(store.metadata(index)["affine"]))
+    size = np.array(store.entries[index].grid) * store.index.compression
+    ends = np.array(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij")).reshape(3, -1)
+    return (affine[:3, :3] @ ends + affine[:3, 3:]).T
+
+
+def plan_evaluation(
+    store: LatentStore,
+    crop_size: int,
+    held_out_fraction: float,
+    positions: int = POSITIONS,
+    seed: int = 0,
+) -> EvaluationPlan:
+    """Choose volumes and places.
+
+    Of twice as many random places, the half with more structure is kept (variance of the latents within the
+    crop, mean over the group's volumes): in empty air there is neither content nor style.
+
+    Args:
+        store: an open store.
+        crop_size: edge of a crop in latent voxels.
+        held_out_fraction: that of the run; if it is 0, a third is set apart for testing, which the run has
+            seen.
+        positions: places of each volume and region.
+        seed: chooses the places.
+
+    Raises:
+        UserError: if no two domains have volumes that hold a crop on both sides of the border.
+    """
+    fraction = held_out_fraction or FALLBACK_FRACTION
+    groups = [group for group in same_anatomy_groups(store) if _holds(store, group[0], crop_size, fraction)]
+    groups = _first_volumes(groups)
+    together = groups or [[index] for index in _spread_over_domains(store, crop_size, fraction)]
+    volumes = sorted(index for group in together for index in group)
+    if len({store.entries[index].domain for index in volumes}) < 2:
+        raise UserError(
+            f"{store.path}: separation needs two domains with volumes that can hold a crop of {crop_size} "
+            f"on both sides of a held-out border at {fraction:.2g} of their first axis"
+        )
+    fitted: dict[int, list[Start]] = {}
+    tested: dict[int, list[Start]] = {}
+    for group in together:
+        for held_out, chosen in ((False, fitted), (True, tested)):
+            starts = evaluation_starts(
+                store.entries[group[0]].grid, crop_size, fraction, 2 * positions, seed, held_out=held_out
+            )
+            starts = _with_structure(store, group, starts, crop_size)
+            chosen.update(dict.fromkeys(group, starts))
+    return EvaluationPlan(volumes, groups, fitted, tested, unseen=held_out_fraction > 0)
+
+
+def _holds(store: LatentStore, index: int, crop_size: int, fraction: float) -> bool:
+    """Whether a volume has room for a crop on both sides of the border."""
+    try:
+        evaluation_starts(store.entries[index].grid, crop_size, fraction, 1, 0, held_out=True)
+    except UserError:
+        return False
+    return True
+
+
+def _first_volumes(groups: list[list[int]]) -> list[list[int]]:
+    """The first groups, up to ``MAX_VOLUMES`` volumes but at least one group."""
+    total = np.cumsum([len(group) for group in groups])
+    return [group for group, end in zip(groups, total, strict=True) if end <= MAX_VOLUMES] or groups[:1]
+
+
+def _spread_over_domains(store: LatentStore, crop_size: int, fraction: float) -> list[int]:
+    """Up to ``MAX_VOLUMES`` usable volumes, the same number of every domain where there are as many."""
+    by_domain: defaultdict[str, list[int]] = defaultdict(list)
+    share = max(1, MAX_VOLUMES // len(store.domains))
+    for index, entry in enumerate(store.entries):
+        if len(by_domain[entry.domain]) < share and _holds(store, index, crop_size, fraction):
+            by_domain[entry.domain].append(index)
+    return [index for indices in by_domain.values() for index in indices]
+
+
+def _with_structure(store: LatentStore, group: list[int], starts: list[Start], crop_size: int) -> list[Start]:
+    """The half of ``starts`` with more structure, in their order."""
+    structure = np.zeros(len(starts))
+    for index in group:
+        crops = sample_crops(store, index, starts, crop_size).float()
+        structure += crops.flatten(2).var(2).mean(1).numpy()
+    kept = np.sort(np.argsort(-structure, kind="stable")[: (len(starts) + 1) // 2])
+    return [starts[i] for i in kept]
