@@ -1,0 +1,220 @@
+"""Crops a second from the latent store, beside a MONAI PersistentDataset of gzip latents, on one core.
+
+``python -m benchmarks.bench_loader [--data STORE] [--json PATH]``
+
+The peer is built as the published MeDUET code builds it: four files a volume, PersistentDataset with its
+cache filled, random crop, three flips, a quarter turn. It is timed twice. As published, it writes its cache
+with pickle's highest protocol, which today's torch refuses to read: every read unpacks the gzip file again.
+With the default protocol the cache works. Ours is timed twice, too: the crops alone, which is what loading
+costs in training (flips and turns happen on the GPU), and with flips and turns on this CPU, which is the same
+work as the peer's. Nothing is timed before our crops are shown to be slices of the peer's volumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import pickle
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import PersistentDataset
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    RandFlipd,
+    RandRotate90d,
+    RandSpatialCropd,
+)
+from torch import Tensor
+from torch.serialization import DEFAULT_PROTOCOL
+from torch.utils.data import DataLoader, RandomSampler
+
+from meduet_fast.data.augment import augment
+from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_writer import StoreWriter
+
+CROP, BATCH = 24, 16
+ENDLESS = 2**40
+OURS, OURS_AUGMENTED = "ours: crops", "ours: crops + flips and turns"
+PUBLISHED = "MONAI as published: crops + flips and turns"
+MENDED = "MONAI, cache working: crops + flips and turns"
+
+
+def make_store(path: Path, volumes: int = 8) -> LatentStore:
+    """A store of noise, its volumes as large as those of a chest CT."""
+    generator = torch.Generator().manual_seed(0)
+    with StoreWriter(path, tokenizer="noise", tokenizer_spec="noise", channels=4, compression=4) as writer:
+        for number in range(volumes):
+            writer.add(
+                name=f"volume_{number}",
+                domain=f"domain_{number % 3}",
+                body_part="chest",
+                content_key=str(number),
+                source="noise",
+                latent=torch.randn(4, 60, 60, 56, generator=generator),
+                affine=np.diag([1.5, 1.5, 1.5, 1.0]),
+                spacing=(1.5, 1.5, 1.5),
+                intensity={},
+            )
+    return LatentStore.open(path)
+
+
+def write_published_cache(store: LatentStore, folder: Path) -> list[dict[str, str]]:
+    """The store's volumes in the published layout; one dict of paths per volume."""
+    items = []
+    for index, entry in enumerate(store.entries):
+        base = str(folder / entry.name)
+        latent = store.read_volume(index).float().permute(1, 2, 3, 0).numpy()
+        nib.save(nib.Nifti1Image(latent, np.eye(4)), f"{base}_latent.nii.gz")
+        np.save(f"{base}_domain.npy", np.array([store.domain_id(index)]))
+        np.save(f"{base}_voxel.npy", np.array([entry.spacing]))
+        np.save(f"{base}_bp.npy", np.array([0]))
+        endings = {"latent": "nii.gz", "domain": "npy", "voxel": "npy", "bp": "npy"}
+        items.append({key: f"{base}_{key}.{ending}" for key, ending in endings.items()})
+    return items
+
+
+def peer_batches(items: list[dict[str, str]], cache: Path, pickle_protocol: int) -> Iterator[Tensor]:
+    """Endless batches (B, 4, s, s, s) of the MONAI loader, its cache filled."""
+    transform = Compose(
+        [
+            LoadImaged(keys=["latent", "domain", "voxel", "bp"]),
+            EnsureChannelFirstd(keys=["latent"], channel_dim=-1),
+            RandSpatialCropd(keys=["latent"], roi_size=[CROP] * 3, random_size=False),
+            *(RandFlipd(keys=["latent"], prob=0.2, spatial_axis=axis) for axis in range(3)),
+            RandRotate90d(keys=["latent"], prob=0.2, max_k=3),
+            EnsureTyped(keys=["latent"], dtype=torch.float32),
+        ]
+    )
+    dataset = PersistentDataset(items, transform, cache_dir=cache, pickle_protocol=pickle_protocol)
+    for index in range(len(items)):
+        dataset[index]
+    sampler = RandomSampler(dataset, replacement=True, num_samples=ENDLESS)
+    for batch in DataLoader(dataset, batch_size=BATCH, sampler=sampler):
+        yield batch["latent"]
+
+
+def our_batches(store: LatentStore, augmented: bool) -> Iterator[Tensor]:
+    """Endless batches (B, 4, s, s, s) of the latent store."""
+    generator = torch.Generator().manual_seed(0)
+    loader = crop_loader(store, CropConfig(crop_size=CROP, batch_size=BATCH), total_steps=ENDLESS)
+    for batch in loader:
+        yield augment(batch["latents"], generator) if augmented else batch["latents"]
+
+
+def check(store: LatentStore, items: list[dict[str, str]]) -> None:
+    """Make sure that our crops are slices of the volumes that the peer reads.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    latents = [
+        torch.from_numpy(nib.Nifti1Image.from_filename(item["latent"]).get_fdata(dtype=np.float32)).permute(
+            3, 0, 1, 2
+        )
+        for item in items
+    ]
+    config = CropConfig(crop_size=CROP, batch_size=BATCH)
+    for batch in crop_loader(store, config, total_steps=8):
+        for crop, volume, start in zip(
+            batch["latents"], batch["volume"].tolist(), batch["start"].tolist(), strict=True
+        ):
+            window = [slice(None), *(slice(first, first + CROP) for first in start)]
+            if not torch.equal(crop.float(), latents[volume][window]):
+                raise AssertionError(f"crop at {start} of {store.entries[volume].name} is not its slice")
+
+
+def measure(batches: Iterator[Tensor], seconds: float) -> float:
+    """Crops a second over at least ``seconds`` and one batch."""
+    begin, crops = time.perf_counter(), 0
+    while crops == 0 or time.perf_counter() - begin < seconds:
+        crops += len(next(batches))
+    return crops / (time.perf_counter() - begin)
+
+
+def provenance() -> dict[str, str]:
+    """Where and with what the figures were made."""
+    root = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
+    )
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "monai": monai.__version__,
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def benchmark(store: LatentStore, folder: Path, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Crops a second of every repeat, the loaders taking turns."""
+    items = write_published_cache(store, folder)
+    check(store, items)
+    runs: dict[str, Callable[[], Iterator[Tensor]]] = {
+        OURS: lambda: our_batches(store, augmented=False),
+        OURS_AUGMENTED: lambda: our_batches(store, augmented=True),
+        PUBLISHED: lambda: peer_batches(items, folder / "published", pickle.HIGHEST_PROTOCOL),
+        MENDED: lambda: peer_batches(items, folder / "mended", DEFAULT_PROTOCOL),
+    }
+    batches = {name: run() for name, run in runs.items()}
+    for stream in batches.values():
+        next(stream)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _, (name, stream) in itertools.product(range(repeats), batches.items()):
+        rates[name].append(measure(stream, seconds))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, help="latent store; 8 volumes of 4x60x60x56 noise if not given")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per loader; the median counts")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store = LatentStore.open(arguments.data) if arguments.data else make_store(Path(temporary, "store"))
+        cache = Path(temporary, "published")
+        cache.mkdir()
+        rates = benchmark(store, cache, arguments.repeats, arguments.seconds)
+    recomputed = sum("cache file" in str(warning.message) for warning in caught)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for ours, peer in itertools.product((OURS, OURS_AUGMENTED), (PUBLISHED, MENDED)):
+        print(f"{medians[ours] / medians[peer]:8.1f} x  {ours}, against {peer}")
+    for name, values in rates.items():
+        print(f"{medians[name]:10.0f} crops/s  {name}  ({min(values):.0f} to {max(values):.0f})")
+    print(f"{recomputed} reads of a MONAI cache were refused and made anew")
+    where = provenance()
+    print(f"crops of 4x{CROP}x{CROP}x{CROP}, {len(store.entries)} volumes, one core;", where)
+    if arguments.json:
+        result = {"crops_per_second": rates, "medians": medians, "cache_reads_refused": recomputed, **where}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
