@@ -17,7 +17,8 @@ def write_preview(path: Path, image: Tensor) -> None:
 
     Args:
         path: the PNG.
-        image: (X, Y, Z) in [0, 1], RAS axes; superior and anterior are drawn upwards.
+        image: (X, Y, Z) in [0, 1], RAS axes. Superior is drawn upwards (axial: anterior); the patient's right
+            is drawn on the right (sagittal: anterior).
 
     Raises:
         UserError: the file cannot be written.

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from meduet_fast.data.store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
@@ -140,8 +139,9 @@ class StoreWriter:
         try:
             with atomic_path(file) as temporary:
                 tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()
-                save_file({TENSOR_NAME: tensor}, temporary, metadata=metadata)
-        except (OSError, SafetensorError) as error:
+                # Not safetensors' own save_file, whose files nobody but the owner can read, whatever the umask.
+                temporary.write_bytes(save({TENSOR_NAME: tensor}, metadata))
+        except OSError as error:
             raise UserError(f"{file}: cannot be written: {error}") from error
         self.entries[name] = entry
         if time.monotonic() - self._index_written >= INDEX_INTERVAL_S:

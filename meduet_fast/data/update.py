@@ -112,7 +112,7 @@ def update_store(writer: StoreWriter, jobs: Sequence[VolumeJob]) -> PrepareSumma
     """
     summary = PrepareSummary(writer.path)
     missing = _drop_stale(writer, jobs, summary)
-    for job in track(missing, "Preparing volumes", unit="volume"):
+    for job in track(missing, "Preparing volumes", unit="volume") if missing else ():
         with summary.catch_bad_volume():
             key = job.content_key()
             made = job.make()
@@ -144,7 +144,7 @@ def _drop_stale(writer: StoreWriter, jobs: Sequence[VolumeJob], summary: Prepare
     listed = [job for job in jobs if job.name in writer.entries]
     missing = {job.name for job in jobs if job.name not in writer.entries}
     stale = set()
-    for job in track(listed, "Checking the store", unit="volume"):
+    for job in track(listed, "Checking the store", unit="volume") if listed else ():
         with summary.catch_bad_volume():
             if _is_up_to_date(writer, job):
                 summary.up_to_date.append(job.name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_the_file_is_plain_safetensors_with_labels_in_its_header(make_store: Mak
     assert json.loads(metadata["spacing"]) == [1.5, 1.5, 1.5]
     assert json.loads(metadata["intensity"]) == {"kind": "ct_window", "low": -175.0, "high": 250.0}
     assert metadata["content_key"] == "key-a"
+
+
+def test_everyone_whom_the_umask_allows_can_read_the_store(make_store: MakeStore) -> None:
+    store, _ = make_store(TWO)
+    modes = {path.stat().st_mode & 0o777 for path in store.path.rglob("*.*") if path.name != ".lock"}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
 
 
 def test_crops_equal_slices_of_the_volume(make_store: MakeStore) -> None:
@@ -254,7 +263,7 @@ def test_a_failed_write_leaves_the_old_content_visible(
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("meduet_fast.data.store_writer.save_file", no_space)
+    monkeypatch.setattr(Path, "write_bytes", no_space)
     entry = store.entries[0]
     with (
         pytest.raises(UserError, match=r"c\.safetensors: cannot be written: .*No space left"),
