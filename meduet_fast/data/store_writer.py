@@ -139,7 +139,7 @@ class StoreWriter:
         try:
             with atomic_path(file) as temporary:
                 tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()
-                # Not safetensors' own save_file: its files can be read by their owner alone, whatever the umask.
+                # Not by safetensors' save_file: whatever the umask, its files are readable by their owner alone.
                 temporary.write_bytes(save({TENSOR_NAME: tensor}, metadata))
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error}") from error
