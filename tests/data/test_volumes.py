@@ -246,15 +246,13 @@ def with_spacing(value: float) -> Callable[[Path], None]:
     return make
 
 
-def singular(path: Path) -> None:
-    write(path, noise(40, 40, 40))
-    patch(path, 254, "h", 1)
-    patch(path, 280, "12f", 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
+def with_affine(*rows: float) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        write(path, noise(40, 40, 40))
+        patch(path, 254, "h", 1)
+        patch(path, 280, "12f", *rows)
 
-
-def affine_not_finite(path: Path) -> None:
-    write(path, noise(40, 40, 40))
-    patch(path, 280, "f", float("nan"))
+    return make
 
 
 def constant(path: Path) -> None:
@@ -304,8 +302,13 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     (".nii", with_spacing(0.0), r"spacing \(0.0, 1.0, 1.0\) mm in the header, expected positive"),
     (".nii", with_spacing(-1.5), r"spacing \(-1.5, 1.0, 1.0\) mm in the header"),
     (".nii", with_spacing(float("nan")), r"spacing \(nan, 1.0, 1.0\) mm in the header"),
-    (".nii", singular, "singular affine"),
-    (".nii", affine_not_finite, "the affine is not finite"),
+    (
+        ".nii",
+        with_affine(1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0),
+        "singular affine",
+    ),  # an axis without a direction
+    (".nii", with_affine(1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0), "singular affine"),  # two axes along one line
+    (".nii", with_affine(float("nan"), 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0), "the affine is not finite"),
     (".nii.gz", constant, "constant image: every voxel is 0.5"),
     (".nii.gz", outside_the_window, r"constant image after ct_window \[0, 1\]"),
     (".nii.gz", tiny, r"too small: \(.*\) voxels of 1.5 mm are not empty, expected at least 6"),
