@@ -139,7 +139,7 @@ class StoreWriter:
         try:
             with atomic_path(file) as temporary:
                 tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()
-                # Not by safetensors' save_file: whatever the umask, its files are readable by their owner alone.
+                # Not by safetensors' save_file: only their owner can read its files, whatever the umask.
                 temporary.write_bytes(save({TENSOR_NAME: tensor}, metadata))
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error}") from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
     for step, batch in enumerate(batches, start=3):
         assert batch.keys() == whole[step].keys()
         assert all(torch.equal(batch[key], whole[step][key]) for key in batch)
+
+
+def test_one_core_reads_five_thousand_published_crops_a_second(make_store: MakeStore) -> None:
+    store, _ = make_store({f"v{i}": (f"d{i % 3}", (60, 60, 56)) for i in range(6)})
+    loader = crop_loader(store, CropConfig(crop_size=24, batch_size=64), total_steps=40)
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()  # of all threads: other processes on this machine do not count
+        crops = sum(len(batch["latents"]) for batch in loader)
+        seconds.append(time.process_time() - begin)
+    assert crops == 40 * 64
+    assert crops / min(seconds) > 5000
 
 
 @pytest.mark.parametrize(
