@@ -60,7 +60,12 @@ class MeDUETConfig:
                 raise ValueError(
                     f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
                 )
-        if int(self.embed_dim * self.style_ratio) < 1:
+        for width in ("embed_dim", "decoder_embed_dim"):
+            if getattr(self, width) % 6:
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not a multiple of 6, as 3D sine-cosine positions need"
+                )
+        if self.style_dim < 1:
             raise ValueError(f"style_ratio {self.style_ratio} of embed_dim {self.embed_dim} leaves no style")
 
     @property

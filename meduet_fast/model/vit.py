@@ -57,14 +57,13 @@ def sincos_positions(dim: int, grid: int, theta: float = 10000.0) -> Tensor:
     A third of the width for each axis (x, y, z), sines in its first half, cosines in its second
     (MeDUET section "Network").
 
+    Args:
+        dim: width, a multiple of 6.
+        grid: tokens along each axis.
+
     Returns:
         (1, 1 + grid^3, dim) float32.
-
-    Raises:
-        ValueError: if ``dim`` is not a multiple of 6.
     """
-    if dim % 6:
-        raise ValueError(f"width {dim} is not a multiple of 6, as 3D sine-cosine positions need")
     frequencies = theta ** -(torch.arange(dim // 6, dtype=torch.float64) / (dim // 6))
     axis = torch.arange(grid, dtype=torch.float64)
     coordinates = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)

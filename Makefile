@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up by themselves; a second call redoes nothing.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	$(BIN)/meduet-fast sample-data $(DEMO)/sample-data
+	$(BIN)/meduet-fast prepare --input $(DEMO)/sample-data/manifest.yaml --output $(DEMO)/store
+	$(BIN)/meduet-fast pretrain --config demo --data $(DEMO)/store --output $(DEMO)/run --resume
+	$(BIN)/meduet-fast report $(DEMO)/run
+
+# pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
+test: $(READY)
+	$(BIN)/pytest
+
+# The type checker sees the installed layout, in which `kernels` is `meduet_fast.kernels`.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck
+	$(BIN)/python -W ignore setup.py -q build_py --build-lib build/typecheck
+	$(BIN)/mypy
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
+		"Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+		echo "venv is not usable here; taking virtualenv"; rm -rf $(VENV); \
+		$(PYTHON) -m pip install --quiet --target .bootstrap virtualenv && \
+		PYTHONPATH=.bootstrap $(PYTHON) -m virtualenv --quiet $(VENV); }
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,239 @@
+"""The program ``meduet-fast``: each command calls one function with typed arguments; no logic here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+import meduet_fast
+from meduet_fast.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+Run = Callable[[Namespace], int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        summary: one line for the list of commands.
+        add_arguments: declares its arguments.
+        run: does it; returns the exit code.
+    """
+
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Run
+
+
+def _settings(parser: ArgumentParser, settings: type, packaged: str = "") -> None:
+    """``--config`` and an option for every field of a dataclass."""
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help=f"YAML file{packaged}; options behind it change single values",
+    )
+    parser.add_class_arguments(settings, as_group=True)
+
+
+def _built(settings: type, arguments: Namespace) -> Any:
+    """The dataclass made of the parsed options."""
+    return settings(**{item.name: arguments[item.name] for item in fields(settings)})
+
+
+def _packaged() -> dict[str, Path]:
+    return {path.stem: path for path in CONFIGS.glob("*.yaml")}
+
+
+def _sample_data(arguments: Namespace) -> int:
+    from meduet_fast.data.samples import fetch_samples
+
+    print(f"{fetch_samples(arguments.directory)}: ready")
+    return 0
+
+
+def _summarise(summary: Any) -> int:
+    from meduet_fast.data.update import format_summary
+
+    print(format_summary(summary))
+    return EXIT_FAILED if summary.failed else 0
+
+
+def _prepare_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.data.prepare import PrepareConfig
+
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="folder of NIfTI files, Decathlon/MONAI JSON list, nnU-Net data set folder, or YAML manifest",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="latent store to make or to update")
+    _settings(parser, PrepareConfig)
+
+
+def _prepare(arguments: Namespace) -> int:
+    from meduet_fast.data.prepare import PrepareConfig, prepare
+
+    return _summarise(prepare(arguments.input, arguments.output, _built(PrepareConfig, arguments)))
+
+
+def _import_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, help="cache of the published code (*_latent.nii.gz and .npy files)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="latent store to make or to update")
+    parser.add_argument("--domain_names", type=list[str], help="names of data sets 0, 1, ...")
+
+
+def _import_cache(arguments: Namespace) -> int:
+    from meduet_fast.data.reference_cache import import_reference_cache
+
+    return _summarise(import_reference_cache(arguments.folder, arguments.output, arguments.domain_names))
+
+
+def _pretrain_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.training import PretrainConfig
+
+    parser.add_argument("--data", type=Path, required=True, help="latent store")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
+    _settings(parser, PretrainConfig, f", or the name of a packaged one ({', '.join(sorted(_packaged()))})")
+
+
+def _pretrain(arguments: Namespace) -> int:
+    from meduet_fast.training import PretrainConfig, pretrain
+
+    config = _built(PretrainConfig, arguments)
+    result = pretrain(arguments.data, arguments.output, config, arguments.resume)
+    if result.stopped_by is not None and not result.finished:
+        print(
+            f"{arguments.output}: stopped by {result.stopped_by.name} after step {result.step} of "
+            f"{config.steps}; a checkpoint was written, continue with --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
+    print(f"{arguments.output}: {result.step} steps done")
+    return 0
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a run that `pretrain` wrote")
+    parser.add_argument("--data", type=Path, help="latent store, if it is not where the run found it")
+
+
+def _report(arguments: Namespace) -> int:
+    from meduet_fast.report import write_report
+
+    print(f"{write_report(arguments.run, arguments.data)}: open it in a browser")
+    return 0
+
+
+def _train_tokenizer_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.tokenizer.train import TokenizerTrainingConfig
+
+    parser.add_argument("--input", type=Path, required=True, help="volumes, as `prepare` takes them")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    _settings(parser, TokenizerTrainingConfig)
+
+
+def _train_tokenizer(arguments: Namespace) -> int:
+    from meduet_fast.tokenizer.train import TokenizerTrainingConfig, format_metrics, train_tokenizer
+
+    config = _built(TokenizerTrainingConfig, arguments)
+    print(format_metrics(train_tokenizer(arguments.input, arguments.output, config)))
+    return 0
+
+
+COMMANDS = {
+    "sample-data": Command(
+        "download three real volumes and make three acquisition variants of the CT",
+        lambda parser: parser.add_argument("directory", type=Path, help="folder to fill") and None,
+        _sample_data,
+    ),
+    "prepare": Command("turn volumes into a store of latents", _prepare_arguments, _prepare),
+    "import-cache": Command(
+        "turn a cache of the published code into a store", _import_arguments, _import_cache
+    ),
+    "pretrain": Command("pretrain MeDUET on a store", _pretrain_arguments, _pretrain),
+    "report": Command("write a report of a run to look at", _report_arguments, _report),
+    "train-tokenizer": Command(
+        "train a small tokenizer on volumes", _train_tokenizer_arguments, _train_tokenizer
+    ),
+}
+
+
+def _usage() -> str:
+    lines = ["usage: meduet-fast COMMAND ... (meduet-fast COMMAND --help tells more)", "", "commands:"]
+    lines += [f"  {name:16} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _parse(name: str, arguments: Sequence[str]) -> Namespace:
+    """Parsed and instantiated arguments of a command.
+
+    Raises:
+        UserError: for what does not parse, or settings that do not fit together.
+    """
+    command = COMMANDS[name]
+    parser = ArgumentParser(
+        prog=f"meduet-fast {name}", description=command.summary, exit_on_error=False, default_env=False
+    )
+    command.add_arguments(parser)
+    try:
+        return parser.instantiate_classes(parser.parse_args(_find_packaged(name, arguments)))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
+    """Replace the name of a packaged configuration behind ``--config`` by its path."""
+    found = list(arguments)
+    for position, argument in enumerate(found):
+        option, equals, value = argument.partition("=")
+        if option != "--config" or (not equals and position + 1 == len(found)):
+            continue
+        value = value if equals else found[position + 1]
+        packaged = _packaged() if name == "pretrain" else {}
+        if value in packaged:
+            found[position if equals else position + 1] = (
+                f"--config={packaged[value]}" if equals else str(packaged[value])
+            )
+        elif not Path(value).is_file():
+            known = f", and not one of the packaged ones ({', '.join(sorted(packaged))})" if packaged else ""
+            raise UserError(f"--config {value}: no such file{known}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code: 0 done, 1 some inputs failed, 2 bad usage or input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] == "--version":
+        print(meduet_fast.__version__)
+        return 0
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if given else EXIT_USAGE
+    name = given[0]
+    if name not in COMMANDS:
+        print(f"meduet-fast: no command {name!r}, expected one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return COMMANDS[name].run(_parse(name, given[1:]))
+    except UserError as error:
+        # One line: parsers and libraries like to explain over several.
+        print(f"meduet-fast {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"meduet-fast {name}: interrupted", file=sys.stderr)
+        return 130
