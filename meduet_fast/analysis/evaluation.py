@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,8 @@ class EvaluationPlan:
         groups: those of them that show the same anatomy on one grid, see :func:`same_anatomy_groups`; empty
             if the store has none, then ``volumes`` are of all domains.
         fitted: corners in the training region, by volume: what probes are fitted on.
-        tested: corners in the held-out slab, by volume: what everything is measured on. Volumes of one group
-            have the same corners.
+        tested: corners in the held-out slab, by volume: what everything is measured on.
+            In both, volumes of one group have the same corners, those with the most structure first.
         unseen: whether pretraining kept away from the held-out slab.
     """
 
@@ -48,8 +49,9 @@ def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
     """Volumes that show the same anatomy in several acquisitions: the ground truth of separation.
 
     Taken to be those of one body part on one grid: equal shape, and an affine that differs by less than half
-    a voxel of the prepared image everywhere. A group has at least two domains. (Different people registered
-    to one template would be taken for one person.)
+    a voxel of the prepared image everywhere. A group has at least two domains. A volume whose corner lies
+    at exactly 0, 0, 0 is taken to have no known position (imported caches) and is in no group. Different
+    people registered to one template would be taken for one person.
 
     Returns:
         Lists of positions in ``store.entries``, in ascending order.
@@ -63,6 +65,8 @@ def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
         members: list[list[int]] = []
         for index in candidates if len(candidates) > 1 else ():
             own = _corners(store, index)
+            if not own[0].any():
+                continue
             tolerance = min(store.entries[index].spacing) / 2
             for other, group in zip(corners, members, strict=True):
                 if np.abs(own - other).max() < tolerance:
@@ -92,8 +96,7 @@ def plan_evaluation(
 ) -> EvaluationPlan:
     """Choose volumes and places.
 
-    Of twice as many random places, the half with more structure is kept (variance of the latents within the
-    crop, mean over the group's volumes): in empty air there is neither content nor style.
+    For the places see :func:`structured_starts`.
 
     Args:
         store: an open store.
@@ -107,8 +110,9 @@ def plan_evaluation(
         UserError: if no two domains have volumes that hold a crop on both sides of the border.
     """
     fraction = held_out_fraction or FALLBACK_FRACTION
-    groups = [group for group in same_anatomy_groups(store) if _holds(store, group[0], crop_size, fraction)]
-    groups = _first_volumes(groups)
+    groups = _first_volumes(
+        [group for group in same_anatomy_groups(store) if holds_both(store, group[0], crop_size, fraction)]
+    )
     together = groups or [[index] for index in _spread_over_domains(store, crop_size, fraction)]
     volumes = sorted(index for group in together for index in group)
     if len({store.entries[index].domain for index in volumes}) < 2:
@@ -120,15 +124,44 @@ def plan_evaluation(
     tested: dict[int, list[Start]] = {}
     for group in together:
         for held_out, chosen in ((False, fitted), (True, tested)):
-            starts = evaluation_starts(
-                store.entries[group[0]].grid, crop_size, fraction, 2 * positions, seed, held_out=held_out
-            )
-            starts = _with_structure(store, group, starts, crop_size)
+            starts = structured_starts(store, group, crop_size, fraction, positions, seed, held_out=held_out)
             chosen.update(dict.fromkeys(group, starts))
     return EvaluationPlan(volumes, groups, fitted, tested, unseen=held_out_fraction > 0)
 
 
-def _holds(store: LatentStore, index: int, crop_size: int, fraction: float) -> bool:
+def structured_starts(
+    store: LatentStore,
+    volumes: Sequence[int],
+    crop_size: int,
+    fraction: float,
+    count: int,
+    seed: int = 0,
+    *,
+    held_out: bool = True,
+) -> list[Start]:
+    """Corners of crops that show something: in empty air there is neither content nor style.
+
+    Of twice as many random places the half with more structure is kept: variance of the latents within the
+    crop, mean over the volumes.
+
+    Args:
+        volumes: volumes on one grid.
+        crop_size, fraction, count, seed, held_out: see :func:`~meduet_fast.data.crops.evaluation_starts`.
+
+    Returns:
+        Corners, those with the most structure first.
+    """
+    grid = store.entries[volumes[0]].grid
+    starts = evaluation_starts(grid, crop_size, fraction, 2 * count, seed, held_out=held_out)
+    structure = np.zeros(len(starts))
+    for index in volumes:
+        crops = sample_crops(store, index, starts, crop_size).float()
+        structure += crops.flatten(2).var(2).mean(1).numpy()
+    order = np.argsort(-structure, kind="stable")
+    return [starts[i] for i in order[: (len(starts) + 1) // 2]]
+
+
+def holds_both(store: LatentStore, index: int, crop_size: int, fraction: float) -> bool:
     """Whether a volume has room for a crop on both sides of the border."""
     try:
         evaluation_starts(store.entries[index].grid, crop_size, fraction, 1, 0, held_out=True)
@@ -148,16 +181,6 @@ def _spread_over_domains(store: LatentStore, crop_size: int, fraction: float) ->
     by_domain: defaultdict[str, list[int]] = defaultdict(list)
     share = max(1, MAX_VOLUMES // len(store.domains))
     for index, entry in enumerate(store.entries):
-        if len(by_domain[entry.domain]) < share and _holds(store, index, crop_size, fraction):
+        if len(by_domain[entry.domain]) < share and holds_both(store, index, crop_size, fraction):
             by_domain[entry.domain].append(index)
     return [index for indices in by_domain.values() for index in indices]
-
-
-def _with_structure(store: LatentStore, group: list[int], starts: list[Start], crop_size: int) -> list[Start]:
-    """The half of ``starts`` with more structure, in their order."""
-    structure = np.zeros(len(starts))
-    for index in group:
-        crops = sample_crops(store, index, starts, crop_size).float()
-        structure += crops.flatten(2).var(2).mean(1).numpy()
-    kept = np.sort(np.argsort(-structure, kind="stable")[: (len(starts) + 1) // 2])
-    return [starts[i] for i in kept]

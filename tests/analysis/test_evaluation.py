@@ -37,13 +37,19 @@ def test_groups_are_one_body_part_on_one_grid_in_several_domains(make_store: Mak
 def test_two_people_on_equal_shapes_are_two_groups(make_store: MakeStore) -> None:
     store = make_store(
         [
-            ("a1", "plain", "chest", GRID, (0.0, 0.0, 0.0)),
-            ("a2", "soft", "chest", GRID, (0.0, 0.0, 0.0)),
+            ("a1", "plain", "chest", GRID, (-9.0, 0.0, 3.0)),
+            ("a2", "soft", "chest", GRID, (-9.0, 0.0, 3.0)),
             ("b1", "plain", "chest", GRID, (30.0, 0.0, 0.0)),
             ("b2", "soft", "chest", GRID, (30.0, 0.0, 0.0)),
         ]
     )
     assert names(store, same_anatomy_groups(store)) == [["a1", "a2"], ["b1", "b2"]]
+
+
+def test_volumes_of_unknown_position_share_nothing(make_store: MakeStore) -> None:
+    nowhere = (0.0, 0.0, 0.0)
+    store = make_store([("a1", "plain", "chest", GRID, nowhere), ("a2", "soft", "chest", GRID, nowhere)])
+    assert same_anatomy_groups(store) == []
 
 
 def test_fitted_crops_end_where_held_out_crops_begin(make_store: MakeStore) -> None:

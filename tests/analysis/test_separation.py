@@ -86,7 +86,7 @@ def test_retrieval_stays_within_a_group() -> None:
 def test_factors_are_token_means_of_unmixed_crops(
     make_store: MakeStore, config: MeDUETConfig, batch_size: int
 ) -> None:
-    store = make_store([("a1", "plain", "chest", (20, 12, 10), (0.0, 0.0, 0.0))])
+    store = make_store([("a1", "plain", "chest", (20, 12, 10), (-9.0, 0.0, 3.0))])
     model = untrained_like(config, 0)
     starts = [(0, 0, 0), (3, 1, 2), (12, 4, 2), (5, 0, 1)]
     content, style = extract_factors(model, store, 0, starts, batch_size)
@@ -99,7 +99,7 @@ def test_factors_are_token_means_of_unmixed_crops(
 
 
 def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) -> None:
-    grid, origin = (24, 12, 10), (0.0, 0.0, 0.0)
+    grid, origin = (24, 12, 10), (-9.0, 0.0, 3.0)
     store = make_store([(f"v{name}", name, "chest", grid, origin) for name in "abc"])
     model, untrained = untrained_like(config, 1), untrained_like(config, 0)
     result = separation(model, untrained, store, 0.4, positions=20)
@@ -120,7 +120,7 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
 
 
 def test_without_a_shared_anatomy_there_is_no_retrieval(make_store: MakeStore, config: MeDUETConfig) -> None:
-    origin = (0.0, 0.0, 0.0)
+    origin = (-9.0, 0.0, 3.0)
     store = make_store([("a", "a", "chest", (24, 12, 10), origin), ("b", "b", "brain", (20, 12, 10), origin)])
     model = untrained_like(config, 0)
     result = separation(model, model, store, 0.4, positions=10)
