@@ -24,7 +24,7 @@ setup(
         "nibabel>=5.3",
         "safetensors>=0.6",
         "scikit-learn>=1.5",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "PyYAML>=6",
         "rich>=13",
         "matplotlib>=3.9",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import meduet_fast
@@ -45,8 +46,15 @@ def _settings(parser: ArgumentParser, settings: type, packaged: str = "") -> Non
 
 
 def _built(settings: type, arguments: Namespace) -> Any:
-    """The dataclass made of the parsed options."""
-    return settings(**{item.name: arguments[item.name] for item in fields(settings)})
+    """The dataclass made of the parsed options.
+
+    Raises:
+        UserError: if they do not fit together.
+    """
+    try:
+        return settings(**{item.name: arguments[item.name] for item in fields(settings)})
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _packaged() -> dict[str, Path]:
@@ -191,9 +199,17 @@ def _parse(name: str, arguments: Sequence[str]) -> Namespace:
     )
     command.add_arguments(parser)
     try:
-        return parser.instantiate_classes(parser.parse_args(_find_packaged(name, arguments)))
+        return parser.instantiate(parser.parse_args(_find_packaged(name, arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def _check_yaml(path: Path) -> None:
+    """The parser's own words on a syntax error do not name the file."""
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
 
 
 def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
@@ -212,6 +228,8 @@ def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
         elif not Path(value).is_file():
             known = f", and not one of the packaged ones ({', '.join(sorted(packaged))})" if packaged else ""
             raise UserError(f"--config {value}: no such file{known}")
+        else:
+            _check_yaml(Path(value))
     return found
 
 

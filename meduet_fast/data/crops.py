@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,7 +181,13 @@ def crop_loader(
         sampler=range(start_step, total_steps),
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_stopping_to_the_parent,
     )
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; a reader must outlive it until the run has its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_starts(

@@ -14,6 +14,7 @@ from meduet_fast.data.sources import IntensityRule, VolumeEntry, find_volumes
 from meduet_fast.data.store_writer import StoreWriter
 from meduet_fast.data.update import PrepareSummary, VolumeJob, VolumeLatents, update_store
 from meduet_fast.data.volumes import TransformConfig, content_key, load_volume
+from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
 from meduet_fast.tokenizer.base import Tokenizer, load_tokenizer
 
@@ -28,7 +29,7 @@ class PrepareConfig:
             ``autoencoder.pt``.
         sample: draw latents from the tokenizer's posterior instead of taking its mean.
         seed: seed of that draw; every volume has a stream of its own.
-        device: where the tokenizer works, such as "cpu" or "cuda".
+        device: where the tokenizer works; "auto" takes CUDA where there is one.
         domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
     """
 
@@ -36,7 +37,7 @@ class PrepareConfig:
     tokenizer: str = "builtin"
     sample: bool = False
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     domain: str | None = None
     intensity: IntensityRule | None = None
     body_part: str = "unknown"
@@ -53,12 +54,8 @@ def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSum
         UserError: no usable input, no such tokenizer or device, or the store is in use or cannot be written.
     """
     entries = find_volumes(input_path, config.domain, config.intensity, config.body_part)
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device: {config.device!r} cannot be used: {reason}") from error
-    return prepare_volumes(entries, output, load_tokenizer(config.tokenizer, config.device), config)
+    tokenizer = load_tokenizer(config.tokenizer, select_device(config.device))
+    return prepare_volumes(entries, output, tokenizer, config)
 
 
 def prepare_volumes(
@@ -89,10 +86,11 @@ def prepare_volumes(
 
 @torch.inference_mode()
 def _encode(entry: VolumeEntry, tokenizer: Tokenizer, config: PrepareConfig) -> VolumeLatents:
+    device = select_device(config.device)
     volume = load_volume(entry, config.transform)
     generator = None
     if config.sample:
         digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
-        generator = torch.Generator(config.device).manual_seed(int.from_bytes(digest[:8], "little"))
-    latent = tokenizer.encode(volume.image[None].to(config.device), config.sample, generator)[0]
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+    latent = tokenizer.encode(volume.image[None].to(device), config.sample, generator)[0]
     return VolumeLatents(latent, volume.affine, volume.spacing, asdict(entry.intensity), volume.image[0])

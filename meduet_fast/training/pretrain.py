@@ -19,6 +19,7 @@ from torch import Tensor
 from meduet_fast.data.augment import augment
 from meduet_fast.data.crops import CropConfig, crop_loader
 from meduet_fast.data.store import LatentStore
+from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.model import MeDUET
@@ -78,22 +79,6 @@ class StopRequest:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         signal.signal(number, self._previous[self.signal])
-
-
-def select_device(name: str) -> torch.device:
-    """ "auto" -> CUDA where there is one; anything else as torch reads it.
-
-    Raises:
-        UserError: for an unknown or absent device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _data_identity(store: LatentStore) -> str:
@@ -167,7 +152,7 @@ def train_step(
         waited += time.perf_counter() - began
         # Random numbers depend on the position in the run alone, so that a resumed run draws the same.
         generator = torch.Generator(device).manual_seed((config.seed << 40) + micro)
-        latents = augment(batch["latents"].to(device, non_blocking=True).float(), generator)
+        latents = augment(batch["latents"].to(device, non_blocking=True), generator).float()
         domain = batch["domain"].to(device, non_blocking=True)
         mask = random_mix_mask(len(latents), config.model.num_tokens, generator, device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):

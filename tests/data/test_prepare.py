@@ -273,7 +273,7 @@ def test_prepare_finds_the_volumes_and_the_tokenizer(
 
 
 def test_a_device_that_does_not_exist_is_named(volumes: list[VolumeEntry], store: Path) -> None:
-    with pytest.raises(UserError, match="device: 'nowhere' cannot be used"):
+    with pytest.raises(UserError, match="device 'nowhere' can't be used"):
         prepare(volumes[0].path.parent, store, replace(CONFIG, device="nowhere"))
     assert not store.exists()
 

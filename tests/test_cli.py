@@ -1,0 +1,147 @@
+"""The program: help, one-line errors with exit code 2, and what each command passes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meduet_fast.cli import COMMANDS, CONFIGS, _parse, main
+from meduet_fast.training import PretrainConfig
+
+PRETRAIN = ["pretrain", "--config", "demo", "--data", "nowhere", "--output", "run"]
+
+
+def test_help_lists_every_command_and_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert f"meduet-fast {name}" in capsys.readouterr().out
+
+
+def test_units_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in (("prepare", "mm"), ("pretrain", "in latent voxels")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], ""),
+        (["nonsense"], "no command 'nonsense', expected one of: sample-data"),
+        ([*PRETRAIN, "--stepz", "3"], "--stepz"),
+        ([*PRETRAIN, "--steps", "many"], "steps"),
+        ([*PRETRAIN, "--model.depth", "2.5"], "depth"),
+        ([*PRETRAIN, "--batch_size", "3"], "batch_size is 3, expected an even number"),
+        ([*PRETRAIN, "--model.patch_size", "5"], "latent_size 12 is not a multiple of patch_size 5"),
+        ([*PRETRAIN, "--objective.pairing", "both"], "pairing"),
+        (PRETRAIN, "nowhere: not a latent store"),
+        (["pretrain", "--config", "demo"], "data, output"),
+        (["pretrain", "--config", "absent", "--data", "x", "--output", "y"], "not one of the packaged ones (demo"),
+        (["prepare", "--input", "nowhere", "--output", "store"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["train-tokenizer", "--input", "nowhere", "--output", "x.safetensors"], "nowhere"),
+        (["import-cache", "nowhere", "--output", "x"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    if arguments:
+        assert output.out == ""
+        assert len(output.err.strip().splitlines()) == 1
+        assert message in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_key_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.yaml"
+    for text, word in (("stepz: 3\n", "stepz"), ("model: {dept: 3}\n", "dept"), ("steps: [", "mine.yaml")):
+        config.write_text(text)
+        assert main(["pretrain", "--config", str(config), "--data", "x", "--output", "y"]) == 2
+        error = capsys.readouterr().err
+        assert word in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_options_change_single_values_of_a_file() -> None:
+    parsed = _parse("pretrain", [*PRETRAIN[1:], "--steps", "7", "--model.depth", "1"])
+    demo = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    assert (parsed.steps, parsed.model.depth) == (7, 1)
+    assert parsed.model.embed_dim == demo["model"]["embed_dim"]
+    assert parsed.batch_size == demo["batch_size"]
+
+
+def test_vit_base_is_the_published_setting() -> None:
+    parsed = _parse("pretrain", ["--config=vit_base", "--data", "x", "--output", "y"])
+    published = PretrainConfig()
+    for name in published.identity():
+        value, expected = parsed, published
+        for part in name.split("."):
+            value, expected = getattr(value, part), getattr(expected, part)
+        assert value == expected, name
+
+
+@pytest.mark.slow
+def test_ctrl_c_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
+    """The program as a process, stopped like a user does it, then resumed to its end."""
+    import numpy as np
+    import torch
+
+    from meduet_fast.data.store_writer import StoreWriter
+
+    store = tmp_path / "store"
+    with StoreWriter(store, tokenizer="test", tokenizer_spec="test", channels=4, compression=4) as writer:
+        for domain in "ab":
+            writer.add(
+                name=domain, domain=domain, body_part="none", content_key=domain, source=domain,
+                latent=torch.randn(4, 12, 12, 12), affine=np.eye(4), spacing=(1.5, 1.5, 1.5), intensity={},
+            )  # fmt: skip
+    size = {"latent_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_domains": 2}
+    decoder = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
+    config = {
+        "model": size | decoder,
+        "steps": 100_000,
+        "batch_size": 2,
+        "workers": 1,
+        "checkpoint_every": 100_000,
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "meduet_fast", "pretrain", "--config", str(tmp_path / "config.yaml")]
+    command += ["--data", str(store), "--output", str(tmp_path / "run"), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the readers too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "stopped by SIGINT after step" in err
+    assert "Traceback" not in err + out
+    assert next((tmp_path / "run" / "checkpoints").iterdir()).name.isdigit()
