@@ -30,6 +30,8 @@ class EvaluationPlan:
         fitted: corners in the training region, by volume: what probes are fitted on.
         tested: corners in the held-out slab, by volume: what everything is measured on.
             In both, volumes of one group have the same corners, those with the most structure first.
+        crop_size: edge of a crop in latent voxels.
+        fraction: held-out part of axis 0.
         unseen: whether pretraining kept away from the held-out slab.
     """
 
@@ -37,6 +39,8 @@ class EvaluationPlan:
     groups: list[list[int]]
     fitted: dict[int, list[Start]]
     tested: dict[int, list[Start]]
+    crop_size: int
+    fraction: float
     unseen: bool
 
     @property
@@ -126,7 +130,7 @@ def plan_evaluation(
         for held_out, chosen in ((False, fitted), (True, tested)):
             starts = structured_starts(store, group, crop_size, fraction, positions, seed, held_out=held_out)
             chosen.update(dict.fromkeys(group, starts))
-    return EvaluationPlan(volumes, groups, fitted, tested, unseen=held_out_fraction > 0)
+    return EvaluationPlan(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
 
 
 def structured_starts(

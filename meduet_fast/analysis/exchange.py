@@ -88,7 +88,7 @@ def exchange_errors(
 ) -> ExchangeErrors:
     """Errors of exchanging styles between two volumes of one group, on held-out crops.
 
-    The style comes from the place farthest from the one that is reconstructed, lest the encoder see the truth.
+    The style comes from the farthest place of the plan, lest the encoder see the truth.
 
     Args:
         first, second: positions in ``store.entries``.

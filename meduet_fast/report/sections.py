@@ -1,0 +1,232 @@
+"""What the report says about what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+import meduet_fast
+from meduet_fast.analysis import FactorScores, Separation
+
+from .material import NETWORK, Findings, Material
+from .page import Section, details, figure, paragraph, table
+from .pictures import Side
+
+
+def percent(value: float | None) -> str:
+    """A share as text."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def headline(findings: Findings) -> str:
+    """The two results that matter, in a few plain lines."""
+    first, last = findings.reconstruction
+    lines = [f"Reconstruction loss of hidden tokens: {first:.3f} at first, {last:.3f} at last"]
+    separation = findings.separation
+    if separation is None:
+        return "\n".join([*lines, f"Separation not measured: {findings.why_not}"])
+    probe = separation.probe
+    lines += [
+        f"Linear probe for the domain on {separation.crops_tested} held-out crops "
+        f"(chance {percent(separation.probe_chance)}):",
+        f"  style   {percent(probe.style)} (untrained {percent(probe.untrained_style)})",
+        f"  content {percent(probe.content)} (untrained {percent(probe.untrained_content)})",
+        f"  style above content: {separation.gap_points:.1f} points",
+    ]
+    return "\n".join(lines)
+
+
+def summary(findings: Findings) -> Section:
+    """The headline tables."""
+    first, last = findings.reconstruction
+    body = table(
+        "Reconstruction loss of hidden tokens (mean squared error of latents of about unit variance)",
+        ["", "first tenth of the run", "last tenth", "last / first"],
+        [["reconstruction", f"{first:.3f}", f"{last:.3f}", f"{last / first:.2f}" if first else ""]],
+    )
+    separation = findings.separation
+    if separation is None:
+        body += paragraph(f"Separation was not measured: {findings.why_not}.")
+        return Section("Summary", body)
+    body += _score_table(
+        "Linear probe: how often the domain is named right on held-out crops (balanced accuracy)",
+        separation.probe,
+        separation.probe_chance,
+    )
+    gap = separation.gap_points
+    before = 100 * (separation.probe.untrained_style - separation.probe.untrained_content)
+    body += paragraph(
+        f"Style names the domain in {abs(gap):.1f} percentage points "
+        f"{'more' if gap >= 0 else 'fewer'} of the crops than content does ({before:+.1f} without training). "
+        "In a well separated pair of factors style is near 100 % and content near chance."
+    )
+    return Section("Summary", body)
+
+
+def _score_table(caption: str, scores: FactorScores, chance: float | None) -> str:
+    return table(
+        caption,
+        ["", "trained", "untrained", "chance"],
+        [
+            ["from style", percent(scores.style), percent(scores.untrained_style), percent(chance)],
+            ["from content", percent(scores.content), percent(scores.untrained_content), percent(chance)],
+        ],
+    )
+
+
+def losses(png: Path) -> Section:
+    """The curves of all terms."""
+    return Section(
+        "Losses",
+        figure(
+            png,
+            "Every term of the loss: single records faint, their running mean bold. All but the last should "
+            "fall. The content's domain loss should be at the dashed line: there, content tells no more "
+            "about the domain than guessing. Where MFTD starts (dotted), the total takes on another term.",
+            "Six panels with the loss terms over training steps",
+        ),
+    )
+
+
+def separation(findings: Findings, png: Path | None) -> Section:
+    """How it was measured, retrieval, scatter, and the errors of exchanges."""
+    found = findings.separation
+    if found is None:
+        return Section("Separation", paragraph(f"Not measured: {findings.why_not}."))
+    body = paragraph(_how_measured(found))
+    if png is not None:
+        body += figure(
+            png,
+            "Each point is one held-out crop; the two directions are those in which the factor varies most. "
+            "Colours should lie in clumps in style and be well mixed in content.",
+            "Two scatter plots of crops, content and style, coloured by domain",
+        )
+    if found.retrieval is not None:
+        body += _score_table(
+            "Same place found: how often the most similar crop of another acquisition is the same place",
+            found.retrieval,
+            found.retrieval_chance,
+        )
+        body += paragraph(
+            "Content should find the place again, whatever the acquisition; style should not know places."
+        )
+    if findings.exchanges:
+        body += table(
+            "Exchanging styles: squared error of latents against the other acquisition's own crop of the "
+            f"place, mean over {2 * findings.exchanges[0].errors.places} held-out crops",
+            ["", "style exchanged", "own style kept", "plain reconstruction"],
+            [
+                [
+                    f"{item.first} and {item.second}",
+                    f"{item.errors.exchanged:.3f}",
+                    f"{item.errors.kept:.3f}",
+                    f"{item.errors.own:.3f}",
+                ]
+                for item in findings.exchanges
+            ],
+        )
+        body += paragraph(
+            "An exchange works if its error is below that of keeping the own style; the error of plain "
+            "reconstruction, against the crop itself, is about what it can reach."
+        )
+    return Section("Separation", body)
+
+
+def _how_measured(found: Separation) -> str:
+    what = (
+        f"The volumes {', '.join(found.volumes)} show the same anatomy in {len(found.domains)} acquisitions, "
+        "each a domain, so that only the way of imaging tells them apart."
+        if found.same_anatomy
+        else "No volumes of this store show the same anatomy in several acquisitions. Its domains differ in "
+        "anatomy too, which a probe may find in content by right."
+    )
+    where = (
+        "training never saw"
+        if found.unseen
+        else "were part of the training, because the run held nothing out; the probe alone never saw them"
+    )
+    return (
+        f"{what} A crop's content and style are the means over its tokens. The probe is a logistic "
+        f"regression, fitted on {found.crops_fitted} crops of the training region and tested on "
+        f"{found.crops_tested} crops that {where}. Crops overlap, so they tell less than as many independent "
+        f"ones. The network is the {NETWORK} (the running average of the weights); the untrained one is the "
+        "same network before its first step."
+    )
+
+
+def pictures(findings: Findings, pngs: list[Path]) -> Section:
+    """The exchanged styles, with what to see in them."""
+    if not pngs:
+        why = findings.why_not or "the store holds imported latents, whose tokenizer is unknown"
+        return Section("Pictures", paragraph(f"None: {why}."))
+    body = paragraph(
+        "Each picture shows two held-out crops, in three middle planes each. The network sees them mixed: "
+        "half of the blocks from one, the other half from the other. It takes them apart, and its decoder "
+        "gets the blocks of one crop alone and fills in the rest. Every block shown is one that it had to "
+        "fill in: two passes, each hiding the half that the other shows. So a reconstruction is a guess from "
+        "the surroundings, and blurred. It cannot be better than the row above it, which is what the "
+        "tokenizer keeps of the input. Figures in dB (PSNR) tell how close an image is to its goal, the "
+        "second row or the truth: higher is closer."
+    )
+    for png, (pair, sides) in zip(pngs, findings.pictures, strict=True):
+        left, right = sides
+        caption = _same_anatomy_caption(left, right) if pair.same_anatomy else _other_caption(left, right)
+        body += figure(png, caption, f"Crops of {left.own} and {right.own} with exchanged styles")
+    return Section("Pictures", body)
+
+
+def _same_anatomy_caption(left: Side, right: Side) -> str:
+    return (
+        f"Two places of the same body, the left one scanned as {left.own}, the right one as {right.own}. "
+        "The fourth row keeps the anatomy and takes the style from the other side; it is good if it has the "
+        "shapes of the third row with the brightness, sharpness and grain of the last one, which is the real "
+        f"scan of that place. The exchange brings the image {_gain(left)} dB (left) and {_gain(right)} dB "
+        "(right) nearer to it."
+    )
+
+
+def _gain(side: Side) -> str:
+    psnr = side.psnr()
+    return f"{psnr['exchanged'] - psnr['kept']:+.1f}"
+
+
+def _other_caption(left: Side, right: Side) -> str:
+    return (
+        f"Different anatomy: {left.own} and {right.own}. The last row should show the anatomy of its own "
+        "side with the brightness and grain of the other. There is no truth to compare with here."
+    )
+
+
+def speed(png: Path) -> Section:
+    """Throughput over time."""
+    return Section(
+        "Speed",
+        figure(
+            png,
+            "Crops a second through all passes of a step, the share of the time that the loop waited for its "
+            "data, and peak memory. A dip in throughput without waiting is the machine's other work, or MFTD "
+            "setting in.",
+            "Three panels: throughput, waiting for data and memory over time",
+        ),
+    )
+
+
+def settings(material: Material) -> Section:
+    """Where everything came from."""
+    model, store = material.config["model"], material.store
+    facts = {
+        "run": str(material.run),
+        "steps": f"{material.step} of {material.config['steps']}",
+        "crops in a step": str(material.config["batch_size"] * material.config["accumulate"]),
+        "crop": f"{model['latent_size']}^3 latent voxels "
+        f"({model['latent_size'] * store.index.compression * store.entries[0].spacing[0]:.0f} mm), "
+        f"patches of {model['patch_size']}^3",
+        "encoder": f"{model['depth']} blocks, width {model['embed_dim']}",
+        "held out": f"{100 * material.config['held_out_fraction']:.0f} % of every volume's left-right axis",
+        "latent store": f"{store.path} ({len(store.entries)} volumes, {len(store.domains)} domains)",
+        "tokenizer": store.tokenizer,
+        "software": f"meduet-fast {meduet_fast.__version__}, torch {torch.__version__}",
+    }
+    return Section("Settings", details("All settings", facts, json.dumps(material.config, indent=1)))

@@ -1,0 +1,104 @@
+"""A report of a run: RUN/report/index.html, its figures as PNG files, and its numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.progress import progress_bar
+
+from . import sections
+from .curves import draw_losses, draw_speed
+from .material import NETWORK, Findings, Material, investigate, open_run
+from .page import page
+from .pictures import draw_pair
+from .scatter import draw_scatter
+from .style import save_png
+
+FOLDER, PAGE, NUMBERS = "report", "index.html", "separation.json"
+
+
+def write_report(run: Path, data: Path | None = None) -> Path:
+    """Write ``RUN/report/``; a report that is there already and up to date is left alone.
+
+    Args:
+        run: folder of a run that ``pretrain`` wrote.
+        data: its latent store; by default where the run found it.
+
+    Returns:
+        ``RUN/report/index.html``, which needs no other file. Beside it lie its figures (PNG) and
+        ``separation.json`` with all numbers.
+
+    Raises:
+        UserError: see :func:`~meduet_fast.report.material.open_run`; or the report cannot be written.
+    """
+    material = open_run(run, data)
+    folder = run / FOLDER
+    identity = material.identity()
+    if (folder / PAGE).is_file() and read_numbers(run).get("made_from") == identity:
+        return folder / PAGE
+    findings = investigate(material)
+    try:
+        return _write(folder, material, findings, identity)
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
+
+
+def read_numbers(run: Path) -> dict[str, Any]:
+    """What ``separation.json`` of a run's report holds; empty without a readable one."""
+    try:
+        return dict(json.loads((run / FOLDER / NUMBERS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(folder: Path, material: Material, findings: Findings, identity: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    # Without its page an older report counts as absent, should this one be cut short.
+    (folder / PAGE).unlink(missing_ok=True)
+    for png in folder.glob("*.png"):
+        png.unlink()
+    records, objective = material.records, material.config["objective"]
+    start = material.config["mftd_start_step"] if objective["mftd"] else math.inf
+    losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
+    pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
+    with progress_bar("Drawing", 3 + len(pairs), "figure") as bar:
+        save_png(draw_losses(records, start, len(material.store.domains)), losses)
+        bar.update()
+        save_png(draw_speed(records), speed)
+        bar.update()
+        if findings.table is not None and findings.separation is not None:
+            save_png(draw_scatter(findings.table, material.store.domains, findings.separation), scatter)
+        bar.update()
+        for path, (_, sides) in zip(pairs, findings.pictures, strict=True):
+            save_png(draw_pair(sides), path)
+            bar.update()
+    html = page(
+        f"Pretraining report: {material.run.resolve().name}",
+        f"MeDUET after {material.step} steps on {len(material.store.domains)} domains",
+        [
+            sections.summary(findings),
+            sections.losses(losses),
+            sections.separation(findings, scatter if findings.table is not None else None),
+            sections.pictures(findings, pairs),
+            sections.speed(speed),
+            sections.settings(material),
+        ],
+    )
+    numbers = {
+        "made_from": identity,
+        "step": material.step,
+        "network": NETWORK,
+        "headline": sections.headline(findings),
+        **findings.numbers(),
+    }
+    with atomic_path(folder / NUMBERS) as temporary:
+        temporary.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    with atomic_path(folder / PAGE) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return folder / PAGE
