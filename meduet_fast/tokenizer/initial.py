@@ -17,7 +17,7 @@ from torch import nn
 # What the first channels carry through every layer:
 _MEAN = 0  # the local mean of the image,
 _SLOPES = (1, 2, 3)  # its differences along x, y, z,
-_CONSTANTS = {4: 4.0, 5: -4.0}  # and constants, so large that a group norm divides by the same everywhere.
+_CONSTANTS = {4: 2.0, 5: -2.0}  # and constants, so large that a group norm divides by the same everywhere.
 _CARRIED = (_MEAN, *_SLOPES, *_CONSTANTS)
 _SLOPE_GAIN = 4.0
 _LOG_VARIANCE = -8.0
