@@ -1,0 +1,92 @@
+"""A finished run on a small store with a small real tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nibabel.nifti1 import Nifti1Image, save
+
+from meduet_fast.data.prepare import PrepareConfig, prepare
+from meduet_fast.data.store import LatentStore
+from meduet_fast.model import MeDUETConfig
+from meduet_fast.tokenizer.autoencoder import Architecture
+from meduet_fast.tokenizer.checkpoint import save_safetensors
+from meduet_fast.training import OptimizerConfig, PretrainConfig, pretrain
+
+MODEL = MeDUETConfig(
+    latent_size=8, patch_size=2, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,
+    decoder_num_heads=2, num_domains=3,
+)  # fmt: skip
+CONFIG = PretrainConfig(
+    model=MODEL,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+    steps=8, batch_size=4, mftd_start_step=4, held_out_fraction=0.4, workers=0, device="cpu", log_every=1,
+    checkpoint_every=4,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_tokenizer(path: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    architecture = Architecture((4, 4, 4), (1, 1, 1), 2)
+    save_safetensors(path, architecture, architecture.build(), {}, {})
+
+
+def write_manifest(folder: Path) -> Path:
+    """A chest scanned twice, as "sharp" and as "bright", and a "head"."""
+    random = np.random.default_rng(0)
+    chest = random.uniform(20, 200, (96, 96, 96)).astype(np.float32)
+    head = random.uniform(20, 200, (100, 96, 96)).astype(np.float32)
+    lines = ["datasets:"]
+    for name, part, voxels in (
+        ("sharp", "chest", chest),
+        ("bright", "chest", chest + 40),
+        ("head", "head", head),
+    ):
+        affine = np.diag([1.5, 1.5, 1.5, 1.0])
+        affine[:3, 3] = (-60, -50, -40)
+        save(Nifti1Image(voxels, affine), folder / f"{name}.nii")
+        lines.append(
+            f"- {{name: {name}, path: {name}.nii, body_part: {part}, intensity: {{ct_window: [0, 250]}}}}"
+        )
+    manifest = folder / "manifest.yaml"
+    manifest.write_text("\n".join(lines))
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``store``, ``run`` and what they were made from; copy before changing it."""
+    folder = tmp_path_factory.mktemp("report")
+    write_tokenizer(folder / "tokenizer.safetensors")
+    manifest = write_manifest(folder)
+    prepare(manifest, folder / "store", PrepareConfig(tokenizer=str(folder / "tokenizer.safetensors")))
+    assert len(LatentStore.open(folder / "store").entries) == 3
+    pretrain(folder / "store", folder / "run", CONFIG)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run, on the shared store, to do harm to."""
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report", "state"))
+    return tmp_path / "run"
+
+
+def point_to(run: Path, store: Path) -> None:
+    """Make ``run`` remember another store."""
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**settings, "data": str(store)}))

@@ -1,0 +1,243 @@
+"""The whole report: what is in it, that it stands alone, and what stops it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.errors import UserError
+from meduet_fast.report import read_numbers, write_report
+from meduet_fast.report.pictures import prepared_image
+
+from .conftest import point_to, write_tokenizer
+
+SECTIONS = ["summary", "losses", "separation", "pictures", "speed", "settings"]
+
+
+class Page(HTMLParser):
+    """Collects what the tests look at; complains about tags that do not close."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.targets: list[str] = []
+        self.anchors: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "img":
+            self.images.append(values)
+        if tag == "section":
+            self.anchors.append(str(values["id"]))
+        self.targets += [str(values[key]) for key in ("href", "src") if key in values]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def written(finished: Path) -> Path:
+    return write_report(finished / "run")
+
+
+def test_the_page_has_every_section_and_stands_alone(written: Path) -> None:
+    html = written.read_text()
+    page = Page(html)
+    assert page.anchors == SECTIONS
+    assert {target for target in page.targets if not target.startswith("data:")} == {
+        f"#{s}" for s in SECTIONS
+    }
+    assert not re.search(r"https?:|url\(|@import|<script|<link", html)
+    for domain in ("sharp", "bright", "head"):
+        assert domain in page.text
+
+
+def test_images_are_embedded_and_lie_beside_the_page(written: Path) -> None:
+    embedded = []
+    for image in Page(written.read_text()).images:
+        assert image["alt"]
+        kind, data = str(image["src"]).split(",", 1)
+        assert kind == "data:image/png;base64"
+        content = base64.b64decode(data, validate=True)
+        pixels = imread(BytesIO(content), format="png")
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.05
+        embedded.append(content)
+    files = [path.read_bytes() for path in written.parent.glob("*.png")]
+    assert sorted(embedded) == sorted(files)
+    # Losses, factors, speed; bright and sharp, bright and head.
+    assert len(files) == 5
+
+
+def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
+    numbers = read_numbers(finished / "run")
+    assert numbers == json.loads((written.parent / "separation.json").read_text())
+    found = numbers["separation"]
+    assert found["domains"] == ["bright", "sharp"]
+    assert found["same_anatomy"]
+    assert found["unseen"]
+    assert found["probe_chance"] == 0.5
+    text = Page(written.read_text()).text
+    for value in (*found["probe"].values(), *found["retrieval"].values()):
+        assert 0 <= value <= 1
+        assert f"{100 * value:.1f} %" in text
+    assert f"{numbers['reconstruction_loss']['last_tenth']:.3f}" in text
+    (exchange,) = numbers["exchanges"]
+    assert f"{exchange['errors']['exchanged']:.3f}" in text
+    assert [(p["first"], p["second"], len(p["psnr_db"])) for p in numbers["pictures"]] == [
+        ("bright", "sharp", 2),
+        ("bright", "head", 2),
+    ]
+    assert "style above content" in numbers["headline"]
+    assert numbers["step"] == 8
+    assert numbers["network"] == "teacher"
+
+
+def test_a_second_report_is_not_made_twice_but_a_stale_one_is(copied: Path) -> None:
+    first = write_report(copied)
+    before = {path.name: path.stat().st_mtime_ns for path in first.parent.iterdir()}
+    assert write_report(copied) == first
+    assert {path.name: path.stat().st_mtime_ns for path in first.parent.iterdir()} == before
+    (first.parent / "old.png").write_bytes(b"of an earlier report")
+    metrics = copied / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join(lines[:-1]) + "\n")
+    write_report(copied)
+    names = {path.name for path in first.parent.iterdir()}
+    assert names == set(before)
+    assert first.stat().st_mtime_ns != before["index.html"]
+
+
+def test_the_input_is_shown_only_if_it_is_as_it_was(finished: Path, tmp_path: Path) -> None:
+    store = LatentStore.open(finished / "store")
+    image = prepared_image(store, 0)
+    assert image is not None
+    assert image.shape == tuple(4 * size for size in store.entries[0].grid)
+    source = Path(store.entries[0].source)
+    kept = source.read_bytes()
+    try:
+        source.write_bytes(kept[:-4] + b"\0\0\0\0")
+        assert prepared_image(store, 0) is None
+        source.unlink()
+        assert prepared_image(store, 0) is None
+    finally:
+        source.write_bytes(kept)
+
+
+def test_a_moved_store_is_named_with_data(copied: Path, finished: Path, tmp_path: Path) -> None:
+    point_to(copied, tmp_path / "gone")
+    with pytest.raises(UserError, match=r"gone: the run's latent store is no longer there.*--data"):
+        write_report(copied)
+    assert write_report(copied, finished / "store").is_file()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), r"run: no run\.json found"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "checkpoints: no checkpoint found"),
+        (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), r"metrics\.jsonl: no records yet"),
+        (lambda run: point_to(run, run), "run: not a latent store"),
+        (
+            lambda run: (run / "checkpoints" / "8" / "teacher.safetensors").write_bytes(b"x"),
+            r"teacher\.safetensors: not a readable MeDUET model",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(copied: Path, harm: Callable[[Path], object], message: str) -> None:
+    harm(copied)
+    with pytest.raises(UserError, match=message):
+        write_report(copied)
+    assert not (copied / "report").exists()
+
+
+def test_another_tokenizer_is_refused(copied: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "store", tmp_path / "store")
+    other = tmp_path / "other.safetensors"
+    write_tokenizer(other, seed=1)
+    index = tmp_path / "store" / "index.json"
+    raw = json.loads(index.read_text())
+    index.write_text(json.dumps({**raw, "tokenizer_spec": str(other)}))
+    with pytest.raises(UserError, match=r"latents are of tokenizer trained-\w+, but .*other.safetensors"):
+        write_report(copied, tmp_path / "store")
+    index.write_text(json.dumps({**raw, "tokenizer_spec": str(tmp_path / "none.safetensors")}))
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        write_report(copied, tmp_path / "store")
+
+
+def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
+    copied: Path, finished: Path, tmp_path: Path
+) -> None:
+    known = LatentStore.open(finished / "store")
+    with StoreWriter(
+        tmp_path / "store",
+        tokenizer="reference-cache",
+        tokenizer_spec="reference-cache",
+        channels=4,
+        compression=4,
+    ) as writer:
+        for index, entry in enumerate(known.entries):
+            writer.add(
+                name=entry.name, domain=entry.domain, body_part="chest", content_key=entry.content_key,
+                source=entry.source, latent=known.read_volume(index), affine=[[1.5, 0, 0, 0], [0, 1.5, 0, 0],
+                [0, 0, 1.5, 0], [0, 0, 0, 1]], spacing=entry.spacing, intensity={},
+            )  # fmt: skip
+    page = Page(write_report(copied, tmp_path / "store").read_text())
+    assert len(page.images) == 3
+    assert "imported latents, whose tokenizer is unknown" in page.text
+    numbers = read_numbers(copied)
+    assert not numbers["separation"]["same_anatomy"]
+    assert numbers["separation"]["domains"] == ["bright", "head", "sharp"]
+    assert numbers["pictures"] == numbers["exchanges"] == []
+
+
+def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: Path, tmp_path: Path) -> None:
+    known = LatentStore.open(finished / "store")
+    with StoreWriter(
+        tmp_path / "store", tokenizer=known.tokenizer, tokenizer_spec=known.index.tokenizer_spec, channels=4,
+        compression=4,
+    ) as writer:  # fmt: skip
+        entry = known.entries[0]
+        writer.add(
+            name=entry.name, domain=entry.domain, body_part=entry.body_part, content_key=entry.content_key,
+            source=entry.source, latent=known.read_volume(0), affine=[[1.0, 0, 0, 0]] * 4,
+            spacing=entry.spacing, intensity={},
+        )  # fmt: skip
+    page = Page(write_report(copied, tmp_path / "store").read_text())
+    assert page.anchors == SECTIONS
+    assert "separation needs two domains" in page.text
+    assert read_numbers(copied)["separation"] is None
+
+
+def test_a_full_disk_is_a_clear_message(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("meduet_fast.report.write.save_png", full)
+    with pytest.raises(UserError, match=r"report: the report cannot be written: No space left on device"):
+        write_report(copied)
+    assert not (copied / "report" / "index.html").exists()
