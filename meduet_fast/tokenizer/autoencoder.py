@@ -152,7 +152,7 @@ class AutoencoderTokenizer(Tokenizer):
             overlap=[(overlap - 0.5) / edge for edge in edges],
             mode="gaussian",
         )
-        return tuple(blended)
+        return (blended,) if isinstance(blended, Tensor) else tuple(blended)  # MONAI unpacks a tuple of one
 
 
 def _window_edge(size: int, longest: int, overlap: int, multiple: int) -> int:
