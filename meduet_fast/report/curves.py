@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,12 +23,6 @@ LOSS_TITLES = {
 }
 UNITS = {"reconstruction": "squared error", "mftd": "squared error"}
 SMOOTHED_SHARE = 0.1  # of the records
-_NOTE: dict[str, Any] = {
-    "color": GREY, "fontsize": 8.5, "zorder": 5,
-    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-}  # fmt: skip
-_NOTE_X = {**_NOTE, "xycoords": ("axes fraction", "data")}  # beside a horizontal line
-_NOTE_Y = {**_NOTE, "xycoords": ("data", "axes fraction")}  # beside a vertical line
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -68,13 +61,14 @@ def draw_losses(records: Records, mftd_start_step: float, num_domains: int) -> F
         ax.set_title(title)
         ax.set_ylabel(UNITS.get(name, "loss in nats" if name != "total" else "loss"))
         if name.startswith("domain"):
-            chance = math.log(num_domains)
-            ax.axhline(chance, color=GREY, linestyle="--", linewidth=1)
-            ax.annotate(f"guessing: ln {num_domains}", (0.98, chance), va="bottom", ha="right", **_NOTE_X)
+            label = f"guessing: ln {num_domains}"
+            ax.axhline(math.log(num_domains), color=GREY, linestyle="--", linewidth=1, label=label)
         if started.any() and not started.all():
-            ax.axvline(mftd_start_step, color=GREY, linestyle=":", linewidth=1.2)
+            mark = ax.axvline(mftd_start_step, color=GREY, linestyle=":", linewidth=1.2)
             if name == "total":
-                ax.annotate(" MFTD starts", (mftd_start_step, 0.97), va="top", **_NOTE_Y)
+                mark.set_label("MFTD starts")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(loc="best", labelcolor=GREY)
         if not shown.any():
             ax.text(0.5, 0.5, "not on in this run", transform=ax.transAxes, ha="center", color=GREY)
     for ax in axes[3:]:

@@ -96,6 +96,8 @@ def open_run(run: Path, data: Path | None) -> Material:
         )
     step = read_run(checkpoint)["step"]
     weights = checkpoint / f"{NETWORK}.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights}: not found; the checkpoint is not complete")
     return Material(run, config, records, weights, step, store, _tokenizer_of(store))
 
 

@@ -21,7 +21,8 @@ caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, .facts td { text-align: left; font-weight: normal; }
 figure { margin: 1.5rem 0; } figcaption { margin-top: .4rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px;
+  padding: .5rem; box-sizing: border-box; }
 nav a { margin-right: 1rem; } pre { overflow-x: auto; font-size: .85rem; }
 """
 

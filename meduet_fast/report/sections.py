@@ -55,11 +55,9 @@ def summary(findings: Findings) -> Section:
         separation.probe,
         separation.probe_chance,
     )
-    gap = separation.gap_points
     before = 100 * (separation.probe.untrained_style - separation.probe.untrained_content)
     body += paragraph(
-        f"Style names the domain in {abs(gap):.1f} percentage points "
-        f"{'more' if gap >= 0 else 'fewer'} of the crops than content does ({before:+.1f} without training). "
+        f"Style above content: {separation.gap_points:+.1f} percentage points (untrained: {before:+.1f}). "
         "In a well separated pair of factors style is near 100 % and content near chance."
     )
     return Section("Summary", body)

@@ -111,7 +111,7 @@ def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
         ("bright", "sharp", 2),
         ("bright", "head", 2),
     ]
-    assert "style above content" in numbers["headline"]
+    assert "style above content:" in numbers["headline"]
     assert numbers["step"] == 8
     assert numbers["network"] == "teacher"
 
@@ -162,6 +162,10 @@ def test_a_moved_store_is_named_with_data(copied: Path, finished: Path, tmp_path
         (lambda run: (run / "metrics.jsonl").unlink(), r"metrics\.jsonl: cannot be read"),
         (lambda run: (run / "metrics.jsonl").write_text(""), r"metrics\.jsonl: no records yet"),
         (lambda run: point_to(run, run), "run: not a latent store"),
+        (
+            lambda run: (run / "checkpoints" / "8" / "teacher.safetensors").unlink(),
+            r"teacher\.safetensors: not found",
+        ),
         (
             lambda run: (run / "checkpoints" / "8" / "teacher.safetensors").write_bytes(b"x"),
             r"teacher\.safetensors: not a readable MeDUET model",
