@@ -104,7 +104,9 @@ class _Runs:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+)
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, save: Any) -> None:
     path, proof = tmp_path / "autoencoder.pt", tmp_path / "executed"
     save({"state_dict": _Runs(proof)}, path)
