@@ -50,7 +50,7 @@ def test_units_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         ([*PRETRAIN, "--objective.pairing", "both"], "pairing"),
         (PRETRAIN, "nowhere: not a latent store"),
         (["pretrain", "--config", "demo"], "data, output"),
-        (["pretrain", "--config", "absent", "--data", "x", "--output", "y"], "not one of the packaged ones (demo"),
+        (["pretrain", "--config", "absent", "--data", "x", "--output", "y"], "of the packaged ones (demo"),
         (["prepare", "--input", "nowhere", "--output", "store"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["train-tokenizer", "--input", "nowhere", "--output", "x.safetensors"], "nowhere"),

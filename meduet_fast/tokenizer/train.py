@@ -48,7 +48,7 @@ class TokenizerTrainingConfig:
         norm_num_groups: groups of every group norm; divides all channels.
     """
 
-    steps: int = 10000
+    steps: int = 8000
     batch_size: int = 1
     crop_size: int = 32
     learning_rate: float = 3e-4
