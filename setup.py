@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="meduet-fast",
     version="0.1.0",
-    description="Fast, resumable MeDUET pretraining for 3D medical volumes: content and style in a latent space",
+    description="Fast, resumable MeDUET pretraining: content and style of 3D medical volumes, from latents",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -15,7 +15,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["meduet_fast", "meduet_fast.*"]), "meduet_fast.kernels"],
     package_dir={"meduet_fast.kernels": "kernels"},
-    package_data={"meduet_fast": ["py.typed", "configs/*.yaml", "tokenizer/weights/*.safetensors"]},
+    package_data={
+        "meduet_fast": ["py.typed", "configs/*.yaml", "tokenizer/weights/*.safetensors"],
+        "meduet_fast.kernels": ["configs.json"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6; platform_system == 'Linux'",

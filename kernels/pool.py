@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .precision import at_least_float32
+from .backend import triton, use_triton
+from .launch import Cost, Workload, config, launch
+from .precision import accumulator, at_least_float32
+from .registration import register
+
+if triton is not None:
+    import triton.language as tl
+
+# 1. Reference
 
 
 def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,19 +35,245 @@ def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return x.mean(1).unsqueeze(0)
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}")
+    _check(x, mask)
     second = mask.to(x.dtype).unsqueeze(-1)
     sums = torch.stack([(x * (1 - second)).sum(1), (x * second).sum(1)])
     counts = torch.stack([(1 - second).sum(1), second.sum(1)])
     return sums / counts.clamp(min=1)
 
 
+def pooled_layer_norm_reference(
+    x: Tensor, mask: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The definition of :func:`pooled_layer_norm`, in plain PyTorch."""
+    x = at_least_float32(x)
+    return token_mean(F.layer_norm(x, x.shape[-1:], eps=eps), mask), token_mean(x, mask)
+
+
+# 2. Kernels
+
+if triton is not None:
+
+    @triton.jit
+    def _load_rows(
+        x, rows, columns, length, width, stride_l, stride_d, ACC: tl.constexpr
+    ):  # fmt: skip
+        inside = (rows < length)[:, None] & (columns < width)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * stride_l + columns.to(tl.int64)[None, :] * stride_d
+        return tl.load(x + offsets, mask=inside, other=0.0).to(ACC), inside
+
+    @triton.jit
+    def _statistics(tile, inside, width, eps):
+        mean = tl.sum(tile, 1) / width
+        centred = tl.where(inside, tile - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
+        return centred, rstd
+
+    @triton.jit
+    def pool_forward_kernel(
+        x, mask, partial, length, width, stride_b, stride_l, stride_d, eps,
+        SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+        ACC: tl.constexpr,
+    ):  # fmt: skip
+        # partial (B, chunks, S, 2, D): sums over a chunk of tokens, normalised and plain.
+        chunk, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        columns = tl.arange(0, BLOCK_D)
+        x += batch * stride_b
+        normed = tl.zeros((BLOCK_D,), ACC)
+        plain = tl.zeros((BLOCK_D,), ACC)
+        normed_second = tl.zeros((BLOCK_D,), ACC)
+        plain_second = tl.zeros((BLOCK_D,), ACC)
+        for step in range(STEPS):
+            rows = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
+            tile, inside = _load_rows(x, rows, columns, length, width, stride_l, stride_d, ACC)
+            centred, rstd = _statistics(tile, inside, width, eps)
+            unit = centred * rstd[:, None]
+            normed += tl.sum(unit, 0)
+            plain += tl.sum(tile, 0)
+            if SOURCES == 2:
+                second = tl.load(mask + batch * length + rows, mask=rows < length, other=0).to(ACC)[:, None]
+                normed_second += tl.sum(unit * second, 0)
+                plain_second += tl.sum(tile * second, 0)
+        out = partial + (batch * tl.num_programs(0) + chunk) * SOURCES * 2 * width + columns
+        valid = columns < width
+        tl.store(out, normed - normed_second, mask=valid)
+        tl.store(out + width, plain - plain_second, mask=valid)
+        if SOURCES == 2:
+            tl.store(out + 2 * width, normed_second, mask=valid)
+            tl.store(out + 3 * width, plain_second, mask=valid)
+
+    @triton.jit
+    def pool_reduce_kernel(
+        partial, mask, normed, plain, count, chunks, length, width,
+        SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        # One program for a sample and a source: adds the chunks in order, divides by the source's tokens.
+        batch, source = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        columns = tl.arange(0, BLOCK_D)
+        valid = columns < width
+        tokens = length.to(ACC)
+        if SOURCES == 2:
+            second = tl.zeros((BLOCK_L,), tl.int32)
+            for first in range(0, length, BLOCK_L):
+                rows = first + tl.arange(0, BLOCK_L)
+                second += tl.load(mask + batch * length + rows, mask=rows < length, other=0).to(tl.int32)
+            ones = tl.sum(second, 0)
+            tokens = tl.where(source == 1, ones, length - ones).to(ACC)
+        divisor = tl.maximum(tokens, 1.0)
+        total_normed = tl.zeros((BLOCK_D,), ACC)
+        total_plain = tl.zeros((BLOCK_D,), ACC)
+        for chunk in range(chunks):
+            at = partial + ((batch * chunks + chunk) * SOURCES + source) * 2 * width + columns
+            total_normed += tl.load(at, mask=valid, other=0.0)
+            total_plain += tl.load(at + width, mask=valid, other=0.0)
+        out = (source * tl.num_programs(0) + batch) * width + columns
+        tl.store(normed + out, total_normed / divisor, mask=valid)
+        tl.store(plain + out, total_plain / divisor, mask=valid)
+        tl.store(count + source * tl.num_programs(0) + batch, divisor)
+
+    @triton.jit
+    def pool_backward_kernel(
+        x, mask, count, grad_normed, grad_plain, grad_x, length, width, stride_b, stride_l, stride_d, eps,
+        SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        # LayerNorm's statistics are computed again: one read of x, one write of its gradient.
+        batch = tl.program_id(1).to(tl.int64)
+        batches = tl.num_programs(1)
+        rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        tile, inside = _load_rows(x + batch * stride_b, rows, columns, length, width, stride_l, stride_d, ACC)
+        centred, rstd = _statistics(tile, inside, width, eps)
+        unit = centred * rstd[:, None]
+        at = batch * width + columns
+        valid = columns < width
+        share = 1.0 / tl.load(count + batch)
+        outer = tl.load(grad_normed + at, mask=valid, other=0.0)[None, :] * share
+        plain = tl.load(grad_plain + at, mask=valid, other=0.0)[None, :] * share
+        if SOURCES == 2:
+            at += batches * width
+            share = 1.0 / tl.load(count + batches + batch)
+            second = tl.load(mask + batch * length + rows, mask=rows < length, other=0)[:, None] != 0
+            outer = tl.where(second, tl.load(grad_normed + at, mask=valid, other=0.0)[None, :] * share, outer)
+            plain = tl.where(second, tl.load(grad_plain + at, mask=valid, other=0.0)[None, :] * share, plain)
+        outer = tl.where(inside, outer, 0.0)
+        slope = tl.sum(outer * unit, 1) / width
+        offset = tl.sum(outer, 1) / width
+        result = rstd[:, None] * (outer - offset[:, None] - unit * slope[:, None]) + plain
+        out = grad_x + (batch * length + rows.to(tl.int64)[:, None]) * width + columns[None, :]
+        tl.store(out, result.to(grad_x.dtype.element_ty), mask=inside)
+
+
+# 3. Registration
+
+
+def _launch_forward(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = x.shape
+    sources = 1 if mask is None else 2
+    block = triton.next_power_of_2(width)
+    options = config("pool_forward", x.device)
+    rows, steps = options["ROWS"], options["STEPS"]
+    chunks = triton.cdiv(length, rows * steps)
+    normed, plain, count = _fake_forward(x, mask, eps)
+    partial = normed.new_empty(batch, chunks, sources, 2, width)
+    acc = accumulator(x.dtype)
+    launch(
+        pool_forward_kernel,
+        (chunks, batch),
+        (x, mask, partial, length, width, *x.stride(), eps),
+        {"SOURCES": sources, "BLOCK_D": block, "ROWS": rows, "STEPS": steps, "ACC": acc},
+        "pool_forward",
+        options,
+    )
+    options = config("pool_reduce", x.device)
+    launch(
+        pool_reduce_kernel,
+        (batch, sources),
+        (partial, mask, normed, plain, count, chunks, length, width),
+        {"SOURCES": sources, "BLOCK_D": block, "BLOCK_L": options["BLOCK_L"], "ACC": acc},
+        "pool_reduce",
+        options,
+    )
+    return normed, plain, count
+
+
+def _fake_forward(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shape = (1 if mask is None else 2, x.shape[0])
+    normed, plain = (x.new_empty((*shape, x.shape[2]), dtype=dtype) for _ in range(2))
+    return normed, plain, x.new_empty(shape, dtype=dtype)
+
+
+def _launch_backward(
+    grad_normed: Tensor, grad_plain: Tensor, x: Tensor, mask: Tensor | None, count: Tensor, eps: float
+) -> Tensor:
+    batch, length, width = x.shape
+    grad_x = _fake_backward(grad_normed, grad_plain, x, mask, count, eps)
+    options = config("pool_backward", x.device)
+    launch(
+        pool_backward_kernel,
+        (triton.cdiv(length, options["ROWS"]), batch),
+        (
+            x, mask, count, grad_normed.contiguous(), grad_plain.contiguous(), grad_x,
+            length, width, *x.stride(), eps,
+        ),
+        {
+            "SOURCES": 1 if mask is None else 2,
+            "BLOCK_D": triton.next_power_of_2(width),
+            "ROWS": options["ROWS"],
+            "ACC": accumulator(x.dtype),
+        },
+        "pool_backward",
+        options,
+    )  # fmt: skip
+    return grad_x
+
+
+def _fake_backward(
+    grad_normed: Tensor, grad_plain: Tensor, x: Tensor, mask: Tensor | None, count: Tensor, eps: float
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: tuple[Tensor, ...]) -> None:
+    x, mask, ctx.eps = inputs
+    ctx.save_for_backward(x, mask, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_normed: Tensor, grad_plain: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    x, mask, count = ctx.saved_tensors
+    return _pool_backward(grad_normed, grad_plain, x, mask, count, ctx.eps), None, None
+
+
+_pool = register(
+    "pooled_layer_norm(Tensor x, Tensor? mask, float eps) -> (Tensor, Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+)
+_pool_backward = register(
+    "pooled_layer_norm_backward(Tensor grad_normed, Tensor grad_plain, Tensor x, Tensor? mask, Tensor count, "
+    "float eps) -> Tensor",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+# 4. Public function
+
+
+def _check(x: Tensor, mask: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, D)")
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}")
+
+
 def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """LayerNorm without affine followed by the token mean, and the plain token mean.
+    """LayerNorm without affine followed by the token mean, and the plain token mean, in one read of ``x``.
 
     Args:
-        x: (B, L, D), any float dtype.
+        x: (B, L, D), any float dtype and strides.
         mask: as in :func:`token_mean`.
         eps: LayerNorm's.
 
@@ -45,7 +281,52 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
         The pooled LayerNorm and the plain mean, both (S, B, D), computed and returned in at least float32.
 
     Raises:
-        ValueError: if the mask's shape does not fit.
+        ValueError: if a shape does not fit.
     """
-    x = at_least_float32(x)
-    return token_mean(F.layer_norm(x, x.shape[-1:], eps=eps), mask), token_mean(x, mask)
+    _check(x, mask)
+    if not use_triton(x) or x.numel() == 0:
+        return pooled_layer_norm_reference(x, mask, eps)
+    packed = None if mask is None else mask.bool().contiguous().view(torch.uint8)
+    normed, plain, _ = _pool(x, packed, eps)
+    return normed, plain
+
+
+# 5. Standard workloads
+
+
+def workloads() -> list[Workload]:
+    """Both factors of a ViT-B step, by source; and the plain mean over an unmixed sequence."""
+
+    def make(batch: int, length: int, width: int, masked: bool) -> Workload:
+        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+            x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
+            mask = None
+            if masked:
+                mask = torch.rand(batch, length, device=device).argsort(1) < length // 2
+            return {"x": x, "mask": mask}
+
+        def launch_all(x: Tensor, mask: Tensor | None) -> None:
+            packed = None if mask is None else mask.view(torch.uint8)
+            normed, plain, count = _launch_forward(x, packed, 1e-5)
+            _launch_backward(normed, plain, x, packed, count, 1e-5)
+
+        def cost(size: int) -> tuple[Cost, Cost]:
+            elements, outputs = batch * length * width, 2 * batch * width * (2 if masked else 1)
+            marks = batch * length if masked else 0
+            return (
+                Cost(elements * size + outputs * 4 + marks, 9 * elements),
+                Cost(2 * elements * size + outputs * 4 + marks, 14 * elements),
+            )
+
+        return Workload(
+            "pooled_layer_norm",
+            f"{batch}x{length}x{width}{' by source' if masked else ''}",
+            inputs,
+            pooled_layer_norm,
+            pooled_layer_norm_reference,
+            launch_all,
+            cost,
+            matrix=False,
+        )
+
+    return [make(64, 216, 768, True), make(64, 216, 192, True), make(128, 216, 768, False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,3 +18,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it matrix products keep their inputs' dtype; some devices have no autocast to turn off."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The Triton type in which a kernel computes on inputs of ``dtype``: float64 for float64, else float32.
+
+    Triton's interpreter computes garbage in bfloat16, so kernels convert before any arithmetic.
+    """
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32

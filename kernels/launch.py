@@ -1,0 +1,153 @@
+"""How kernels are launched: block sizes from a checked-in table, on the tensors' device, or recorded."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CONFIG_FILE = Path(__file__).with_name("configs.json")
+_overrides: dict[str, Mapping[str, int]] = {}
+_recorded: list[Launch] | None = None
+_recorded_arch = 0
+
+
+class Cost(NamedTuple):
+    """What one call must do at least: bytes to and from memory, floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as recorded.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: number of programs along each axis.
+        arguments: in the order of the kernel's first parameters.
+        constants: compile-time values by name.
+        config: name in the table of configurations.
+        options: num_warps and num_stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: str
+    options: dict[str, int]
+
+
+class Workload(NamedTuple):
+    """A standard call of an operation: inspected, tuned and timed.
+
+    Attributes:
+        op: name of the operation.
+        label: its sizes, for tables.
+        inputs: (device, dtype) -> keyword arguments.
+        run: the public function; takes the inputs, returns a tensor or a tuple of them.
+        reference: the eager definition, called like ``run``.
+        launch: runs the forward and the backward launchers on the inputs, whatever the backend.
+        cost: bytes per element -> least cost of forward and of backward.
+        matrix: whether the kernels must use tensor cores.
+    """
+
+    op: str
+    label: str
+    inputs: Callable[[str, torch.dtype], dict[str, Any]]
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    launch: Callable[..., None]
+    cost: Callable[[int], tuple[Cost, Cost]]
+    matrix: bool
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(CONFIG_FILE.read_text(encoding="utf-8"))["kernels"]
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def config(name: str, device: torch.device) -> dict[str, int]:
+    """Block sizes, num_warps and num_stages of a kernel, for a device.
+
+    The table ``configs.json`` holds for every kernel a ``default`` and, where one was tuned, an entry for an
+    architecture (``sm_90``).
+
+    Raises:
+        KeyError: for a kernel that the table does not know.
+    """
+    if name in _overrides:
+        return dict(_overrides[name])
+    arch = _recorded_arch if _recorded is not None else _arch(device) if device.type == "cuda" else 0
+    entries = _table()[name]
+    return dict(entries.get(f"sm_{arch}", entries["default"]))
+
+
+@contextmanager
+def override_config(name: str, values: Mapping[str, int]) -> Iterator[None]:
+    """Within it the kernel ``name`` runs with these values: for tuning, and for tests of every size."""
+    _overrides[name] = values
+    try:
+        yield
+    finally:
+        del _overrides[name]
+
+
+@contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Within it launches are collected and nothing runs: tensors may be on the meta device.
+
+    Args:
+        arch: architecture whose configurations are taken, e.g. 90.
+    """
+    global _recorded, _recorded_arch
+    _recorded, _recorded_arch = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_arch = None, 0
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    name: str,
+    options: Mapping[str, int],
+) -> None:
+    """Launch a kernel on the device of its first tensor; an empty grid launches nothing.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: number of programs along up to three axes.
+        arguments: positional, in the order of the kernel's parameters.
+        constants: compile-time values by name.
+        name: of the configuration, see :func:`config`.
+        options: that configuration; num_warps and num_stages are taken from it.
+    """
+    chosen = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, constants, name, chosen))
+        return
+    if 0 in grid:
+        return
+    device = next(item.device for item in arguments if isinstance(item, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants, **chosen)
+    else:
+        kernel[grid](*arguments, **constants, **chosen)
