@@ -26,6 +26,7 @@ from meduet_fast.tokenizer.initial import pass_images_through
 
 EVALUATION_CROPS = 8  # of every volume
 EVALUATION_CANDIDATES = 32
+GAIN_CROP = 12  # edge in latent voxels
 
 
 @dataclass(frozen=True)
@@ -238,25 +239,55 @@ def _loss(network: AutoencoderKlMaisi, images: Tensor, config: TokenizerTraining
 
 @torch.no_grad()
 def _standardise(tokenizer: AutoencoderTokenizer, volumes: list[_Volume]) -> None:
-    """Give each latent channel mean 0 and deviation 1, by folding that into the 1x1x1 convolutions around it.
+    """Give the latents mean 0 and overall variance 1, each channel's deviation in proportion to its effect on
+    the image, by folding that into the 1x1x1 convolutions around them; reconstructions stay the same.
 
-    Measured on the training side of every volume; reconstructions stay the same.
+    So an error of latents weighs about what it does to the image. With equal deviations most of the variance
+    would be fine detail that nothing around it foretells, and pretraining would try to predict noise.
+    Measured on the training side of every volume.
     """
-    parts = []
+    parts, middles = [], []
     for volume in track(volumes, "Standardising latents", unit="volume"):
         end = volume.held_out // tokenizer.compression * tokenizer.compression
-        parts.append(tokenizer.encode(volume.image[None, :, :end])[0].flatten(1))
+        latents = tokenizer.encode(volume.image[None, :, :end])
+        parts.append(latents[0].flatten(1))
+        middles.append(_middle(latents, GAIN_CROP))
     std, mean = torch.std_mean(torch.cat(parts, dim=1), dim=1)
     std.clamp_min_(1e-6)  # a channel that says nothing
+    gain = torch.stack([_gains(tokenizer.network, latents, std) for latents in middles]).mean(0)
+    scale = gain / gain.square().mean().sqrt() / std
     weights = tokenizer.network.state_dict()  # shares memory with the network
-    weights["quant_conv_mu.conv.weight"].div_(std.view(-1, 1, 1, 1, 1))
-    weights["quant_conv_mu.conv.bias"].sub_(mean).div_(std)
-    weights["quant_conv_log_sigma.conv.bias"].sub_(2 * std.log())  # the logarithm of the variance
+    weights["quant_conv_mu.conv.weight"].mul_(scale.view(-1, 1, 1, 1, 1))
+    weights["quant_conv_mu.conv.bias"].sub_(mean).mul_(scale)
+    weights["quant_conv_log_sigma.conv.bias"].add_(2 * scale.log())  # the logarithm of the variance
     back = weights["post_quant_conv.conv.weight"]
     weights["post_quant_conv.conv.bias"].add_(back.flatten(1) @ mean)
-    back.mul_(std.view(1, -1, 1, 1, 1))
+    back.div_(scale.view(1, -1, 1, 1, 1))
 
 
+def _middle(latents: Tensor, size: int) -> Tensor:
+    """The middle of latents (B, C, X, Y, Z), at most ``size`` along each axis."""
+    for axis in (2, 3, 4):
+        length = min(size, latents.shape[axis])
+        latents = latents.narrow(axis, (latents.shape[axis] - length) // 2, length)
+    return latents
+
+
+def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
+    """Root mean square change of the image per deviation of each latent channel, (C,)."""
+    image, step = network.decode(latents), 0.1
+    noise = torch.randn(latents.shape[2:], generator=torch.Generator().manual_seed(0)).to(latents)
+    gains = []
+    for channel, deviation in enumerate(std):
+        moved = latents.clone()
+        moved[:, channel] += step * deviation * noise
+        gains.append((network.decode(moved) - image).square().mean().sqrt() / step)
+    # A channel that moves nothing keeps a small share: a deviation of 0 could not be undone.
+    result = torch.stack(gains)
+    return result.clamp_min(1e-3 * float(result.max()))
+
+
+@torch.no_grad()
 def _evaluate(
     tokenizer: AutoencoderTokenizer, volumes: list[_Volume], config: TokenizerTrainingConfig
 ) -> dict[str, Any]:

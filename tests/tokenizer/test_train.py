@@ -92,10 +92,18 @@ def test_standardised_latents_reconstruct_the_same() -> None:
     after, new_spread = network.encode(volume.image[None])
     flat = after[0].flatten(1)
     torch.testing.assert_close(flat.mean(dim=1), torch.zeros(4), atol=1e-4, rtol=0)
-    torch.testing.assert_close(flat.std(dim=1), torch.ones(4), atol=1e-4, rtol=0)
+    deviation = flat.std(dim=1)
+    torch.testing.assert_close(deviation.square().mean(), torch.tensor(1.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(tokenizer.decode(after), decoded, atol=1e-4, rtol=0)
-    factor = before[0].flatten(1).std(dim=1).view(4, 1, 1, 1)
+    factor = (before[0].flatten(1).std(dim=1) / deviation).view(4, 1, 1, 1)
     torch.testing.assert_close(new_spread[0] * factor, spread[0], atol=1e-4, rtol=1e-3)
+    # A change of equal size moves the image alike, whatever the channel.
+    moved = []
+    for channel in range(4):
+        other = after.clone()
+        other[:, channel] += 0.1 * torch.randn(after.shape[2:], generator=torch.Generator().manual_seed(1))
+        moved.append(float((network.decode(other) - network.decode(after)).std()))
+    assert max(moved) < 1.5 * min(moved)  # it was measured with other noise
 
 
 def test_the_start_is_an_autoencoder_already() -> None:
