@@ -1,4 +1,7 @@
-"""Starts the tests in ``interpreted/``: Triton must know from its import on that it is to interpret."""
+"""Starts the tests in ``interpreted/``, and parity with the published method, with interpreted kernels.
+
+Triton must know from its import on that it is to interpret, hence processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+HERE = Path(__file__).parent
+FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "objectives" / "test_parity.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)

@@ -1,8 +1,13 @@
-"""Every tensor that the published code produced, from the same weights and inputs (fp32)."""
+"""Every tensor that the published code produced, from the same weights and inputs (fp32), by every backend.
+
+On a CPU that is plain PyTorch, and the Triton kernels when they are interpreted
+(``tests/kernels/test_interpreter.py``); where there is a GPU, both on the GPU as well.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from meduet_fast.kernels import mix_tables, quadruplet_contrast
+from meduet_fast.kernels import mix_tables, quadruplet_contrast, set_kernel_backend
+from meduet_fast.kernels.backend import interpreted
 from meduet_fast.kernels.contrast import Identity
 from meduet_fast.model import MeDUET, MeDUETConfig
 from meduet_fast.model.vit import sincos_positions
@@ -25,8 +31,8 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 class Golden:
-    def __init__(self) -> None:
-        with safe_open(GOLDEN, "pt") as file:
+    def __init__(self, device: str) -> None:
+        with safe_open(GOLDEN, "pt", device) as file:
             self.settings = json.loads(file.metadata()["config"])
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         names = MeDUETConfig.__dataclass_fields__
@@ -39,12 +45,21 @@ class Golden:
         return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def model(self, name: str) -> MeDUET:
-        return MeDUET.from_reference(self.under(f"{name}/"), self.config)
+        model = MeDUET.from_reference(self.under(f"{name}/"), self.config)
+        return model.to(self["input/x"].device)
 
 
-@pytest.fixture(scope="module")
-def golden() -> Golden:
-    return Golden()
+VARIANTS = [("triton", "cpu")] if interpreted() else [("eager", "cpu")]
+if torch.cuda.is_available():
+    VARIANTS += [("eager", "cuda"), ("triton", "cuda")]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
+def golden(request: pytest.FixtureRequest) -> Iterator[Golden]:
+    backend, device = request.param
+    set_kernel_backend(backend)
+    yield Golden(device)
+    set_kernel_backend("auto")
 
 
 def halves(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +127,7 @@ def test_losses_and_every_gradient(golden: Golden) -> None:
 @pytest.mark.parametrize("identity", ["content", "style"])
 def test_contrast_alone(golden: Golden, case: int, identity: Identity) -> None:
     query = golden[f"contrast{case}/q"].requires_grad_()
-    log_scale = torch.tensor(1 / 0.07).log().requires_grad_()
+    log_scale = torch.tensor(1 / 0.07, device=query.device).log().requires_grad_()
     loss = quadruplet_contrast(query, golden[f"contrast{case}/k"], log_scale, identity)
     loss.backward()
     assert loss.item() == pytest.approx(golden[f"contrast{case}/{identity}_loss"].item(), rel=1e-5)
@@ -125,8 +140,8 @@ def test_contrast_alone(golden: Golden, case: int, identity: Identity) -> None:
 
 
 def test_positions(golden: Golden) -> None:
-    assert torch.equal(sincos_positions(48, 4), golden["student/pos_embed"])
-    assert torch.equal(sincos_positions(24, 4), golden["student/decoder_pos_embed"])
+    assert torch.equal(sincos_positions(48, 4), golden["student/pos_embed"].cpu())
+    assert torch.equal(sincos_positions(24, 4), golden["student/decoder_pos_embed"].cpu())
 
 
 def test_checkpoint_round_trip(golden: Golden) -> None:

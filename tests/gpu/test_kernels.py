@@ -1,0 +1,76 @@
+"""Every standard workload on the GPU: exactness in every dtype, races, compilation, CUDA graphs, both devices' rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from meduet_fast.kernels import set_kernel_backend
+from meduet_fast.kernels.catalogue import workloads
+from meduet_fast.kernels.launch import Workload
+from meduet_fast.kernels.verify import outputs_and_gradients, require
+
+WORKLOADS = workloads()
+CHECKED = [workload for workload in WORKLOADS if workload.verifiable]
+
+
+def name(workload: Workload) -> str:
+    return f"{workload.op}-{workload.label}".replace(" ", "-")
+
+
+def inputs(workload: Workload, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return workload.inputs("cuda", dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton_kernels() -> Iterator[None]:
+    set_kernel_backend("triton")
+    yield
+    set_kernel_backend("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("workload", CHECKED, ids=name)
+def test_exact(workload: Workload, dtype: torch.dtype) -> None:
+    require(workload.run, workload.reference, inputs(workload, dtype))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name)
+def test_fifty_runs_are_bitwise_equal(workload: Workload) -> None:
+    given = inputs(workload, torch.bfloat16)
+    first = outputs_and_gradients(workload.run, given)
+    for _ in range(50 if workload.verifiable else 3):
+        for key, value in outputs_and_gradients(workload.run, given).items():
+            assert torch.equal(value, first[key]), key
+
+
+@pytest.mark.parametrize("workload", CHECKED, ids=name)
+def test_compiled_with_cuda_graphs(workload: Workload) -> None:
+    compiled = torch.compile(workload.run, fullgraph=True, mode="reduce-overhead")
+    given = inputs(workload, torch.bfloat16)
+    for _ in range(3):  # warm-up, recording, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        replayed = {key: value.clone() for key, value in outputs_and_gradients(compiled, given).items()}
+    for key, value in outputs_and_gradients(workload.run, given).items():
+        assert torch.equal(value, replayed[key]), key
+
+
+def test_no_operation_waits_for_the_device() -> None:
+    given = [(workload, inputs(workload, torch.bfloat16)) for workload in CHECKED]
+    for workload, arguments in given:  # kernels are compiled and loaded here, which may wait
+        workload.run(**arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for workload, arguments in given:
+            result = workload.run(**arguments)
+            outputs = [result] if isinstance(result, Tensor) else list(result)
+            for output in outputs:
+                if output.requires_grad:
+                    output.float().sum().backward(retain_graph=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
