@@ -1,4 +1,4 @@
-"""Every standard workload on the GPU: exactness in every dtype, races, compilation, CUDA graphs, both devices' rooms."""
+"""Every standard workload on the GPU: exactness in every dtype, races, compilation with CUDA graphs."""
 
 from __future__ import annotations
 
