@@ -1,21 +1,31 @@
 """The fast operations, each with its eager reference; needs torch and triton alone, knows no trainer."""
 
 from .backend import kernel_backend, set_kernel_backend
-from .contrast import quadruplet_contrast, quadruplet_identities
-from .demix import MixTables, assemble_streams, check_mask, mix_tables, style_convolution
+from .contrast import quadruplet_contrast, supervised_contrast
+from .contrast_eager import quadruplet_identities
+from .demix import assemble_streams
+from .group_norm import group_norm_silu
+from .mixing import demix_tokens, mix_tokens, remix_tokens
+from .patches import patch_grid, patchify_3d, unpatchify_3d
 from .pool import pooled_layer_norm, token_mean
-from .precision import at_least_float32
+from .precision import at_least_float32, autocast_dtype
 from .reconstruction import dual_reconstruction_loss
-from .tokenize import patch_embed_3d, patch_embed_tokens, patch_grid, patchify_3d, unpatchify_3d
+from .style import style_convolution
+from .tables import MixTables, check_mask, mix_tables
+from .tokenize import patch_embed_3d, patch_embed_tokens
 
 __all__ = [
     "MixTables",
     "assemble_streams",
     "at_least_float32",
+    "autocast_dtype",
     "check_mask",
+    "demix_tokens",
     "dual_reconstruction_loss",
+    "group_norm_silu",
     "kernel_backend",
     "mix_tables",
+    "mix_tokens",
     "patch_embed_3d",
     "patch_embed_tokens",
     "patch_grid",
@@ -23,8 +33,10 @@ __all__ = [
     "pooled_layer_norm",
     "quadruplet_contrast",
     "quadruplet_identities",
+    "remix_tokens",
     "set_kernel_backend",
     "style_convolution",
+    "supervised_contrast",
     "token_mean",
     "unpatchify_3d",
 ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from . import pool
+from . import contrast, demix, group_norm, mixing, pool, reconstruction, style, tables, tokenize
 from .launch import Workload
 
 
 def workloads() -> list[Workload]:
     """What is inspected, tuned and timed."""
-    return [workload for module in (pool,) for workload in module.workloads()]
+    return [
+        workload
+        for module in (contrast, demix, group_norm, mixing, pool, reconstruction, style, tables, tokenize)
+        for workload in module.workloads()
+    ]

@@ -1,72 +1,392 @@
-"""The quadruplet contrast: every query has exactly three positives, known in closed form.
+"""Contrasts over large batches in O(N D) memory: three positives in closed form, or equal labels.
 
-Source: MeDUET section "Losses", SiQC.
+Source: MeDUET section "Losses", SiQC. The definition and the plain PyTorch path are in ``contrast_eager``,
+the kernels in ``contrast_kernels``. Keys get no gradient, so the forward pass can compute that of the queries
+beside the loss: with unit vectors q^ and K^, dL/dq^ = (s / N) (softmax K^ - mean of the positives K^).
+
+Floating-point operations with a gradient: 4 N^2 D for three positives (logits once, softmax-weighted keys as
+flash attention accumulates them), 6 N^2 D for labels, where a first pass over the keys counts each query's
+positives (2 N^2 D); 2 N^2 D without a gradient. A program accumulates the configuration's COLUMNS columns;
+wider rows are shared out over programs, each of which computes the logits again: 2 N^2 D more.
+
+float32 inputs are multiplied in float32 ("ieee"), without tensor cores: in training they are the pooled means
+of some hundred rows, where launches cost more than products, and TF32 would change the loss in the third
+digit. For many thousand rows pass bfloat16 or float16, which are multiplied on tensor cores.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .precision import at_least_float32, without_autocast
+from .backend import interpreted, triton, use_triton
+from .contrast_eager import (
+    EPSILON,
+    MAX_SCALE,
+    MIN_SCALE,
+    Identity,
+    check_identity,
+    quadruplet_contrast_eager,
+    supervised_contrast_eager,
+)
+from .launch import Cost, Workload, config, launch
+from .precision import accumulator, at_least_float32
+from .registration import register
 
-Identity = Literal["content", "style"]
-MIN_SCALE, MAX_SCALE = 1e-3, 100.0
+if triton is not None:
+    import triton.language as tl
+
+    from .contrast_kernels import (
+        contrast_backward_kernel,
+        contrast_finish_kernel,
+        contrast_lengths_kernel,
+        contrast_rows_kernel,
+    )
+
+CONTENT, STYLE, LABELS = 0, 1, 2  # IDENTITY in the kernels
+STATISTICS, ONE_PASS, WEIGHTS = 0, 1, 2  # PASS in the kernels
+# Up to here every program computes the keys' lengths from the tiles that it multiplies, which saves a launch;
+# beyond, a kernel of its own computes them once.
+INLINE_LENGTHS = 4096
+MAX_SLICES, MAX_SLICE = 3, 256  # a program has up to three accumulators of up to 256 columns
+
+# 1. Reference: contrast_eager.py. 2. Kernels: contrast_kernels.py. 3. Registration
 
 
-def quadruplet_identities(batch: int, identity: Identity, device: torch.device | None = None) -> Tensor:
-    """Identity of each of the 4B rows: (4B,) int64.
-
-    The four blocks are: source 1, source 2 (the batch-flip partner), the reconstruction with source 1's
-    content and source 2's style, and the reverse. Rows are alike in content, or in style.
-
-    In an odd batch the middle sample is its own partner, and its four rows are alike: three positives again.
-
-    Raises:
-        ValueError: for an unknown identity.
-    """
-    own = torch.arange(batch, device=device)
-    partner = own.flip(0)
-    if identity == "content":
-        return torch.cat([own, partner, own, partner])
-    if identity == "style":
-        return torch.cat([own, partner, partner, own])
-    raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
+def _slices(width: int, limit: int) -> tuple[int, int, int]:
+    """Columns of an accumulator, accumulators of a program, programs that share the columns."""
+    groups = triton.cdiv(width, limit)
+    share = triton.cdiv(width, groups)
+    choices = [(max(16, triton.next_power_of_2(triton.cdiv(share, n))), n) for n in range(1, MAX_SLICES + 1)]
+    size, count = min((c for c in choices if c[0] <= MAX_SLICE), key=lambda c: (c[0] * c[1], c[1]))
+    return size, count, groups
 
 
-def quadruplet_contrast(queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity) -> Tensor:
+def _launch_forward(
+    queries: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    self_index: Tensor | None,
+    identity: int,
+    key_offset: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = queries.shape
+    key_rows = keys.shape[0]
+    device, acc = queries.device, accumulator(queries.dtype)
+    narrow = queries.dtype in (torch.float16, torch.bfloat16)
+    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[queries.dtype] if narrow else acc
+    if queries.dtype == torch.bfloat16 and interpreted():
+        dot = tl.float32  # the interpreter's bfloat16 products are wrong
+    name = ("contrast_large" if rows > INLINE_LENGTHS else "contrast_small") if narrow else "contrast_float32"
+    options = config(name, device)
+    size, count, groups = _slices(width, options["COLUMNS"])
+    loss, slope, stats = _fake_forward(
+        queries, keys, log_scale, query_labels, key_labels, self_index, identity, key_offset, gradient
+    )
+    limits = {"EPS": EPSILON, "MIN": MIN_SCALE, "MAX": MAX_SCALE}
+
+    inverse = None
+    if key_rows > INLINE_LENGTHS:
+        inverse = loss.new_empty(key_rows)
+        chosen = config("contrast_lengths", device)
+        launch(
+            contrast_lengths_kernel,
+            (triton.cdiv(key_rows, chosen["ROWS"]),),
+            (keys, inverse, key_rows, width, *keys.stride()),
+            {"EPS": EPSILON, "ROWS": chosen["ROWS"], "CHUNK": chosen["CHUNK"], "ACC": acc},
+            "contrast_lengths",
+            chosen,
+        )
+
+    # Few queries: the keys are shared out until every multiprocessor has a program.
+    blocks = triton.cdiv(rows, options["BLOCK_M"])
+    passes = groups if gradient else 1
+    wanted = triton.cdiv(options["PROGRAMS"], blocks * passes)
+    tiles = triton.cdiv(key_rows, options["BLOCK_N"])
+    tiles_per_split = triton.cdiv(tiles, min(wanted, tiles))
+    splits = triton.cdiv(tiles, tiles_per_split)
+    statistics = loss.new_empty(5, splits, rows)
+    ticket = queries.new_empty((), dtype=torch.int32)
+    weighted = None
+    if gradient:
+        weighted = slope if splits == 1 else loss.new_empty(splits, rows, width)
+
+    labelled = identity == LABELS
+    layout = (rows, width, rows // 4, key_rows // 4, key_offset, splits, *queries.stride(), *keys.stride())
+    for stage in (
+        [STATISTICS, WEIGHTS][: 1 + gradient] if labelled else [ONE_PASS if gradient else STATISTICS]
+    ):
+        launch(
+            contrast_rows_kernel,
+            (blocks, splits, 1 if stage == STATISTICS else groups),
+            (
+                queries, keys, log_scale, query_labels, key_labels, self_index, inverse, *statistics,
+                weighted, ticket, rows, key_rows, *layout[1:5],
+                tiles_per_split * options["BLOCK_N"], *layout[5:],
+            ),
+            limits
+            | {
+                "LABELLED": labelled, "PASS": stage, "HELD": bool(options["HELD"]) and groups == 1,
+                "EVEN": width == size * count * groups and width % options["CHUNK"] == 0,
+                "WHOLE": key_rows % options["BLOCK_N"] == 0,
+                "BLOCK_M": options["BLOCK_M"], "BLOCK_N": options["BLOCK_N"], "CHUNK": options["CHUNK"],
+                "SLICE": size, "SLICES": count, "ACC": acc, "DOT": dot, "PRECISION": "ieee",
+            },
+            name,
+            options,
+        )  # fmt: skip
+    chosen = config("contrast_finish", device)
+    block = triton.next_power_of_2(width)
+    rows_each = max(min(chosen["ROWS"], 4096 // block), 1)  # whole rows must fit in a program
+    programs = triton.cdiv(rows, rows_each)
+    launch(
+        contrast_finish_kernel,
+        (programs,),
+        (
+            queries, keys, log_scale, *statistics, weighted, slope, loss.new_empty(3, programs), ticket, loss,
+            stats, *layout,
+        ),
+        limits
+        | {
+            "IDENTITY": identity, "GRADIENT": gradient, "ROWS": rows_each,
+            "BLOCK_D": block, "BLOCK_P": chosen["BLOCK_P"], "ACC": acc,
+        },
+        "contrast_finish",
+        chosen,
+    )  # fmt: skip
+    return loss, slope, stats
+
+
+def _fake_forward(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    shape = queries.shape if rest[-1] else (0,)
+    return tuple(queries.new_empty(size, dtype=dtype) for size in ((), shape, (2,)))  # type: ignore[return-value]
+
+
+def _launch_backward(
+    grad: Tensor, slope: Tensor, stats: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grad_queries, grad_scale = _fake_backward(grad, slope, stats, dtype, scale_dtype)
+    options = config("contrast_backward", slope.device)
+    launch(
+        contrast_backward_kernel,
+        (max(triton.cdiv(slope.numel(), options["BLOCK"]), 1),),  # there may be a slope of the scale alone
+        (grad, slope, stats, grad_queries, grad_scale, slope.numel()),
+        {"BLOCK": options["BLOCK"]},
+        "contrast_backward",
+        options,
+    )
+    return grad_queries, grad_scale
+
+
+def _fake_backward(
+    grad: Tensor, slope: Tensor, stats: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return slope.new_empty(slope.shape, dtype=dtype), slope.new_empty((), dtype=scale_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, _, log_scale = inputs[:3]
+    _, slope, stats = output
+    ctx.save_for_backward(slope, stats)
+    ctx.mark_non_differentiable(slope, stats)
+    ctx.dtypes, ctx.scale_shape = (queries.dtype, log_scale.dtype), log_scale.shape
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+    return (
+        grad_queries if ctx.needs_input_grad[0] else None,
+        None,
+        grad_scale.reshape(ctx.scale_shape) if ctx.needs_input_grad[2] else None,
+        *(None,) * 6,
+    )
+
+
+_contrast = register(
+    "contrast(Tensor queries, Tensor keys, Tensor log_scale, Tensor? query_labels, Tensor? key_labels, "
+    "Tensor? self_index, int identity, int key_offset, bool gradient) -> (Tensor, Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+)
+_contrast_backward = register(
+    "contrast_backward(Tensor grad, Tensor slope, Tensor stats, ScalarType dtype, ScalarType scale_dtype) "
+    "-> (Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+# 4. Public functions
+
+
+def _check(queries: Tensor, keys: Tensor, log_scale: Tensor) -> None:
+    if queries.dim() != 2 or keys.dim() != 2 or queries.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, "
+            "expected both two-dimensional and equally wide"
+        )
+    if log_scale.numel() != 1:
+        raise ValueError(f"log_scale has shape {tuple(log_scale.shape)}, expected a scalar")
+
+
+def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype, and the keys cut off from the graph."""
+    if queries.dtype != keys.dtype:
+        queries = at_least_float32(queries)
+    return queries, keys.detach().to(queries.dtype)
+
+
+def quadruplet_contrast(
+    queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
+) -> Tensor:
     """Mean over rows of minus the mean log-probability of a row's three positives.
 
     Logits are scale * cos(query, key), the row's own key left out; scale = exp(log_scale) clamped to
-    [1e-3, 100]; a vector is divided by its length plus 1e-8.
+    [1e-3, 100], where the clamp acts without a gradient; a vector is divided by its length plus 1e-8.
 
     Args:
-        queries: (4B, D), four blocks as in :func:`quadruplet_identities`.
-        keys: (4B, D), the same rows seen by the teacher; they get no gradient.
+        queries: (4B, D), four blocks as in :func:`quadruplet_identities`; any float dtype and strides.
+        keys: (4 B*, D), the same rows seen by the teacher, or four blocks of B* = ranks * B rows gathered
+            from many ranks, each with its B rows together. They get no gradient.
         log_scale: scalar.
         identity: which rows are alike.
+        key_offset: where in every block of keys the queries' own rank begins: rank * B. Query (block b, row
+            i) is the same as key (block b, row key_offset + i); its partner is key_offset + B-1-i.
 
     Returns:
-        Scalar, computed in at least float32.
+        Scalar, computed and returned in at least float32.
 
     Raises:
-        ValueError: if the shapes differ or do not make four blocks.
+        ValueError: if shapes do not make four blocks, B* is no multiple of B, key_offset is none of 0, B,
+            2B, .. below B*, or the identity is unknown.
     """
-    if queries.shape != keys.shape or queries.dim() != 2 or queries.shape[0] % 4:
+    _check(queries, keys, log_scale)
+    rows, key_rows = queries.shape[0], keys.shape[0]
+    if rows % 4 or (key_rows % rows if rows else key_rows):
         raise ValueError(
-            f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, expected both (4B, D)"
+            f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, expected both "
+            "(4B, D), or keys (4nB, D) from n ranks"
         )
-    query = at_least_float32(queries)
-    key = keys.detach().to(query.dtype)
-    query = query / (query.norm(dim=1, keepdim=True) + 1e-8)
-    key = key / (key.norm(dim=1, keepdim=True) + 1e-8)
-    rows = quadruplet_identities(queries.shape[0] // 4, identity, queries.device)
-    itself = torch.eye(len(rows), dtype=torch.bool, device=queries.device)
-    scale = log_scale.to(query.dtype).exp().clamp(MIN_SCALE, MAX_SCALE)
-    with without_autocast(queries.device):  # it would run the small, sensitive similarity in bf16
-        logits = (scale * (query @ key.T)).masked_fill(itself, float("-inf"))
-    log_probability = logits.log_softmax(1).masked_fill(itself, 0.0)
-    positive = (rows[:, None] == rows[None, :]) & ~itself
-    return -(log_probability * positive).sum(1).mean() / 3
+    check_identity(identity)
+    batch, key_batch = rows // 4, key_rows // 4
+    if key_offset % max(batch, 1) or not 0 <= key_offset <= key_batch - batch:
+        raise ValueError(
+            f"key_offset is {key_offset}, expected a multiple of {batch} from 0 to {key_batch - batch}"
+        )
+    if not use_triton(queries) or queries.numel() == 0:
+        return quadruplet_contrast_eager(queries, keys, log_scale, identity, key_offset)
+    gradient = torch.is_grad_enabled() and queries.requires_grad
+    code = CONTENT if identity == "content" else STYLE
+    queries, keys = _alike(queries, keys)
+    return _contrast(queries, keys, log_scale, None, None, None, code, key_offset, gradient)[0]
+
+
+def supervised_contrast(
+    queries: Tensor,
+    keys: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    log_scale: Tensor,
+    self_index: Tensor | None = None,
+) -> Tensor:
+    """Mean of minus the mean log-probability of a query's positives, which are the keys with its label.
+
+    Logits, scale and lengths are those of :func:`quadruplet_contrast`, which is the special case of labels
+    that repeat four times and needs two thirds of the operations. A query without positives adds nothing and
+    is not counted in the mean; where no query has any, the loss is 0.
+
+    Args:
+        queries: (M, D), any float dtype and strides.
+        keys: (N, D); they get no gradient.
+        query_labels: (M,) int64.
+        key_labels: (N,) int64.
+        log_scale: scalar.
+        self_index: (M,) int64 or None: the key that is the query itself and takes no part in its row. Values
+            outside 0 .. N-1 are not checked for, which would wait for the device.
+
+    Returns:
+        Scalar, computed and returned in at least float32.
+
+    Raises:
+        ValueError: if a shape or a label's dtype does not fit, or there is no key.
+    """
+    _check(queries, keys, log_scale)
+    if keys.shape[0] == 0:
+        raise ValueError("keys has no rows, expected at least one")
+    for name, value, expected in (
+        ("query_labels", query_labels, queries.shape[:1]),
+        ("key_labels", key_labels, keys.shape[:1]),
+        ("self_index", self_index, queries.shape[:1]),
+    ):
+        if value is not None and (value.shape != expected or value.dtype != torch.int64):
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}, "
+                f"expected int64 of shape {tuple(expected)}"
+            )
+    if not use_triton(queries) or queries.numel() == 0:
+        return supervised_contrast_eager(queries, keys, query_labels, key_labels, log_scale, self_index)
+    gradient = torch.is_grad_enabled() and queries.requires_grad
+    queries, keys = _alike(queries, keys)
+    query_labels, key_labels = query_labels.contiguous(), key_labels.contiguous()
+    self_index = None if self_index is None else self_index.contiguous()
+    arguments = (queries, keys, log_scale, query_labels, key_labels, self_index, LABELS, 0, gradient)
+    return _contrast(*arguments)[0]
+
+
+# 5. Standard workloads
+
+
+def workloads() -> list[Workload]:
+    """Content and style of a ViT-B step; batches gathered from many GPUs, on one and on all of them."""
+
+    def make(rows: int, key_rows: int, width: int, identity: Identity) -> Workload:
+        code = CONTENT if identity == "content" else STYLE
+
+        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+            keys = torch.randn(key_rows, width, device=device, dtype=dtype)
+            repeated = keys.view(4, -1, width)[:, : rows // 4].reshape(rows, width)
+            noise = torch.randn(rows, width, device=device, dtype=dtype)
+            return {
+                "queries": (0.5 * repeated + noise).requires_grad_(),
+                "keys": keys,
+                "log_scale": torch.full((), 2.66, device=device, requires_grad=True),
+                "identity": identity,
+            }
+
+        def launch_all(queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity) -> None:
+            forward = _launch_forward(queries, keys, log_scale, None, None, None, code, 0, True)
+            _launch_backward(*forward, queries.dtype, log_scale.dtype)
+
+        def cost(size: int) -> tuple[Cost, Cost]:
+            elements = rows * width
+            return (
+                Cost((rows + key_rows) * width * size + elements * 4, 4 * rows * key_rows * width),
+                Cost(elements * (4 + size), elements),
+            )
+
+        return Workload(
+            "quadruplet_contrast",
+            f"{rows}x{key_rows}x{width} {identity}",
+            inputs,
+            quadruplet_contrast,
+            quadruplet_contrast_eager,
+            launch_all,
+            cost,
+            matrix=True,
+        )
+
+    return [
+        make(256, 256, 768, "content"),
+        make(256, 256, 192, "style"),
+        make(256, 2048, 768, "content"),
+        make(16384, 16384, 768, "content"),
+        make(131072, 131072, 768, "content"),
+    ]

@@ -14,8 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +150,29 @@ def compile_launch(launch: Launch, workload: Workload, arch: int) -> Compiled:
     )  # fmt: skip
 
 
-def compile_workload(workload: Workload, arch: int) -> Iterator[Compiled]:
+def compile_workload(workload: Workload, arch: int) -> list[Compiled]:
     """Compile every different launch of a workload's forward and backward."""
     with record_launches(arch) as launches:
         workload.launch(**workload.inputs("meta", DTYPE))
     if not launches:
         raise RuntimeError(f"{workload.op} {workload.label}: launches no kernel")
-    seen = set()
-    for launch in launches:
-        key = (launch.kernel.__name__, str(_signature(launch)), str(launch.options))
-        if key not in seen:
-            seen.add(key)
-            yield compile_launch(launch, workload, arch)
+    different = {
+        (launch.kernel.__name__, str(_signature(launch)), str(launch.options)): launch for launch in launches
+    }
+    return [compile_launch(launch, workload, arch) for launch in different.values()]
+
+
+def _compile_numbered(number: int, arch: int) -> list[Compiled]:
+    """For worker processes, to which kernels cannot be sent."""
+    torch.set_num_threads(1)
+    return compile_workload(workloads()[number], arch)
+
+
+def compile_all(archs: Sequence[int]) -> list[Compiled]:
+    """Compile all standard workloads for some architectures, on all processors."""
+    jobs = [(number, arch) for number in range(len(workloads())) for arch in archs]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return [item for found in pool.map(_compile_numbered, *zip(*jobs, strict=True)) for item in found]
 
 
 def floors(workload: Workload) -> dict[str, Any]:
@@ -189,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, help="compare with a file that --json wrote; differences fail")
     options = parser.parse_args(arguments)
 
-    compiled = [item for w in workloads() for arch in options.arch for item in compile_workload(w, arch)]
+    compiled = compile_all(options.arch)
     least = [floors(workload) for workload in workloads()]
     _print_table(
         ("op", "workload", "kernel", "sm", "regs", "spill", "shared", "mma", "16B loads", "problem"),

@@ -12,6 +12,7 @@ from .backend import triton, use_triton
 from .launch import Cost, Workload, config, launch
 from .precision import accumulator, at_least_float32
 from .registration import register
+from .tables import balanced_mask, packed
 
 if triton is not None:
     import triton.language as tl
@@ -286,8 +287,7 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
     _check(x, mask)
     if not use_triton(x) or x.numel() == 0:
         return pooled_layer_norm_reference(x, mask, eps)
-    packed = None if mask is None else mask.bool().contiguous().view(torch.uint8)
-    normed, plain, _ = _pool(x, packed, eps)
+    normed, plain, _ = _pool(x, None if mask is None else packed(mask), eps)
     return normed, plain
 
 
@@ -300,15 +300,12 @@ def workloads() -> list[Workload]:
     def make(batch: int, length: int, width: int, masked: bool) -> Workload:
         def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
             x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
-            mask = None
-            if masked:
-                mask = torch.rand(batch, length, device=device).argsort(1) < length // 2
-            return {"x": x, "mask": mask}
+            return {"x": x, "mask": balanced_mask(batch, length, device) if masked else None}
 
         def launch_all(x: Tensor, mask: Tensor | None) -> None:
-            packed = None if mask is None else mask.view(torch.uint8)
-            normed, plain, count = _launch_forward(x, packed, 1e-5)
-            _launch_backward(normed, plain, x, packed, count, 1e-5)
+            marks = None if mask is None else packed(mask)
+            normed, plain, count = _launch_forward(x, marks, 1e-5)
+            _launch_backward(normed, plain, x, marks, count, 1e-5)
 
         def cost(size: int) -> tuple[Cost, Cost]:
             elements, outputs = batch * length * width, 2 * batch * width * (2 if masked else 1)

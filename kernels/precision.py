@@ -20,6 +20,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts matrix products on the device of ``x``; None while it is off."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def accumulator(dtype: torch.dtype) -> Any:
     """The Triton type in which a kernel computes on inputs of ``dtype``: float64 for float64, else float32.
 

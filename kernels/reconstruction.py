@@ -2,29 +2,275 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from .precision import at_least_float32
-from .tokenize import patchify_3d
+from .backend import triton, use_triton
+from .launch import Cost, Workload, config, launch
+from .precision import accumulator, at_least_float32
+from .registration import register
+from .tables import balanced_mask, packed
+from .tokenize import Triple, patch_grid, patchify_3d
+
+if triton is not None:
+    import triton.language as tl
 
 Pairing = Literal["source", "reference"]
 
+# 1. Reference
+
+
+def dual_reconstruction_loss_reference(
+    prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing = "source"
+) -> Tensor:
+    """The definition of :func:`dual_reconstruction_loss`, in plain PyTorch."""
+    first, second = at_least_float32(prediction).chunk(2)
+    truth, hidden = patchify_3d(target, patch_size).to(first.dtype), mask.to(first.dtype)
+    error_first = (first - truth).square().mean(-1)
+    error_second = (second.flip(0) - truth).square().mean(-1)
+    hidden_second = 1 - (hidden.flip(0) if pairing == "source" else hidden)
+    return (error_first * hidden + error_second * hidden_second).mean()
+
+
+# 2. Kernels
+
+if triton is not None:
+
+    @triton.jit
+    def _supervised(mask, batch, samples, tokens, length, REFERENCE: tl.constexpr):
+        # Which tokens of sample `batch` streams 1 and 2 are to predict.
+        inside = tokens < length
+        first = tl.load(mask + batch * length + tokens, mask=inside, other=0)
+        if REFERENCE:
+            return first != 0, (first == 0) & inside
+        second = tl.load(mask + (samples - 1 - batch) * length + tokens, mask=inside, other=1)
+        return first != 0, (second == 0) & inside
+
+    @triton.jit
+    def _differences(
+        prediction, target, tokens, columns, first, second, batch, samples, grid_y, grid_z, width,
+        stride_b, stride_l, stride_d, target_b, target_c, target_x, target_y, target_z,
+        CHANNELS: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr, PZ: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        # Prediction minus target of both streams, zero where a token is not supervised. Nothing else is read.
+        inside = (columns < width)[None, :]
+        channel, cell = columns % CHANNELS, columns // CHANNELS
+        within = (
+            (cell // (PY * PZ)).to(tl.int64) * target_x
+            + (cell // PZ % PY).to(tl.int64) * target_y
+            + (cell % PZ).to(tl.int64) * target_z
+            + channel.to(tl.int64) * target_c
+        )
+        corner = (
+            (tokens // (grid_y * grid_z) * PX).to(tl.int64) * target_x
+            + (tokens // grid_z % grid_y * PY).to(tl.int64) * target_y
+            + (tokens % grid_z * PZ).to(tl.int64) * target_z
+        )
+        truth = tl.load(
+            target + batch * target_b + corner[:, None] + within[None, :],
+            mask=(first | second)[:, None] & inside, other=0.0,
+        ).to(ACC)  # fmt: skip
+        offsets = tokens.to(tl.int64)[:, None] * stride_l + columns.to(tl.int64)[None, :] * stride_d
+        shown = first[:, None] & inside
+        one = tl.load(prediction + batch * stride_b + offsets, mask=shown, other=0.0).to(ACC)
+        one = tl.where(shown, one - truth, 0.0)
+        shown = second[:, None] & inside
+        row = 2 * samples - 1 - batch
+        two = tl.load(prediction + row * stride_b + offsets, mask=shown, other=0.0).to(ACC)
+        return one, tl.where(shown, two - truth, 0.0)
+
+    @triton.jit
+    def reconstruction_forward_kernel(
+        prediction, target, mask, partial, length, width, grid_y, grid_z,
+        stride_b, stride_l, stride_d, target_b, target_c, target_x, target_y, target_z,
+        CHANNELS: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr, PZ: tl.constexpr, REFERENCE: tl.constexpr,
+        TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        # partial (B, blocks): squared errors of a block of tokens, both streams, as a share of the mean.
+        samples, batch = tl.num_programs(1).to(tl.int64), tl.program_id(1).to(tl.int64)
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        first, second = _supervised(mask, batch, samples, tokens, length, REFERENCE)
+        total = tl.zeros((TOKENS, COLUMNS), ACC)
+        for start in range(0, width, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            one, two = _differences(
+                prediction, target, tokens, columns, first, second, batch, samples, grid_y, grid_z, width,
+                stride_b, stride_l, stride_d, target_b, target_c, target_x, target_y, target_z,
+                CHANNELS, PX, PY, PZ, ACC,
+            )  # fmt: skip
+            total += one * one + two * two
+        count = samples.to(ACC) * length * width
+        out = partial + batch * tl.num_programs(0) + tl.program_id(0)
+        tl.store(out, tl.sum(tl.sum(total, 1), 0) / count)
+
+    @triton.jit
+    def reconstruction_backward_kernel(
+        prediction, target, mask, grad_loss, grad_prediction, length, width, grid_y, grid_z,
+        stride_b, stride_l, stride_d, target_b, target_c, target_x, target_y, target_z,
+        CHANNELS: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr, PZ: tl.constexpr, REFERENCE: tl.constexpr,
+        TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        samples, batch = tl.num_programs(1).to(tl.int64), tl.program_id(1).to(tl.int64)
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        first, second = _supervised(mask, batch, samples, tokens, length, REFERENCE)
+        one, two = _differences(
+            prediction, target, tokens, columns, first, second, batch, samples, grid_y, grid_z, width,
+            stride_b, stride_l, stride_d, target_b, target_c, target_x, target_y, target_z,
+            CHANNELS, PX, PY, PZ, ACC,
+        )  # fmt: skip
+        slope = 2.0 * tl.load(grad_loss).to(ACC) / (samples.to(ACC) * length * width)
+        inside = (tokens < length)[:, None] & (columns < width)[None, :]
+        offsets = tokens.to(tl.int64)[:, None] * width + columns[None, :]
+        element = grad_prediction.dtype.element_ty
+        tl.store(grad_prediction + batch * length * width + offsets, (slope * one).to(element), mask=inside)
+        row = 2 * samples - 1 - batch
+        tl.store(grad_prediction + row * length * width + offsets, (slope * two).to(element), mask=inside)
+
+
+# 3. Registration
+
+
+def _shared(
+    prediction: Tensor, target: Tensor, patch: list[int], reference: bool, name: str
+) -> tuple[tuple[int, ...], dict[str, Any], dict[str, int]]:
+    """Sizes and strides, constants and configuration, alike for both kernels."""
+    options = config(name, prediction.device)
+    _, length, width = prediction.shape
+    columns = min(triton.next_power_of_2(width), options["COLUMNS"])
+    tokens = max(1, min(triton.next_power_of_2(length), options["TILE"] // columns))
+    _, grid_y, grid_z = patch_grid(target.shape, (patch[0], patch[1], patch[2]))
+    constants = {
+        "CHANNELS": target.shape[1],
+        "PX": patch[0],
+        "PY": patch[1],
+        "PZ": patch[2],
+        "REFERENCE": reference,
+        "TOKENS": tokens,
+        "COLUMNS": columns,
+        "ACC": accumulator(prediction.dtype),
+    }
+    return (length, width, grid_y, grid_z, *prediction.stride(), *target.stride()), constants, options
+
+
+def _launch_forward(
+    prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
+) -> Tensor:
+    sizes, constants, options = _shared(prediction, target, patch, reference, "reconstruction_forward")
+    blocks, samples = triton.cdiv(prediction.shape[1], constants["TOKENS"]), target.shape[0]
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    partial = prediction.new_empty(samples, blocks, dtype=dtype)
+    launch(
+        reconstruction_forward_kernel,
+        (blocks, samples),
+        (prediction, target, mask, partial, *sizes),
+        constants,
+        "reconstruction_forward",
+        options,
+    )
+    return partial.sum()
+
+
+def _fake_forward(
+    prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
+) -> Tensor:
+    return prediction.new_empty((), dtype=torch.promote_types(prediction.dtype, torch.float32))
+
+
+def _launch_backward(
+    grad_loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
+) -> Tensor:
+    grad_prediction = _fake_backward(grad_loss, prediction, target, mask, patch, reference)
+    sizes, constants, options = _shared(prediction, target, patch, reference, "reconstruction_backward")
+    _, length, width = prediction.shape
+    launch(
+        reconstruction_backward_kernel,
+        (
+            triton.cdiv(length, constants["TOKENS"]),
+            target.shape[0],
+            triton.cdiv(width, constants["COLUMNS"]),
+        ),
+        (prediction, target, mask, grad_loss, grad_prediction, *sizes),
+        constants,
+        "reconstruction_backward",
+        options,
+    )
+    return grad_prediction
+
+
+def _fake_backward(
+    grad_loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
+) -> Tensor:
+    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, list[int], bool], output: Tensor) -> None:
+    prediction, target, mask, ctx.patch, ctx.reference = inputs
+    ctx.save_for_backward(prediction, target, mask)
+
+
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    grad = _reconstruction_backward(grad_loss, *ctx.saved_tensors, ctx.patch, ctx.reference)
+    return grad, None, None, None, None
+
+
+_reconstruction = register(
+    "dual_reconstruction_loss(Tensor prediction, Tensor target, Tensor mask, int[] patch, bool reference) "
+    "-> Tensor",
+    _launch_forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+)
+_reconstruction_backward = register(
+    "dual_reconstruction_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor mask, "
+    "int[] patch, bool reference) -> Tensor",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+# 4. Public function
+
+
+def _edges(patch_size: int | Triple) -> Triple:
+    return (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
+
+
+def _check(
+    prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing
+) -> None:
+    if target.dim() != 5:
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected (B, C, X, Y, Z)")
+    (p, q, r), (gx, gy, gz) = _edges(patch_size), patch_grid(target.shape, patch_size)
+    batch, length = target.shape[0], gx * gy * gz
+    expected = (2 * batch, length, target.shape[1] * p * q * r)
+    if prediction.shape != expected:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)}, expected {expected} for this target"
+        )
+    if mask.shape != (batch, length):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, length)}")
+    if pairing not in ("source", "reference"):
+        raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
+
 
 def dual_reconstruction_loss(
-    prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int, pairing: Pairing = "source"
+    prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing = "source"
 ) -> Tensor:
     """Mean squared error of hidden tokens against the patchified volume.
 
     Stream 1 of row i predicts sample i where mask_i is 1. Stream 2 of row B-1-i predicts sample i too; its
-    hidden tokens are those where mask_{B-1-i} is 0.
+    hidden tokens are those where mask_{B-1-i} is 0. The kernels read the supervised tokens alone, once, and
+    cut the volume into patches while they load it.
 
     Args:
-        prediction: (2B, L, p^3*C), stream 1 rows first, tokens in (px, py, pz, c) order.
-        target: (B, C, X, Y, Z).
-        mask: (B, L) of 0 and 1.
-        patch_size: patch edge.
+        prediction: (2B, L, p^3*C), stream 1 rows first, tokens in (px, py, pz, c) order, any float dtype.
+        target: (B, C, X, Y, Z), any float dtype and strides. If it requires a gradient, plain PyTorch runs.
+        mask: (B, L) of 0 and 1, any dtype.
+        patch_size: patch edge, or one for each axis.
         pairing: "source" supervises each stream exactly where it was hidden. "reference" reproduces the
             published code, which weights the second term by 1 - mask_i instead.
 
@@ -34,19 +280,50 @@ def dual_reconstruction_loss(
     Raises:
         ValueError: if a shape does not fit, or for an unknown pairing.
     """
-    truth = patchify_3d(target, patch_size)
-    if prediction.shape != (2 * truth.shape[0], *truth.shape[1:]):
-        raise ValueError(
-            f"prediction has shape {tuple(prediction.shape)}, "
-            f"expected {(2 * truth.shape[0], *truth.shape[1:])} for this target"
+    _check(prediction, target, mask, patch_size, pairing)
+    if not use_triton(prediction) or prediction.numel() == 0 or target.requires_grad:
+        return dual_reconstruction_loss_reference(prediction, target, mask, patch_size, pairing)
+    return _reconstruction(prediction, target, packed(mask), list(_edges(patch_size)), pairing == "reference")
+
+
+# 5. Standard workloads
+
+
+def workloads() -> list[Workload]:
+    """The loss of a ViT-B step, and of one with small patches."""
+
+    def make(batch: int, channels: int, size: int, patch: int) -> Workload:
+        length, width = (size // patch) ** 3, channels * patch**3
+
+        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+            shape = (2 * batch, length, width)
+            return {
+                "prediction": torch.randn(*shape, device=device, dtype=dtype, requires_grad=True),
+                "target": torch.randn(batch, channels, size, size, size, device=device, dtype=dtype),
+                "mask": balanced_mask(batch, length, device),
+                "patch_size": patch,
+            }
+
+        def launch_all(prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> None:
+            arguments = (prediction, target, packed(mask), [patch_size] * 3, False)
+            loss = _launch_forward(*arguments)
+            _launch_backward(loss, *arguments)
+
+        def cost(size: int) -> tuple[Cost, Cost]:
+            # Half of the tokens of each stream is supervised; a quarter of the target by neither stream.
+            elements = batch * length * width
+            read = int(1.75 * elements) * size + batch * length
+            return Cost(read + 4, 3 * elements), Cost(read + 2 * elements * size + 4, 2 * elements)
+
+        return Workload(
+            "dual_reconstruction_loss",
+            f"{batch}x{channels}x{size}^3 patch {patch}",
+            inputs,
+            dual_reconstruction_loss,
+            dual_reconstruction_loss_reference,
+            launch_all,
+            cost,
+            matrix=False,
         )
-    if mask.shape != truth.shape[:2]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(truth.shape[:2])}")
-    if pairing not in ("source", "reference"):
-        raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
-    first, second = at_least_float32(prediction).chunk(2)
-    truth, hidden = truth.to(first.dtype), mask.to(first.dtype)
-    error_first = (first - truth).square().mean(-1)
-    error_second = (second.flip(0) - truth).square().mean(-1)
-    hidden_second = 1 - (hidden.flip(0) if pairing == "source" else hidden)
-    return (error_first * hidden + error_second * hidden_second).mean()
+
+    return [make(64, 4, 24, 4), make(16, 4, 24, 2)]
