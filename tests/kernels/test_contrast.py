@@ -56,10 +56,11 @@ def quadruplet(
     }
 
 
+# In one dimension the gradient is zero but for rounding; in few rows PyTorch's own error may be nil by luck.
 @pytest.mark.usefixtures("small_chunks")
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 4), st.integers(0, 3), st.integers(1, 40),
+    st.integers(1, 12), st.integers(1, 4), st.integers(0, 3), st.integers(2, 40),
     st.sampled_from(IDENTITIES), st.sampled_from(DTYPES), st.integers(0, 1000),
 )  # fmt: skip
 def test_chunks_of_quadruplets(
@@ -72,7 +73,7 @@ def test_chunks_of_quadruplets(
 @pytest.mark.usefixtures("small_chunks")
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 50), st.integers(1, 20), st.sampled_from(DTYPES), st.booleans(),
+    st.integers(4, 40), st.integers(1, 50), st.integers(2, 20), st.sampled_from(DTYPES), st.booleans(),
     st.integers(0, 1000),
 )  # fmt: skip
 def test_chunks_of_labels(

