@@ -82,7 +82,13 @@ def _launch_forward(
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[queries.dtype] if narrow else acc
     if queries.dtype == torch.bfloat16 and interpreted():
         dot = tl.float32  # the interpreter's bfloat16 products are wrong
-    name = ("contrast_large" if rows > INLINE_LENGTHS else "contrast_small") if narrow else "contrast_float32"
+    if not narrow:
+        name = "contrast_float32"
+    elif rows <= INLINE_LENGTHS:
+        name = "contrast_small"
+    else:  # masks take registers, and so does dividing tiles, as float16 does
+        ragged = queries.dtype == torch.float16 or width % 64 != 0 or key_rows % 128 != 0
+        name = "contrast_large_ragged" if ragged else "contrast_large"
     options = config(name, device)
     size, count, groups = _slices(width, options["COLUMNS"])
     loss, slope, stats = _fake_forward(

@@ -1,5 +1,4 @@
 """The Triton kernels of the contrasts; ``contrast`` launches them and says what they compute."""
-# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 

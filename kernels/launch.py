@@ -57,7 +57,6 @@ class Workload(NamedTuple):
         launch: runs the forward and the backward launchers on the inputs, whatever the backend.
         cost: bytes per element -> least cost of forward and of backward.
         matrix: whether the kernels must use tensor cores.
-        verifiable: whether the reference fits on a GPU in float64; it may need memory that ``run`` does not.
     """
 
     op: str
@@ -68,7 +67,6 @@ class Workload(NamedTuple):
     launch: Callable[..., None]
     cost: Callable[[int], tuple[Cost, Cost]]
     matrix: bool
-    verifiable: bool = True
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from meduet_fast.kernels.launch import Workload
 from meduet_fast.kernels.verify import outputs_and_gradients, require
 
 WORKLOADS = workloads()
-CHECKED = [workload for workload in WORKLOADS if workload.verifiable]
 
 
 def name(workload: Workload) -> str:
@@ -35,7 +34,7 @@ def triton_kernels() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("workload", CHECKED, ids=name)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name)
 def test_exact(workload: Workload, dtype: torch.dtype) -> None:
     require(workload.run, workload.reference, inputs(workload, dtype))
 
@@ -44,12 +43,12 @@ def test_exact(workload: Workload, dtype: torch.dtype) -> None:
 def test_fifty_runs_are_bitwise_equal(workload: Workload) -> None:
     given = inputs(workload, torch.bfloat16)
     first = outputs_and_gradients(workload.run, given)
-    for _ in range(50 if workload.verifiable else 3):
+    for _ in range(50):
         for key, value in outputs_and_gradients(workload.run, given).items():
             assert torch.equal(value, first[key]), key
 
 
-@pytest.mark.parametrize("workload", CHECKED, ids=name)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name)
 def test_compiled_with_cuda_graphs(workload: Workload) -> None:
     compiled = torch.compile(workload.run, fullgraph=True, mode="reduce-overhead")
     given = inputs(workload, torch.bfloat16)
@@ -61,7 +60,7 @@ def test_compiled_with_cuda_graphs(workload: Workload) -> None:
 
 
 def test_no_operation_waits_for_the_device() -> None:
-    given = [(workload, inputs(workload, torch.bfloat16)) for workload in CHECKED]
+    given = [(workload, inputs(workload, torch.bfloat16)) for workload in WORKLOADS]
     for workload, arguments in given:  # kernels are compiled and loaded here, which may wait
         workload.run(**arguments)
     torch.cuda.set_sync_debug_mode("error")
