@@ -34,7 +34,7 @@ setup(
         "tensorboard>=2.18",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["einops", "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},
 )

@@ -112,7 +112,7 @@ if triton is not None:
         batch, source = tl.program_id(0).to(tl.int64), tl.program_id(1)
         columns = tl.arange(0, BLOCK_D)
         valid = columns < width
-        tokens = length.to(ACC)
+        tokens = tl.full((), 0, ACC) + length  # a length of 1 is a plain constant, without .to
         if SOURCES == 2:
             second = tl.zeros((BLOCK_L,), tl.int32)
             for first in range(0, length, BLOCK_L):

@@ -15,6 +15,22 @@ NAMESPACE = "meduet_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+def _on_plain_tensors(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Subclasses of Tensor (MONAI's MetaTensor) change what ``new_empty``, ``view`` and indexing do."""
+
+    def run(*arguments: Any) -> Any:
+        return implementation(
+            *(
+                item.as_subclass(torch.Tensor)
+                if isinstance(item, torch.Tensor) and type(item) is not torch.Tensor
+                else item
+                for item in arguments
+            )
+        )
+
+    return run
+
+
 def register(
     schema: str,
     implementation: Callable[..., Any],
@@ -37,7 +53,7 @@ def register(
     name = schema.split("(", 1)[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, _on_plain_tensors(implementation), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(

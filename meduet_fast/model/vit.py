@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meduet_fast.layers import sincos_positions_3d
+
 
 class Attention(nn.Module):
     """Multi-head self-attention on (B, N, D) through PyTorch's fused kernels."""
@@ -51,11 +53,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def sincos_positions(dim: int, grid: int, theta: float = 10000.0) -> Tensor:
+def sincos_positions(dim: int, grid: int) -> Tensor:
     """Fixed positions of a cubic token grid, with a zero row for CLS in front.
-
-    A third of the width for each axis (x, y, z), sines in its first half, cosines in its second
-    (MeDUET section "Network").
 
     Args:
         dim: width, a multiple of 6.
@@ -64,9 +63,5 @@ def sincos_positions(dim: int, grid: int, theta: float = 10000.0) -> Tensor:
     Returns:
         (1, 1 + grid^3, dim) float32.
     """
-    frequencies = theta ** -(torch.arange(dim // 6, dtype=torch.float64) / (dim // 6))
-    axis = torch.arange(grid, dtype=torch.float64)
-    coordinates = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    angles = coordinates.unsqueeze(-1) * frequencies
-    table = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0).float()
+    table = sincos_positions_3d(dim, (grid, grid, grid))
+    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0)

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from meduet_fast.kernels import inspect, pool
 from meduet_fast.kernels.catalogue import workloads
 from meduet_fast.kernels.inspect import Compiled, compile_workload, floors, main
+from meduet_fast.kernels.launch import record_launches
 
 GOOD = Compiled("op", "sizes", "kernel", "config", 90, 100, 0, 1024, 4, 2, True, "")
 
@@ -28,6 +30,15 @@ def test_every_kernel_of_a_workload_is_compiled_without_a_gpu() -> None:
         assert 16 <= item.registers <= 255
         assert item.spill_bytes == 0
         assert item.problem == ""
+
+
+def test_lengths_of_one_compile_too() -> None:
+    """An integer argument of 1 becomes a constant of the kernel, which is another type there."""
+    with record_launches(90) as launches:
+        normed, plain, count = pool._launch_forward(torch.empty(1, 1, 16, device="meta"), None, 1e-5)
+        pool._launch_backward(normed, plain, torch.empty(1, 1, 16, device="meta"), None, count, 1e-5)
+    for launch in launches:
+        assert inspect.compile_launch(launch, pool.workloads()[0], 90).problem == ""
 
 
 def test_a_spill_and_too_much_shared_memory_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:

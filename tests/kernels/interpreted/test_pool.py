@@ -68,6 +68,17 @@ def test_compiles_as_one_graph() -> None:
     require(compiled, pool.pooled_layer_norm_reference, {"x": x, "mask": mask})
 
 
+def test_monai_tensors_are_taken_as_they_are() -> None:
+    from monai.data import MetaTensor
+
+    x = MetaTensor(torch.randn(2, 5, 6)).requires_grad_()
+    normed, _ = pooled_layer_norm(x)
+    normed.sum().backward()
+    expected, _ = pool.pooled_layer_norm_reference(x.as_tensor())
+    torch.testing.assert_close(torch.as_tensor(normed), expected)
+    assert x.grad is not None
+
+
 def test_offsets_beyond_31_bits() -> None:
     # A view whose rows lie 2^29 elements apart touches little of the memory that it spans.
     base = torch.empty(1).new_empty(0)

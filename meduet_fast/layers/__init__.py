@@ -1,0 +1,16 @@
+"""The fast operations as modules, and :func:`accelerate`, which puts them into models that exist already."""
+
+from .accelerate import Swap, accelerate
+from .contrast import QuadrupletContrast
+from .mixing import TokenMixer
+from .patch_embed import PatchEmbed3d
+from .positions import sincos_positions_3d
+
+__all__ = [
+    "PatchEmbed3d",
+    "QuadrupletContrast",
+    "Swap",
+    "TokenMixer",
+    "accelerate",
+    "sincos_positions_3d",
+]

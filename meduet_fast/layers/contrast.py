@@ -1,0 +1,43 @@
+"""The contrast of MeDUET's quadruplets as a module."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from meduet_fast.kernels import quadruplet_contrast
+
+
+class QuadrupletContrast(nn.Module):
+    """Contrast of queries with keys of which exactly three are alike; see :func:`quadruplet_contrast`.
+
+    Args:
+        identity: which rows are alike, those of a "content" or of a "style".
+        temperature: first value of 1/scale; the scale is kept as its logarithm in ``log_scale``.
+        learnable: whether ``log_scale`` gets a gradient.
+
+    Raises:
+        ValueError: for an unknown identity, or a temperature that is not positive.
+    """
+
+    def __init__(
+        self, identity: Literal["content", "style"], temperature: float = 0.07, learnable: bool = True
+    ) -> None:
+        super().__init__()
+        if identity not in ("content", "style"):
+            raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, expected more than 0")
+        self.identity: Literal["content", "style"] = identity
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnable)
+
+    def forward(self, queries: Tensor, keys: Tensor, key_offset: int = 0) -> Tensor:
+        """Queries (4B, D) and keys (4B, D), or keys gathered from all ranks with their offset -> scalar."""
+        return quadruplet_contrast(queries, keys, self.log_scale, self.identity, key_offset)
+
+    def extra_repr(self) -> str:
+        """The identity, for ``print(module)``."""
+        return repr(self.identity)

@@ -1,0 +1,83 @@
+"""The patch embedding as a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from meduet_fast.kernels import patch_embed_3d, patch_grid
+
+from .positions import sincos_positions_3d
+
+Position = Literal["none", "learnable", "sincos"]
+Triple = tuple[int, int, int]
+
+
+def _triple(size: int | Triple) -> Triple:
+    return (size,) * 3 if isinstance(size, int) else size
+
+
+class PatchEmbed3d(nn.Module):
+    """Patches of a volume as tokens: a Conv3d with kernel = stride = patch, run as a matrix product.
+
+    ``weight`` and ``bias`` have the names, shapes and first values of ``nn.Conv3d``: its checkpoints load.
+
+    Args:
+        in_channels: C.
+        hidden_size: D.
+        patch_size: patch edge, or one for each axis.
+        img_size: edge of the volume, or one for each axis. Positions need it, and refuse other sizes.
+        position: "none"; "learnable", a parameter ``position`` (L, D); "sincos", fixed and in no checkpoint.
+        bias: False leaves ``bias`` out.
+        num_prefix_tokens: zero rows in front of the tokens, for the caller to fill (CLS).
+
+    Raises:
+        ValueError: for an unknown position, positions without img_size, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_size: int,
+        patch_size: int | Triple,
+        img_size: int | Triple | None = None,
+        position: Position = "none",
+        bias: bool = True,
+        num_prefix_tokens: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if position not in ("none", "learnable", "sincos"):
+            raise ValueError(f"position is {position!r}, expected 'none', 'learnable' or 'sincos'")
+        self.patch_size = _triple(patch_size)
+        self.num_prefix_tokens = num_prefix_tokens
+        conv = nn.Conv3d(
+            in_channels, hidden_size, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        if position == "none":
+            self.register_buffer("position", None)
+            return
+        if img_size is None:
+            raise ValueError(f"img_size is None, expected the volume's size for position {position!r}")
+        grid = patch_grid(_triple(img_size), self.patch_size)
+        if position == "sincos":
+            table = sincos_positions_3d(hidden_size, grid).to(device=device, dtype=self.weight.dtype)
+            self.register_buffer("position", table, persistent=False)
+        else:
+            table = torch.empty(grid[0] * grid[1] * grid[2], hidden_size, device=device, dtype=dtype)
+            self.position = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+
+    def forward(self, x: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """(B, C, X, Y, Z), and a mask (B, L) as :func:`patch_embed_3d` takes it -> (B, P+L, D)."""
+        return patch_embed_3d(
+            x, self.weight, self.bias, self.position, source_mask, num_prefix_tokens=self.num_prefix_tokens
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(module)``."""
+        hidden_size, in_channels = self.weight.shape[:2]
+        return f"{in_channels}, {hidden_size}, patch_size={self.patch_size}"
