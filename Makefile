@@ -5,7 +5,7 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint inspect setup clean
 
 demo: $(READY)
 	$(BIN)/meduet-fast sample-data $(DEMO)/sample-data
@@ -24,6 +24,11 @@ lint: $(READY)
 	rm -rf build/typecheck
 	$(BIN)/python -W ignore setup.py -q build_py --build-lib build/typecheck
 	$(BIN)/mypy
+
+# Compiles every kernel for three GPU generations, needs none. After a change of kernels or configurations
+# write the snapshot again with --json instead of --check, and look at the difference.
+inspect: $(READY)
+	$(BIN)/python -m meduet_fast.kernels.inspect --check kernels/inspect.json
 
 setup: $(READY)
 
