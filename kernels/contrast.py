@@ -201,10 +201,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, slope, stats = output
     ctx.save_for_backward(slope, stats)
     ctx.mark_non_differentiable(slope, stats)
+    ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
     ctx.dtypes, ctx.scale_shape = (queries.dtype, log_scale.dtype), log_scale.shape
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
     return (
         grad_queries if ctx.needs_input_grad[0] else None,
@@ -239,6 +242,8 @@ def _check(queries: Tensor, keys: Tensor, log_scale: Tensor) -> None:
             f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, "
             "expected both two-dimensional and equally wide"
         )
+    if log_scale.device != queries.device:
+        raise ValueError(f"log_scale is on {log_scale.device}, expected {queries.device} like the queries")
     if log_scale.numel() != 1:
         raise ValueError(f"log_scale has shape {tuple(log_scale.shape)}, expected a scalar")
 
@@ -353,10 +358,13 @@ def supervised_contrast(
 def workloads() -> list[Workload]:
     """Content and style of a ViT-B step; batches gathered from many GPUs, on one and on all of them."""
 
-    def make(rows: int, key_rows: int, width: int, identity: Identity) -> Workload:
+    def make(
+        rows: int, key_rows: int, width: int, identity: Identity, always: torch.dtype | None = None
+    ) -> Workload:
         code = CONTENT if identity == "content" else STYLE
 
         def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+            dtype = always or dtype
             keys = torch.randn(key_rows, width, device=device, dtype=dtype)
             repeated = keys.view(4, -1, width)[:, : rows // 4].reshape(rows, width)
             noise = torch.randn(rows, width, device=device, dtype=dtype)
@@ -372,6 +380,7 @@ def workloads() -> list[Workload]:
             _launch_backward(*forward, queries.dtype, log_scale.dtype)
 
         def cost(size: int) -> tuple[Cost, Cost]:
+            size = always.itemsize if always else size
             elements = rows * width
             return (
                 Cost((rows + key_rows) * width * size + elements * 4, 4 * rows * key_rows * width),
@@ -380,16 +389,19 @@ def workloads() -> list[Workload]:
 
         return Workload(
             "quadruplet_contrast",
-            f"{rows}x{key_rows}x{width} {identity}",
+            f"{rows}x{key_rows}x{width} {identity}{' float32' if always else ''}",
             inputs,
             quadruplet_contrast,
             quadruplet_contrast_eager,
             launch_all,
             cost,
-            matrix=True,
+            matrix=always is None,
         )
 
+    # In training the pooled queries and keys are float32, which tensor cores do not multiply.
     return [
+        make(256, 256, 768, "content", torch.float32),
+        make(256, 256, 192, "style", torch.float32),
         make(256, 256, 768, "content"),
         make(256, 256, 192, "style"),
         make(256, 2048, 768, "content"),

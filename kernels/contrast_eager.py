@@ -147,6 +147,8 @@ def _chunked(
             if self_index is not None:
                 itself = self_index[part, None]
                 logits.scatter_(1, itself, torch.finfo(loss.dtype).min)
+            # Everything relative to the largest logit: differences of small numbers lose no digits.
+            logits.sub_(logits.amax(1, keepdim=True))
             if positives is not None:
                 positive = positives[part]
                 count = torch.full_like(length, positive.shape[1])
@@ -159,10 +161,9 @@ def _chunked(
                     positive.scatter_(1, itself, False)
                 count = positive.sum(1, keepdim=True)
                 agreement = logits.masked_fill(~positive, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-            peak = logits.amax(1, keepdim=True)
-            total = logits.sub_(peak).exp_().sum(1, keepdim=True)
+            total = logits.exp_().sum(1, keepdim=True)
             valid = count > 0
-            totals[0] += torch.where(valid, peak + total.log() - agreement, 0.0).sum()
+            totals[0] += torch.where(valid, total.log() - agreement, 0.0).sum()
             totals[2] += valid.sum()
             if not gradient:
                 continue
@@ -195,11 +196,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, slope, scale_slope = output
     ctx.save_for_backward(slope, scale_slope)
     ctx.mark_non_differentiable(slope, scale_slope)
+    ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
     ctx.dtypes = queries.dtype, log_scale.dtype
     ctx.scale_shape = log_scale.shape
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
     slope, scale_slope = ctx.saved_tensors
     grad_queries = grad_scale = None
     if ctx.needs_input_grad[0]:

@@ -93,8 +93,8 @@ def _launch_forward(
     launch(
         group_norm_combine_kernel,
         (num_groups, batch),
-        (partial, mean, rstd, chunks, spatial, channels, width, chunk_size, eps),
-        {"BLOCK": options["BLOCK"], "ACC": acc},
+        (partial, mean, rstd, chunks, spatial, channels, width, chunk_size),
+        {"BLOCK": options["BLOCK"], "EPS": eps, "ACC": acc},
         "group_norm_combine",
         options,
     )

@@ -82,8 +82,8 @@ def group_norm_statistics_kernel(
 
 @triton.jit
 def group_norm_combine_kernel(
-    partial, mean, rstd, chunks, spatial, channels, width, chunk_size, eps,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    partial, mean, rstd, chunks, spatial, channels, width, chunk_size,
+    BLOCK: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # One program for a group: its chunks' means, then the squares around the mean of all.
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -111,7 +111,9 @@ def group_norm_combine_kernel(
         squares += tl.where(chunk < chunks, own + delta * delta * count, 0.0)
     out = batch * tl.num_programs(0) + group
     tl.store(mean + out, base + offset)
-    tl.store(rstd + out, 1.0 / tl.sqrt(tl.sum(squares, 0) / elements + eps))
+    tl.store(
+        rstd + out, 1.0 / tl.sqrt(tl.sum(squares, 0) / elements + EPS)
+    )  # a constant: arguments are float32
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MAX_GRID_YZ = 65535  # CUDA's limit; the first axis has 2^31 - 1
 CONFIG_FILE = Path(__file__).with_name("configs.json")
 _overrides: dict[str, Mapping[str, int]] = {}
 _recorded: list[Launch] | None = None
@@ -138,6 +139,9 @@ def launch(
         constants: compile-time values by name.
         name: of the configuration, see :func:`config`.
         options: that configuration; num_warps and num_stages are taken from it.
+
+    Raises:
+        ValueError: for tensors on several devices, or more programs than a launch can have.
     """
     chosen = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
     if _recorded is not None:
@@ -145,7 +149,16 @@ def launch(
         return
     if 0 in grid:
         return
-    device = next(item.device for item in arguments if isinstance(item, Tensor))
+    if max(grid[1:], default=0) > MAX_GRID_YZ:
+        raise ValueError(
+            f"{name}: too many samples or tokens for one launch, {grid} programs, of which at most "
+            f"{MAX_GRID_YZ} along the second and third axis; split the batch, or choose the eager backend"
+        )
+    tensors = [item for item in arguments if isinstance(item, Tensor)]
+    device = tensors[0].device
+    for item in tensors:
+        if item.device != device:  # a kernel would follow the foreign pointer
+            raise ValueError(f"{name}: tensors on {device} and {item.device}, expected one device")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants, **chosen)

@@ -64,17 +64,18 @@ if triton is not None:
         return tl.load(x + offsets, mask=inside, other=0.0).to(ACC), inside
 
     @triton.jit
-    def _statistics(tile, inside, width, eps):
+    def _statistics(tile, inside, width, EPS: tl.constexpr):
+        # EPS is a constant, because arguments are float32, too coarse for float64 input.
         mean = tl.sum(tile, 1) / width
         centred = tl.where(inside, tile - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / width + EPS)
         return centred, rstd
 
     @triton.jit
     def pool_forward_kernel(
-        x, mask, partial, length, width, stride_b, stride_l, stride_d, eps,
+        x, mask, partial, length, width, stride_b, stride_l, stride_d,
         SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
-        ACC: tl.constexpr,
+        EPS: tl.constexpr, ACC: tl.constexpr,
     ):  # fmt: skip
         # partial (B, chunks, S, 2, D): sums over a chunk of tokens, normalised and plain.
         chunk, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -87,8 +88,9 @@ if triton is not None:
         for step in range(STEPS):
             rows = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
             tile, inside = _load_rows(x, rows, columns, length, width, stride_l, stride_d, ACC)
-            centred, rstd = _statistics(tile, inside, width, eps)
-            unit = centred * rstd[:, None]
+            centred, rstd = _statistics(tile, inside, width, EPS)
+            # Rows behind the end have no variance: without eps theirs would be 0 times infinity.
+            unit = tl.where(inside, centred * rstd[:, None], 0.0)
             normed += tl.sum(unit, 0)
             plain += tl.sum(tile, 0)
             if SOURCES == 2:
@@ -134,16 +136,17 @@ if triton is not None:
 
     @triton.jit
     def pool_backward_kernel(
-        x, mask, count, grad_normed, grad_plain, grad_x, length, width, stride_b, stride_l, stride_d, eps,
-        SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+        x, mask, count, grad_normed, grad_plain, grad_x, length, width, stride_b, stride_l, stride_d,
+        SOURCES: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+        EPS: tl.constexpr, ACC: tl.constexpr,
     ):  # fmt: skip
         # LayerNorm's statistics are computed again: one read of x, one write of its gradient.
         batch = tl.program_id(1).to(tl.int64)
         batches = tl.num_programs(1)
         rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
         tile, inside = _load_rows(x + batch * stride_b, rows, columns, length, width, stride_l, stride_d, ACC)
-        centred, rstd = _statistics(tile, inside, width, eps)
-        unit = centred * rstd[:, None]
+        centred, rstd = _statistics(tile, inside, width, EPS)
+        unit = tl.where(inside, centred * rstd[:, None], 0.0)
         at = batch * width + columns
         valid = columns < width
         share = 1.0 / tl.load(count + batch)
@@ -179,8 +182,8 @@ def _launch_forward(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor,
     launch(
         pool_forward_kernel,
         (chunks, batch),
-        (x, mask, partial, length, width, *x.stride(), eps),
-        {"SOURCES": sources, "BLOCK_D": block, "ROWS": rows, "STEPS": steps, "ACC": acc},
+        (x, mask, partial, length, width, *x.stride()),
+        {"SOURCES": sources, "BLOCK_D": block, "ROWS": rows, "STEPS": steps, "EPS": eps, "ACC": acc},
         "pool_forward",
         options,
     )
@@ -214,12 +217,13 @@ def _launch_backward(
         (triton.cdiv(length, options["ROWS"]), batch),
         (
             x, mask, count, grad_normed.contiguous(), grad_plain.contiguous(), grad_x,
-            length, width, *x.stride(), eps,
+            length, width, *x.stride(),
         ),
         {
             "SOURCES": 1 if mask is None else 2,
             "BLOCK_D": triton.next_power_of_2(width),
             "ROWS": options["ROWS"],
+            "EPS": eps,
             "ACC": accumulator(x.dtype),
         },
         "pool_backward",

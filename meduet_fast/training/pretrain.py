@@ -168,7 +168,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     update_teacher(teacher, student, teacher_momentum(step, config.steps, config.optimizer))
-    sums["learning_rate"] = sums["grad_norm"].new_tensor(rate)
+    sums["learning_rate"] = sums["grad_norm"].new_full((), rate)  # new_tensor would wait for the device
     return send_values(step, sums, volumes, waited)
 
 

@@ -53,6 +53,15 @@ def test_source_without_tokens_gives_zeros() -> None:
     assert (normed[0, 1] == 0).all()
 
 
+def test_without_eps_on_a_ragged_length() -> None:
+    inputs = make(2, 27, 20, True, torch.float64)
+    require(
+        lambda x, mask: pooled_layer_norm(x, mask, eps=0.0),
+        lambda x, mask: pool.pooled_layer_norm_reference(x, mask, eps=0.0),
+        inputs,
+    )
+
+
 def test_gradcheck_and_opcheck() -> None:
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     mask = (torch.rand(2, 7) < 0.5).view(torch.uint8)
