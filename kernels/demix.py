@@ -16,10 +16,12 @@ from .launch import Cost, Workload, launch
 from .precision import accumulator
 from .registration import register
 from .tables import MixTables, balanced_mask, check_tables, mix_tables_reference, packed, take_rows
-from .tiles import load_rows, tile_columns, tile_rows, token_grid
+from .tiles import token_grid
 
 if triton is not None:
     import triton.language as tl
+
+    from .tiles import load_rows, tile_columns, tile_rows
 
 # 1. Reference
 

@@ -17,10 +17,12 @@ from .launch import Cost, Workload, launch
 from .precision import accumulator
 from .registration import register
 from .tables import balanced_mask, check_ones, launch_order, packed, token_order, token_order_reference
-from .tiles import tile_columns, tile_rows, token_grid
+from .tiles import token_grid
 
 if triton is not None:
     import triton.language as tl
+
+    from .tiles import tile_columns, tile_rows
 
 # 1. References
 

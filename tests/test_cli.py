@@ -46,7 +46,7 @@ def test_units_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         ([*PRETRAIN, "--steps", "many"], "steps"),
         ([*PRETRAIN, "--model.depth", "2.5"], "depth"),
         ([*PRETRAIN, "--batch_size", "3"], "batch_size is 3, expected an even number"),
-        ([*PRETRAIN, "--model.patch_size", "5"], "latent_size 12 is not a multiple of patch_size 5"),
+        ([*PRETRAIN, "--model.patch_size", "5"], "latent_size 8 is not a multiple of patch_size 5"),
         ([*PRETRAIN, "--objective.pairing", "both"], "pairing"),
         (PRETRAIN, "nowhere: not a latent store"),
         (["pretrain", "--config", "demo"], "data, output"),
