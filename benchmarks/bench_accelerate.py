@@ -1,53 +1,53 @@
 """Models of MONAI before and after ``accelerate``: the same numbers, and the time of forward and backward.
 
-``python -m benchmarks.bench_accelerate [--device cpu] [--repeats 7] [--only NAME ...] [--json PATH]``
+``python -m benchmarks.bench_accelerate [--device cpu] [--quick] [--only NAME] [--json PATH]``
 
 Each model is built twice with the same weights, one of the two is accelerated, and both get the same input.
 No time is taken before outputs and gradients agree, in float64: in float32 a rounding that carries one value
 across the kink of a LeakyReLU shifts gradients by up to a percent, with the original model as with ours. Both
-take turns in float32; the median of the ratios counts.
+take turns in float32, by the wall clock.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import statistics
-import subprocess
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
-import monai
 import torch
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-from monai.networks.nets import UNETR, AutoencoderKL, DiffusionModelUNet, MaskedAutoEncoderViT, ViT
 from torch import Tensor, nn
 
 from meduet_fast.layers import accelerate
 
+from .command import cases_command
+from .harness import Case, Variant, not_importable
+from .operations import BOTH, FORWARD
+from .tables import OURS
+
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-class Case(NamedTuple):
+class Example(NamedTuple):
     """One model.
 
     Attributes:
         name: for tables.
         build: the model, and its inputs on the CPU.
         check: dtype in which outputs and gradients are compared.
+        quick: whether it is among the few of a quick run.
     """
 
     name: str
     build: Callable[[], tuple[nn.Module, tuple[Any, ...]]]
     check: torch.dtype = torch.float64
+    quick: bool = False
 
 
 def _vit(proj_type: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets import ViT
+
     model = ViT(
         in_channels=1, img_size=(48, 48, 48), patch_size=8, hidden_size=192, mlp_dim=384, num_layers=4,
         num_heads=6, proj_type=proj_type, pos_embed_type="learnable",
@@ -56,6 +56,8 @@ def _vit(proj_type: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _unetr() -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets import UNETR
+
     model = UNETR(
         in_channels=1, out_channels=4, img_size=(48, 48, 48), feature_size=8, hidden_size=192, mlp_dim=384,
         num_heads=6, proj_type="conv",
@@ -64,6 +66,8 @@ def _unetr() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _masked_autoencoder() -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets import MaskedAutoEncoderViT
+
     model = MaskedAutoEncoderViT(
         in_channels=1, img_size=48, patch_size=8, hidden_size=192, mlp_dim=384, num_layers=4, num_heads=6,
         decoder_hidden_size=96, decoder_mlp_dim=192, decoder_num_layers=2, decoder_num_heads=6,
@@ -72,6 +76,8 @@ def _masked_autoencoder() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _diffusion(conditioned: bool) -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets import DiffusionModelUNet
+
     model = DiffusionModelUNet(
         spatial_dims=3, in_channels=4, out_channels=4, channels=(32, 64), attention_levels=(False, True),
         num_res_blocks=1, num_head_channels=16, norm_num_groups=16, with_conditioning=conditioned,
@@ -86,6 +92,8 @@ def _diffusion(conditioned: bool) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _maisi() -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
     model = AutoencoderKlMaisi(
         spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, num_channels=(16, 32, 32),
         num_res_blocks=(1, 1, 1), norm_num_groups=16, norm_eps=1e-6, attention_levels=(False, False, False),
@@ -96,6 +104,8 @@ def _maisi() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _autoencoder() -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets import AutoencoderKL
+
     model = AutoencoderKL(
         spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, channels=(16, 32),
         num_res_blocks=(1, 1), norm_num_groups=16, attention_levels=(False, True),
@@ -107,16 +117,16 @@ def _downsampling() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Conv3d(32, 64, 2, 2), (torch.randn(2, 32, 32, 32, 32),)
 
 
-CASES = (
-    Case("ViT conv", lambda: _vit("conv")),
-    Case("ViT perceptron", lambda: _vit("perceptron")),
-    Case("UNETR", _unetr),
-    Case("MaskedAutoEncoderViT", _masked_autoencoder),
-    Case("DiffusionModelUNet", lambda: _diffusion(conditioned=False)),
-    Case("DiffusionModelUNet, cross-attention", lambda: _diffusion(conditioned=True)),
-    Case("AutoencoderKlMaisi", _maisi, torch.float32),  # its norms cannot do float64; it has no kinks
-    Case("AutoencoderKL", _autoencoder),
-    Case("Conv3d 32->64, kernel = stride = 2", _downsampling),
+EXAMPLES = (
+    Example("ViT conv", lambda: _vit("conv"), quick=True),
+    Example("ViT perceptron", lambda: _vit("perceptron")),
+    Example("UNETR", _unetr),
+    Example("MaskedAutoEncoderViT", _masked_autoencoder),
+    Example("DiffusionModelUNet", lambda: _diffusion(conditioned=False), quick=True),
+    Example("DiffusionModelUNet, cross-attention", lambda: _diffusion(conditioned=True)),
+    Example("AutoencoderKlMaisi", _maisi, torch.float32),  # its norms cannot do float64; it has no kinks
+    Example("AutoencoderKL", _autoencoder),
+    Example("Conv3d 32->64, kernel = stride = 2", _downsampling, quick=True),
 )
 
 
@@ -149,120 +159,75 @@ def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
     )
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, with the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def benchmark(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
-    """One row of the table.
+def make_pair(example: Example, device: torch.device) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    """The model, the same accelerated, and inputs.
 
     Raises:
-        AssertionError: outputs, gradients or names of the state dict differ.
+        AssertionError: names of the state dict changed.
+        ImportError: MONAI is not installed.
     """
     torch.manual_seed(0)
-    before, inputs = case.build()
+    before, inputs = example.build()
     before = before.to(device).eval()
-    inputs = tuple(item.to(device) for item in inputs)
     after = copy.deepcopy(before)
-    swaps = accelerate(after)
+    accelerate(after)
     if list(before.state_dict()) != list(after.state_dict()):
-        raise AssertionError(f"{case.name}: names of the state dict changed")
-    wide = [
-        item.to(case.check) if isinstance(item, Tensor) and item.is_floating_point() else item
-        for item in inputs
-    ]
-    gradients = relative_difference(
-        *(outputs_and_gradients(copy.deepcopy(model).to(case.check), wide) for model in (before, after))
-    )
-    if not gradients < TOLERANCES[case.check]:
-        raise AssertionError(f"{case.name}: off by {gradients:.2g} of the largest value")
-    with torch.no_grad():
-        outputs = relative_difference(run(before, inputs), run(after, inputs))
+        raise AssertionError("names of the state dict changed")
+    return before, after, tuple(item.to(device) for item in inputs)
+
+
+@cache
+def check(example: Example, device: torch.device) -> None:
+    """Raises: AssertionError if outputs, gradients or names of the state dict differ."""
+    before, after, inputs = make_pair(example, device)
+    wide = [item.to(example.check) if item.is_floating_point() else item for item in inputs]
+    found = [outputs_and_gradients(model.to(example.check), wide) for model in (before, after)]
+    difference = relative_difference(*found)
+    if not difference < TOLERANCES[example.check]:
+        raise AssertionError(f"off by {difference:.2g} of the largest value")
+
+
+def _variants(example: Example, device: torch.device, direction: str) -> list[Variant]:
+    try:
+        before, after, inputs = make_pair(example, device)
+    except ImportError as error:
+        return [Variant(OURS, unavailable=not_importable(error))]
 
     def forward(model: nn.Module) -> Callable[[], object]:
-        def call() -> None:
-            with torch.no_grad():
-                run(model, inputs)
+        @torch.no_grad()
+        def call() -> object:
+            return run(model, inputs)
 
         return call
 
-    ratios: dict[str, list[float]] = {"forward": [], "forward_backward": []}
-    for name, wrap in (
-        ("forward", forward),
-        ("forward_backward", lambda model: lambda: outputs_and_gradients(model, inputs)),
-    ):
-        calls = wrap(before), wrap(after)
-        for call in calls:
-            call()
-        for _ in range(repeats):
-            slow, fast = (seconds(call, device) for call in calls)
-            ratios[name].append(slow / fast)
-    return {
-        "model": case.name,
-        "inputs": [list(item.shape) for item in inputs],
-        "swaps": dict(Counter(swap.before.rpartition(".")[2] for swap in swaps)),
-        "difference_float32_outputs": outputs,
-        "difference_checked": {"dtype": str(case.check), "outputs_and_gradients": gradients},
-        **{f"speed_ratio_{name}": round(statistics.median(values), 3) for name, values in ratios.items()},
-        "ratios": ratios,
-    }
+    def both(model: nn.Module) -> Callable[[], object]:
+        return lambda: outputs_and_gradients(model, inputs)
+
+    wrap = both if direction == BOTH else forward
+    return [Variant(OURS, wrap(after), lambda: check(example, device)), Variant("original", wrap(before))]
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Where and with what the figures were made."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
-    on_cpu = device.type == "cpu"
-    return {
-        "device": platform.processor() or platform.machine()
-        if on_cpu
-        else torch.cuda.get_device_name(device),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "monai": monai.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Every model, forward and with backward."""
+    for example in EXAMPLES:
+        for direction in (FORWARD, BOTH) if example.quick or not quick else ():
+            yield Case(
+                bench="accelerate",
+                name=example.name,
+                dtype="float32",
+                direction=direction,
+                shape={},
+                bytes=None,
+                flops=None,
+                build=partial(_variants, example, device, direction),
+                clock="wall",
+                names=(OURS, "original"),
+            )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of measurements per model")
-    parser.add_argument("--only", nargs="+", default=[], help="models whose name contains one of these")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
-
-    chosen = [
-        case for case in CASES if not arguments.only or any(part in case.name for part in arguments.only)
-    ]
-    rows = []
-    for case in chosen:
-        row = benchmark(case, arguments.device, arguments.repeats)
-        rows.append(row)
-        swaps = ", ".join(f"{count} {name}" for name, count in row["swaps"].items())
-        print(
-            f"{row['model']:36s} {row['speed_ratio_forward']:6.2f} x forward  "
-            f"{row['speed_ratio_forward_backward']:6.2f} x with backward  "
-            f"off by {row['difference_float32_outputs']:.0e}, "
-            f"{row['difference_checked']['outputs_and_gradients']:.0e} {row['difference_checked']['dtype']}  "
-            f"{row['inputs'][0]}  {swaps}",
-            flush=True,
-        )
-    where = provenance(arguments.device)
-    print("float32;", where)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"models": rows, **where}, indent=1) + "\n")
+def test_accelerate(benchmark: Any, variant: Variant) -> None:
+    benchmark(variant.call)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cases_command(cases, __doc__ or ""))

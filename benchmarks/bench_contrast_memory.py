@@ -3,17 +3,15 @@
 ``python -m benchmarks.bench_contrast_memory [--rows N] [--width D] [--rounds R] [--json PATH]``
 
 Every figure comes from a process of its own, float32, forward and backward. Memory is what the process's peak
-resident size grows by over its inputs and a warm-up on few rows. Time is the best and the median of
-interleaved rounds. Nothing is reported unless loss and gradients of both agree.
+resident size grows by over its inputs and a warm-up on few rows; the largest of all rounds counts. Nothing
+is reported unless loss and gradients of both agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -26,9 +24,14 @@ from torch import Tensor
 
 from meduet_fast.kernels.contrast_eager import quadruplet_contrast_eager, quadruplet_contrast_reference
 
+from .command import command
+from .harness import WRONG, figures, first_line
+from .results import Row
+from .tables import OURS
+
 RUNS: dict[str, Callable[..., Tensor]] = {
-    "chunked": quadruplet_contrast_eager,
-    "plain": quadruplet_contrast_reference,
+    OURS: quadruplet_contrast_eager,
+    "eager": quadruplet_contrast_reference,
 }
 
 
@@ -38,6 +41,18 @@ def make_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     queries = torch.randn(rows, width, generator=generator)
     keys = torch.randn(rows, width, generator=generator).add_(queries)  # in place: the peak counts
     return queries.requires_grad_(), keys, torch.tensor(1 / 0.07).log().requires_grad_()
+
+
+def peak_resident() -> int:
+    """The largest resident size of this process so far, in bytes. Linux alone.
+
+    Not getrusage's, which in a child begins with the size of the process that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    if not found:
+        raise OSError("/proc/self/status has no VmHWM")
+    return 1024 * int(found.group(1))
 
 
 def measure(name: str, rows: int, width: int) -> dict[str, Any]:
@@ -50,16 +65,16 @@ def measure(name: str, rows: int, width: int) -> dict[str, Any]:
 
     step(make_inputs(64, width))  # threads and libraries
     inputs = make_inputs(rows, width)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     start = time.perf_counter()
     loss = step(inputs)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = peak_resident() - before
     queries, _, log_scale = inputs
     assert queries.grad is not None
     assert log_scale.grad is not None
     return {
-        "bytes": 1024 * (peak - before),  # Linux counts kilobytes
+        "bytes": grown,
         "seconds": seconds,
         "results": [loss, queries.grad.double().norm().item(), log_scale.grad.item()],
     }
@@ -73,44 +88,59 @@ def in_a_process(name: str, rows: int, width: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_contrast_memory", description=__doc__)
-    parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(options.only, options.rows, options.width)))
-        return
-
-    rounds = [
-        {name: in_a_process(name, options.rows, options.width) for name in RUNS}
-        for _ in range(options.rounds)
-    ]
+def measure_rows(count: int, width: int, repeats: int) -> list[Row]:
+    """A row for each way to compute it, taking turns; nothing is timed unless loss and gradients agree."""
+    rounds = [{name: in_a_process(name, count, width) for name in RUNS} for _ in range(repeats)]
+    case, shape = f"N={count} D={width}", {"rows": count, "width": width}
+    common: dict[str, Any] = {"direction": "forward_backward", "dtype": "float32", "shape": shape}
     for one in rounds:
-        ours, plain = (torch.tensor(one[name]["results"]) for name in ("chunked", "plain"))
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
-    result: dict[str, Any] = {
-        "rows": options.rows,
-        "width": options.width,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-    }
-    for name in RUNS:
-        seconds = [one[name]["seconds"] for one in rounds]
-        result[name] = {
-            "megabytes": round(max(one[name]["bytes"] for one in rounds) / 1e6, 1),
-            "best_seconds": round(min(seconds), 3),
-            "median_seconds": round(statistics.median(seconds), 3),
-        }
-        print(f"{name:8} {result[name]}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        ours, plain = (torch.tensor(one[name]["results"]) for name in RUNS)
+        try:
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+        except AssertionError as error:
+            return [Row("contrast_memory", case, OURS, **common, unavailable=WRONG + first_line(error))]
+    seconds = {name: [one[name]["seconds"] for one in rounds] for name in RUNS}
+    return [
+        Row(
+            "contrast_memory",
+            case,
+            name,
+            **common,
+            peak_memory=max(one[name]["bytes"] for one in rounds),
+            **figures(seconds, name),
+        )
+        for name in RUNS
+    ]
+
+
+def rows(device: torch.device, quick: bool) -> list[Row]:
+    """For a run of all benchmarks; the device is the CPU whatever is asked for."""
+    repeats = 2 if quick else 5
+    return [row for count in (4096, 16384) for row in measure_rows(count, 256, repeats)]
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--rows", type=int, default=16384)
+        parser.add_argument("--width", type=int, default=256)
+        parser.add_argument("--rounds", type=int, default=5)
+
+    if "--only" in sys.argv:  # in a process of its own
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--only", choices=RUNS)
+        parser.add_argument("--rows", type=int)
+        parser.add_argument("--width", type=int)
+        options = parser.parse_args()
+        print(json.dumps(measure(options.only, options.rows, options.width)))
+        return 0
+    return command(
+        lambda options: measure_rows(options.rows, options.width, options.rounds),
+        __doc__ or "",
+        add_options=add_options,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Crops a second from the latent store, beside a MONAI PersistentDataset of gzip latents, on one core.
 
-``python -m benchmarks.bench_loader [--data STORE] [--json PATH]``
+``python -m benchmarks.bench_loader [--data STORE] [--repeats 5] [--seconds 2] [--json PATH]``
 
 The peer is built as the published MeDUET code builds it: four files a volume, PersistentDataset with its
 cache filled, random crop, three flips, a quarter turn. It is timed twice. As published, it writes its cache
@@ -14,32 +14,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import pickle
-import platform
-import statistics
-import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import monai
-import nibabel as nib
 import numpy as np
 import torch
-from monai.data import PersistentDataset
-from monai.transforms import (
-    Compose,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    LoadImaged,
-    RandFlipd,
-    RandRotate90d,
-    RandSpatialCropd,
-)
 from torch import Tensor
 from torch.serialization import DEFAULT_PROTOCOL
 from torch.utils.data import DataLoader, RandomSampler
@@ -49,11 +35,16 @@ from meduet_fast.data.crops import CropConfig, crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter
 
+from .command import command
+from .harness import WRONG, figures
+from .results import Row
+from .tables import OURS
+
 CROP, BATCH = 24, 16
 ENDLESS = 2**40
-OURS, OURS_AUGMENTED = "ours: crops", "ours: crops + flips and turns"
-PUBLISHED = "MONAI as published: crops + flips and turns"
-MENDED = "MONAI, cache working: crops + flips and turns"
+OURS_AUGMENTED = "ours, with flips and turns"
+PUBLISHED = "MONAI as published, with flips and turns"
+MENDED = "MONAI, cache working, with flips and turns"
 
 
 def make_store(path: Path, volumes: int = 8) -> LatentStore:
@@ -77,6 +68,8 @@ def make_store(path: Path, volumes: int = 8) -> LatentStore:
 
 def write_published_cache(store: LatentStore, folder: Path) -> list[dict[str, str]]:
     """The store's volumes in the published layout; one dict of paths per volume."""
+    import nibabel as nib
+
     items = []
     for index, entry in enumerate(store.entries):
         base = str(folder / entry.name)
@@ -92,6 +85,17 @@ def write_published_cache(store: LatentStore, folder: Path) -> list[dict[str, st
 
 def peer_batches(items: list[dict[str, str]], cache: Path, pickle_protocol: int) -> Iterator[Tensor]:
     """Endless batches (B, 4, s, s, s) of the MONAI loader, its cache filled."""
+    from monai.data import PersistentDataset
+    from monai.transforms import (
+        Compose,
+        EnsureChannelFirstd,
+        EnsureTyped,
+        LoadImaged,
+        RandFlipd,
+        RandRotate90d,
+        RandSpatialCropd,
+    )
+
     transform = Compose(
         [
             LoadImaged(keys=["latent", "domain", "voxel", "bp"]),
@@ -124,6 +128,8 @@ def check(store: LatentStore, items: list[dict[str, str]]) -> None:
     Raises:
         AssertionError: they are not.
     """
+    import nibabel as nib
+
     latents = [
         torch.from_numpy(nib.Nifti1Image.from_filename(item["latent"]).get_fdata(dtype=np.float32)).permute(
             3, 0, 1, 2
@@ -148,73 +154,89 @@ def measure(batches: Iterator[Tensor], seconds: float) -> float:
     return crops / (time.perf_counter() - begin)
 
 
-def provenance() -> dict[str, str]:
-    """Where and with what the figures were made."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
-    )
-    models = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return {
-        "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "monai": monai.__version__,
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
+def measure_all(store: LatentStore, folder: Path, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Crops a second of every repeat, the loaders taking turns.
 
-
-def benchmark(store: LatentStore, folder: Path, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Crops a second of every repeat, the loaders taking turns."""
+    Raises:
+        AssertionError: crops are not slices of the volumes.
+        ImportError: for MONAI or nibabel.
+    """
     items = write_published_cache(store, folder)
     check(store, items)
-    runs: dict[str, Callable[[], Iterator[Tensor]]] = {
-        OURS: lambda: our_batches(store, augmented=False),
-        OURS_AUGMENTED: lambda: our_batches(store, augmented=True),
-        PUBLISHED: lambda: peer_batches(items, folder / "published", pickle.HIGHEST_PROTOCOL),
-        MENDED: lambda: peer_batches(items, folder / "mended", DEFAULT_PROTOCOL),
+    batches: dict[str, Iterator[Tensor]] = {
+        OURS: our_batches(store, augmented=False),
+        OURS_AUGMENTED: our_batches(store, augmented=True),
+        PUBLISHED: peer_batches(items, folder / "published", pickle.HIGHEST_PROTOCOL),
+        MENDED: peer_batches(items, folder / "mended", DEFAULT_PROTOCOL),
     }
-    batches = {name: run() for name, run in runs.items()}
     for stream in batches.values():
         next(stream)
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+    rates: dict[str, list[float]] = {name: [] for name in batches}
     for _, (name, stream) in itertools.product(range(repeats), batches.items()):
         rates[name].append(measure(stream, seconds))
     return rates
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, help="latent store; 8 volumes of 4x60x60x56 noise if not given")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements per loader; the median counts")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
+def measure_rows(data: Path | None, repeats: int, seconds: float) -> list[Row]:
+    """A row for each loader, on one core; times are those of one crop.
 
+    Args:
+        data: latent store; 8 volumes of 4x60x60x56 noise if None.
+        repeats: measurements of each loader.
+        seconds: length of one.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        store = LatentStore.open(arguments.data) if arguments.data else make_store(Path(temporary, "store"))
-        cache = Path(temporary, "published")
-        cache.mkdir()
-        rates = benchmark(store, cache, arguments.repeats, arguments.seconds)
-    recomputed = sum("cache file" in str(warning.message) for warning in caught)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for ours, peer in itertools.product((OURS, OURS_AUGMENTED), (PUBLISHED, MENDED)):
-        print(f"{medians[ours] / medians[peer]:8.1f} x  {ours}, against {peer}")
-    for name, values in rates.items():
-        print(f"{medians[name]:10.0f} crops/s  {name}  ({min(values):.0f} to {max(values):.0f})")
-    print(f"{recomputed} reads of a MONAI cache were refused and made anew")
-    where = provenance()
-    print(f"crops of 4x{CROP}x{CROP}x{CROP}, {len(store.entries)} volumes, one core;", where)
-    if arguments.json:
-        result = {"crops_per_second": rates, "medians": medians, "cache_reads_refused": recomputed, **where}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            store = LatentStore.open(data) if data else make_store(Path(temporary, "store"))
+            case = f"crops of 4x{CROP}^3 of {len(store.entries)} volumes"
+            common: dict[str, Any] = {"direction": "read", "shape": {"batch": BATCH, "edge": CROP}}
+            cache = Path(temporary, "published")
+            cache.mkdir()
+            try:
+                rates = measure_all(store, cache, repeats, seconds)
+            except AssertionError as error:
+                return [Row("loader", case, OURS, **common, unavailable=f"{WRONG}{error}")]
+        refused = sum("cache file" in str(warning.message) for warning in caught)
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.set_num_threads(threads)
+    times = {name: [1 / rate for rate in values] for name, values in rates.items()}
+    rows = []
+    for name in times:
+        fields = figures(times, name)
+        fields["extra"] = {"samples_per_s": 1e6 / fields["median_us"]}
+        if name == PUBLISHED:
+            fields["extra"]["cache_reads_refused"] = refused
+        rows.append(Row("loader", case, name, **common, **fields))
+    return rows
+
+
+def rows(device: torch.device, quick: bool) -> list[Row]:
+    """For a run of all benchmarks; the device is the CPU whatever is asked for."""
+    return measure_rows(None, repeats=5, seconds=0.5 if quick else 2.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--data", type=Path, help="latent store; 8 volumes of 4x60x60x56 noise if not given"
+        )
+        parser.add_argument("--repeats", type=int, default=5, help="measurements per loader")
+        parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
+
+    return command(
+        lambda options: measure_rows(options.data, options.repeats, options.seconds),
+        __doc__ or "",
+        arguments,
+        add_options,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

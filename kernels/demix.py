@@ -342,60 +342,61 @@ def assemble_streams(
 # 5. Standard workloads
 
 
-def workloads() -> list[Workload]:
-    """A ViT-B step: the student's four streams, and the teacher's two."""
-    batch, length, width = 64, 216, 384
+def workload(batch: int, length: int, width: int, straight: bool) -> Workload:
+    """Streams of a mixed batch (batch, length, width): two, four with ``straight``."""
 
-    def make(straight: bool) -> Workload:
-        def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            parameter = torch.promote_types(dtype, torch.float32)
-            return {
-                "content": random(device, dtype, batch, length, width),
-                "style": random(device, dtype, batch, length, width),
-                "prefix": random(device, dtype, batch, 1, width),
-                "mask_token": random(device, parameter, width),
-                "position": random(device, parameter, 1 + length, width).detach(),
-                "tables": mix_tables_reference(balanced_mask(batch, length, device)),
-                "straight": straight,
-                "swapped": True,
-            }
+    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        parameter = torch.promote_types(dtype, torch.float32)
+        return {
+            "content": random(device, dtype, batch, length, width),
+            "style": random(device, dtype, batch, length, width),
+            "prefix": random(device, dtype, batch, 1, width),
+            "mask_token": random(device, parameter, width),
+            "position": random(device, parameter, 1 + length, width).detach(),
+            "tables": mix_tables_reference(balanced_mask(batch, length, device)),
+            "straight": straight,
+            "swapped": True,
+        }
 
-        def launch_all(
-            content: Tensor, style: Tensor, prefix: Tensor, mask_token: Tensor, position: Tensor,
-            tables: MixTables, straight: bool, swapped: bool,
-        ) -> None:  # fmt: skip
-            second = packed(tables.mask)
-            grad = _launch_streams(
-                content, style, prefix, mask_token, position, second, tables.partner, straight, swapped
-            )
-            _launch_streams_backward(
-                grad, prefix, mask_token, second, tables.partner, straight, swapped, [True] * 4
-            )
-
-        def cost(size: int) -> tuple[Cost, Cost]:
-            streams = 4 if straight else 2
-            tokens, rows = batch * length * width, batch * (1 + length) * width
-            small = batch * width * size + width * 4 + batch * length * 9
-            return (
-                Cost(
-                    (2 * tokens + streams * rows) * size + small + (1 + length) * width * 4,
-                    streams * 2 * tokens,
-                ),
-                Cost((2 * tokens + streams * rows) * size + small, streams * 2 * tokens),
-            )
-
-        return Workload(
-            "assemble_streams",
-            f"{batch}x{length}x{width} {'straight and swapped' if straight else 'swapped'}",
-            inputs,
-            assemble_streams,
-            assemble_streams_reference,
-            launch_all,
-            cost,
-            matrix=False,
+    def launch_all(
+        content: Tensor, style: Tensor, prefix: Tensor, mask_token: Tensor, position: Tensor,
+        tables: MixTables, straight: bool, swapped: bool,
+    ) -> None:  # fmt: skip
+        second = packed(tables.mask)
+        grad = _launch_streams(
+            content, style, prefix, mask_token, position, second, tables.partner, straight, swapped
+        )
+        _launch_streams_backward(
+            grad, prefix, mask_token, second, tables.partner, straight, swapped, [True] * 4
         )
 
-    return [make(True), make(False)]
+    def cost(size: int) -> tuple[Cost, Cost]:
+        streams = 4 if straight else 2
+        tokens, rows = batch * length * width, batch * (1 + length) * width
+        small = batch * width * size + width * 4 + batch * length * 9
+        return (
+            Cost(
+                (2 * tokens + streams * rows) * size + small + (1 + length) * width * 4,
+                streams * 2 * tokens,
+            ),
+            Cost((2 * tokens + streams * rows) * size + small, streams * 2 * tokens),
+        )
+
+    return Workload(
+        "assemble_streams",
+        f"{batch}x{length}x{width} {'straight and swapped' if straight else 'swapped'}",
+        inputs,
+        assemble_streams,
+        assemble_streams_reference,
+        launch_all,
+        cost,
+        matrix=False,
+    )
+
+
+def workloads() -> list[Workload]:
+    """A ViT-B step: the student's four streams, and the teacher's two."""
+    return [workload(64, 216, 384, straight) for straight in (True, False)]

@@ -296,9 +296,9 @@ def remix_tokens(z1: Tensor, z2: Tensor, mask: Tensor, check_values: bool = Fals
 # 5. Standard workloads
 
 
-def workloads() -> list[Workload]:
-    """A ViT-B batch, mixed half and half."""
-    batch, length, width = 64, 216, 768
+def workloads(batch: int = 64) -> list[Workload]:
+    """A ViT-B batch, mixed half and half: mix, demix, remix."""
+    length, width = 216, 768
     half, label, elements = length // 2, f"{batch}x{length}x{width}", batch * length * width
 
     def inputs(names: tuple[str, ...], tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -298,36 +298,38 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
 # 5. Standard workloads
 
 
-def workloads() -> list[Workload]:
-    """Both factors of a ViT-B step, by source; and the plain mean over an unmixed sequence."""
+def workload(batch: int, length: int, width: int, masked: bool) -> Workload:
+    """Of any size, (batch, length, width); pooled by source if masked."""
 
-    def make(batch: int, length: int, width: int, masked: bool) -> Workload:
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
-            return {"x": x, "mask": balanced_mask(batch, length, device) if masked else None}
+    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
+        return {"x": x, "mask": balanced_mask(batch, length, device) if masked else None}
 
-        def launch_all(x: Tensor, mask: Tensor | None) -> None:
-            marks = None if mask is None else packed(mask)
-            normed, plain, count = _launch_forward(x, marks, 1e-5)
-            _launch_backward(normed, plain, x, marks, count, 1e-5)
+    def launch_all(x: Tensor, mask: Tensor | None) -> None:
+        marks = None if mask is None else packed(mask)
+        normed, plain, count = _launch_forward(x, marks, 1e-5)
+        _launch_backward(normed, plain, x, marks, count, 1e-5)
 
-        def cost(size: int) -> tuple[Cost, Cost]:
-            elements, outputs = batch * length * width, 2 * batch * width * (2 if masked else 1)
-            marks = batch * length if masked else 0
-            return (
-                Cost(elements * size + outputs * 4 + marks, 9 * elements),
-                Cost(2 * elements * size + outputs * 4 + marks, 14 * elements),
-            )
-
-        return Workload(
-            "pooled_layer_norm",
-            f"{batch}x{length}x{width}{' by source' if masked else ''}",
-            inputs,
-            pooled_layer_norm,
-            pooled_layer_norm_reference,
-            launch_all,
-            cost,
-            matrix=False,
+    def cost(size: int) -> tuple[Cost, Cost]:
+        elements, outputs = batch * length * width, 2 * batch * width * (2 if masked else 1)
+        marks = batch * length if masked else 0
+        return (
+            Cost(elements * size + outputs * 4 + marks, 9 * elements),
+            Cost(2 * elements * size + outputs * 4 + marks, 14 * elements),
         )
 
-    return [make(64, 216, 768, True), make(64, 216, 192, True), make(128, 216, 768, False)]
+    return Workload(
+        "pooled_layer_norm",
+        f"{batch}x{length}x{width}{' by source' if masked else ''}",
+        inputs,
+        pooled_layer_norm,
+        pooled_layer_norm_reference,
+        launch_all,
+        cost,
+        matrix=False,
+    )
+
+
+def workloads() -> list[Workload]:
+    """Both factors of a ViT-B step, by source; and the plain mean over an unmixed sequence."""
+    return [workload(64, 216, 768, True), workload(64, 216, 192, True), workload(128, 216, 768, False)]

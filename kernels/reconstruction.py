@@ -289,41 +289,42 @@ def dual_reconstruction_loss(
 # 5. Standard workloads
 
 
+def workload(batch: int, channels: int, size: int, patch: int) -> Workload:
+    """The loss of ``batch`` volumes of edge ``size`` with patches of edge ``patch``."""
+    length, width = (size // patch) ** 3, channels * patch**3
+
+    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        shape = (2 * batch, length, width)
+        return {
+            "prediction": torch.randn(*shape, device=device, dtype=dtype, requires_grad=True),
+            "target": torch.randn(batch, channels, size, size, size, device=device, dtype=dtype),
+            "mask": balanced_mask(batch, length, device),
+            "patch_size": patch,
+        }
+
+    def launch_all(prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> None:
+        arguments = (prediction, target, packed(mask), [patch_size] * 3, False)
+        loss = _launch_forward(*arguments)
+        _launch_backward(loss, *arguments)
+
+    def cost(size: int) -> tuple[Cost, Cost]:
+        # Half of the tokens of each stream is supervised; a quarter of the target by neither stream.
+        elements = batch * length * width
+        read = int(1.75 * elements) * size + batch * length
+        return Cost(read + 4, 3 * elements), Cost(read + 2 * elements * size + 4, 2 * elements)
+
+    return Workload(
+        "dual_reconstruction_loss",
+        f"{batch}x{channels}x{size}^3 patch {patch}",
+        inputs,
+        dual_reconstruction_loss,
+        dual_reconstruction_loss_reference,
+        launch_all,
+        cost,
+        matrix=False,
+    )
+
+
 def workloads() -> list[Workload]:
     """The loss of a ViT-B step, and of one with small patches."""
-
-    def make(batch: int, channels: int, size: int, patch: int) -> Workload:
-        length, width = (size // patch) ** 3, channels * patch**3
-
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            shape = (2 * batch, length, width)
-            return {
-                "prediction": torch.randn(*shape, device=device, dtype=dtype, requires_grad=True),
-                "target": torch.randn(batch, channels, size, size, size, device=device, dtype=dtype),
-                "mask": balanced_mask(batch, length, device),
-                "patch_size": patch,
-            }
-
-        def launch_all(prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> None:
-            arguments = (prediction, target, packed(mask), [patch_size] * 3, False)
-            loss = _launch_forward(*arguments)
-            _launch_backward(loss, *arguments)
-
-        def cost(size: int) -> tuple[Cost, Cost]:
-            # Half of the tokens of each stream is supervised; a quarter of the target by neither stream.
-            elements = batch * length * width
-            read = int(1.75 * elements) * size + batch * length
-            return Cost(read + 4, 3 * elements), Cost(read + 2 * elements * size + 4, 2 * elements)
-
-        return Workload(
-            "dual_reconstruction_loss",
-            f"{batch}x{channels}x{size}^3 patch {patch}",
-            inputs,
-            dual_reconstruction_loss,
-            dual_reconstruction_loss_reference,
-            launch_all,
-            cost,
-            matrix=False,
-        )
-
-    return [make(64, 4, 24, 4), make(16, 4, 24, 2)]
+    return [workload(64, 4, 24, 4), workload(16, 4, 24, 2)]

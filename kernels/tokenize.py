@@ -504,60 +504,69 @@ def _workload(
     )
 
 
+def _parameters(device: str, dtype: torch.dtype, length: int, channels: int, patch: int) -> dict[str, Any]:
+    scale = (channels * patch**3) ** -0.5
+    weight = torch.randn(768, channels, patch, patch, patch, device=device, dtype=dtype) * scale
+    return {
+        "weight": weight.requires_grad_(),
+        "bias": torch.randn(768, device=device, dtype=dtype, requires_grad=True),
+        "position": torch.randn(length, 768, device=device, dtype=dtype),
+        "num_prefix_tokens": 1,
+    }
+
+
+def volume_workload(
+    batch: int,
+    channels: int,
+    size: Triple,
+    patch: int,
+    masked: bool = False,
+    last: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Workload:
+    """A batch of volumes of this size.
+
+    Args:
+        masked: every other token comes from the partner.
+        last: channels-last input.
+        autocast: float32 inputs under autocast to this.
+    """
+    length = math.prod(patch_grid(size, patch))
+
+    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        x = torch.randn(batch, channels, *size, device=device, dtype=dtype if autocast is None else None)
+        values = {"x": x.contiguous(memory_format=torch.channels_last_3d) if last else x}
+        values |= _parameters(device, x.dtype, length, channels, patch)
+        if masked:
+            values["source_mask"] = balanced_mask(batch, length, device)
+        return values
+
+    notes = [note for note, on in (("mixed", masked), ("last", last), ("autocast", autocast)) if on]
+    label = " ".join([f"{batch}x{channels}x{'x'.join(map(str, size))} p{patch}", *notes])
+    return _workload(label, patch_embed_3d, patch_embed_3d_reference, inputs, autocast)
+
+
 def workloads() -> list[Workload]:
     """Latents as MeDUET embeds them, larger latents, images, channels-last input, predicted tokens."""
-
-    def parameters(device: str, dtype: torch.dtype, length: int, channels: int, patch: int) -> dict[str, Any]:
-        scale = (channels * patch**3) ** -0.5
-        weight = torch.randn(768, channels, patch, patch, patch, device=device, dtype=dtype) * scale
-        return {
-            "weight": weight.requires_grad_(),
-            "bias": torch.randn(768, device=device, dtype=dtype, requires_grad=True),
-            "position": torch.randn(length, 768, device=device, dtype=dtype),
-            "num_prefix_tokens": 1,
-        }
-
-    def volume(
-        batch: int,
-        channels: int,
-        size: Triple,
-        patch: int,
-        masked: bool = False,
-        last: bool = False,
-        autocast: torch.dtype | None = None,
-    ) -> Workload:
-        length = math.prod(patch_grid(size, patch))
-
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            x = torch.randn(batch, channels, *size, device=device, dtype=dtype if autocast is None else None)
-            values = {"x": x.contiguous(memory_format=torch.channels_last_3d) if last else x}
-            values |= parameters(device, x.dtype, length, channels, patch)
-            if masked:
-                values["source_mask"] = balanced_mask(batch, length, device)
-            return values
-
-        notes = [note for note, on in (("mixed", masked), ("last", last), ("autocast", autocast)) if on]
-        label = " ".join([f"{batch}x{channels}x{'x'.join(map(str, size))} p{patch}", *notes])
-        return _workload(label, patch_embed_3d, patch_embed_3d_reference, inputs, autocast)
 
     def tokens(batch: int, length: int, channels: int, patch: int) -> Workload:
         def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
             shape = batch, length, channels * patch**3
             x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-            return {"tokens": x, **parameters(device, dtype, length, channels, patch)}
+            return {"tokens": x, **_parameters(device, dtype, length, channels, patch)}
 
         label = f"{batch}x{length}x{channels * patch**3} tokens"
         return _workload(label, patch_embed_tokens, patch_embed_tokens_reference, inputs)
 
     latents: Triple = (24, 24, 24)
     return [
-        volume(64, 4, latents, 4, masked=True),
-        volume(64, 4, latents, 4, masked=True, autocast=torch.bfloat16),
-        volume(64, 4, latents, 4),
-        volume(64, 4, latents, 4, last=True),
-        volume(16, 4, latents, 2),
-        volume(8, 4, (64, 64, 32), 4),
-        volume(8, 1, (96, 96, 96), 16),
-        volume(8, 1, (96, 96, 96), 8),
+        volume_workload(64, 4, latents, 4, masked=True),
+        volume_workload(64, 4, latents, 4, masked=True, autocast=torch.bfloat16),
+        volume_workload(64, 4, latents, 4),
+        volume_workload(64, 4, latents, 4, last=True),
+        volume_workload(16, 4, latents, 2),
+        volume_workload(8, 4, (64, 64, 32), 4),
+        volume_workload(8, 1, (96, 96, 96), 16),
+        volume_workload(8, 1, (96, 96, 96), 8),
         tokens(256, 216, 4, 4),
     ]

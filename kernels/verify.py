@@ -7,7 +7,7 @@ largest of a few on neighbouring inputs: on one alone it may be exact by luck. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,73 @@ def _error(value: Tensor, expected: Tensor) -> float:
     return (value.double() - expected).abs().max().item() if expected.numel() else 0.0
 
 
+class Expected(NamedTuple):
+    """What an output or gradient must be.
+
+    Attributes:
+        value: the definition's in float64.
+        dtype: the definition's in the inputs' own dtype.
+        allowed: the largest absolute difference that passes.
+    """
+
+    value: Tensor
+    dtype: torch.dtype
+    allowed: float
+
+
+def expect(
+    reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0, neighbours: int = NEIGHBOURS
+) -> dict[str, Expected]:
+    """What an operation must give, by name.
+
+    Args:
+        reference: the eager definition.
+        inputs: keyword arguments in the dtype to be tested.
+        seed: of the gradient that flows in.
+        neighbours: inputs nearby on which PyTorch's own error is measured, too.
+    """
+    truth = outputs_and_gradients(reference, _double(inputs), seed)
+    eager = outputs_and_gradients(reference, inputs, seed)
+    own = {name: _error(eager[name], value) for name, value in truth.items()}
+    for number in range(neighbours):
+        near = _neighbour(inputs, number)
+        again = outputs_and_gradients(reference, near, seed)
+        for name, value in outputs_and_gradients(reference, _double(near), seed).items():
+            own[name] = max(own[name], _error(again[name], value))
+    expected = {}
+    for name, value in truth.items():
+        dtype, scale = eager[name].dtype, value.abs().max().item() if value.numel() else 0.0
+        if not dtype.is_floating_point:
+            allowed = 0.0
+        elif dtype == torch.float64:
+            allowed = FLOAT64_TOLERANCE * max(scale, 1.0)
+        else:
+            allowed = FACTOR * (own[name] + torch.finfo(dtype).eps * scale)
+        expected[name] = Expected(value, dtype, allowed)
+    return expected
+
+
+def compare_to(
+    run: Callable[..., Any], expected: Mapping[str, Expected], inputs: Mapping[str, Any], seed: int = 0
+) -> list[Comparison]:
+    """Compare an operation with what :func:`expect` found for the same inputs and seed.
+
+    Raises:
+        AssertionError: for another shape or dtype.
+    """
+    tested = outputs_and_gradients(run, inputs, seed)
+    comparisons = []
+    for name, (value, dtype, allowed) in expected.items():
+        found = tested[name]
+        if found.shape != value.shape or found.dtype != dtype:
+            raise AssertionError(
+                f"{name} is {found.dtype} {tuple(found.shape)}, expected {dtype} {tuple(value.shape)}"
+            )
+        if value.numel():
+            comparisons.append(Comparison(name, _error(found, value), allowed))
+    return comparisons
+
+
 def compare(
     run: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0
 ) -> list[Comparison]:
@@ -108,34 +175,16 @@ def compare(
         inputs: keyword arguments in the dtype to be tested.
         seed: of the gradient that flows in.
     """
-    truth = outputs_and_gradients(reference, _double(inputs), seed)
-    eager = outputs_and_gradients(reference, inputs, seed)
-    own = {name: _error(eager[name], expected) for name, expected in truth.items()}
-    for number in range(NEIGHBOURS):
-        near = _neighbour(inputs, number)
-        again = outputs_and_gradients(reference, near, seed)
-        for name, expected in outputs_and_gradients(reference, _double(near), seed).items():
-            own[name] = max(own[name], _error(again[name], expected))
-    tested = outputs_and_gradients(run, inputs, seed)
-    comparisons = []
-    for name, expected in truth.items():
-        value = tested[name]
-        if value.shape != expected.shape or value.dtype != eager[name].dtype:
-            raise AssertionError(
-                f"{name} is {value.dtype} {tuple(value.shape)}, "
-                f"expected {eager[name].dtype} {tuple(expected.shape)}"
-            )
-        if expected.numel() == 0:
-            continue
-        scale = expected.abs().max().item()
-        if not value.is_floating_point():
-            allowed = 0.0
-        elif value.dtype == torch.float64:
-            allowed = FLOAT64_TOLERANCE * max(scale, 1.0)
-        else:
-            allowed = FACTOR * (own[name] + torch.finfo(value.dtype).eps * scale)
-        comparisons.append(Comparison(name, _error(value, expected), allowed))
-    return comparisons
+    return compare_to(run, expect(reference, inputs, seed), inputs, seed)
+
+
+def refuse(comparisons: Sequence[Comparison]) -> None:
+    """Raises: AssertionError naming every output and gradient that errs too much."""
+    wrong = [item for item in comparisons if not item.passed]
+    if wrong:
+        raise AssertionError(
+            "; ".join(f"{item.name} is off by {item.error:.3g}, allowed {item.allowed:.3g}" for item in wrong)
+        )
 
 
 def require(
@@ -146,8 +195,4 @@ def require(
     Raises:
         AssertionError: naming every output and gradient that errs too much.
     """
-    wrong = [item for item in compare(run, reference, inputs, seed) if not item.passed]
-    if wrong:
-        raise AssertionError(
-            "; ".join(f"{item.name} is off by {item.error:.3g}, allowed {item.allowed:.3g}" for item in wrong)
-        )
+    refuse(compare(run, reference, inputs, seed))

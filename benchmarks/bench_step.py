@@ -1,0 +1,273 @@
+"""The whole pretraining step: losses, backward, clipping, AdamW, the teacher's average.
+
+``python -m benchmarks.bench_step [--device cpu] [--quick] [--peer FOLDER] [--json PATH]``
+
+Ours is what training does on the device, with its transformer blocks compiled. The peers are our
+own plain re-implementation of the published step (:mod:`benchmarks.published_step`): as published, and with
+its blocks compiled and, on CUDA, in bfloat16. FLOPs are those that our step has to do, attention included,
+the same figure for everyone. Nobody is timed whose losses and gradients do not agree with the published ones.
+With ``--peer`` the published code runs too, from a checkout of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from meduet_fast.data.augment import augment
+from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.objectives import ObjectiveConfig, pretraining_losses, random_mix_mask
+from meduet_fast.training import OptimizerConfig
+from meduet_fast.training.cost import flops_per_sample
+from meduet_fast.training.parallel import compile_blocks
+from meduet_fast.training.step import Losses
+
+from .command import command
+from .harness import Case, Variant, not_importable, time_case
+from .published_step import Gate, PublishedStep, published_losses
+from .reference_peer import ReferencePeer, checkout
+from .results import Row, device_name
+from .step_parts import (
+    SMALL,
+    VIT_BASE,
+    Batch,
+    GraphedStep,
+    Models,
+    OurStep,
+    Setting,
+    check_graph,
+    make_batch,
+    make_models,
+    plain_kernels,
+)
+from .tables import OURS
+
+PUBLISHED = "published"
+REFERENCE = "published code"
+NO_REDUNDANCY = f"{OURS}, redundant work removed"
+FUSED = f"{OURS}, fused kernels"
+BFLOAT16 = f"{OURS}, bf16"
+GRAPH = f"{OURS}, CUDA graph"
+# From the published step to ours, each with everything before it; the third and fourth need CUDA.
+STAGES = {
+    PUBLISHED: "published",
+    NO_REDUNDANCY: "redundant work removed",
+    FUSED: "fused kernels",
+    BFLOAT16: "bf16, nothing waits",
+    OURS: "blocks compiled",
+    GRAPH: "CUDA graph",
+}
+GATE_BATCH = 2  # samples; in float32, for which large batches have neither memory nor time
+ROUNDS_S = 2.0  # seconds of timed rounds of a case, where three rounds do not take longer
+DATA_SHEET = {"H100": 989e12}  # FLOP/s, dense bfloat16 (SXM)
+
+
+def variants(
+    setting: Setting, batch: int, mftd: bool, device: torch.device, stages: bool, peer: Path | None
+) -> list[Variant]:
+    """Ours and its peers, each with weights of its own, equal at the start.
+
+    Args:
+        stages: with everything that lies between the published step and ours.
+        peer: a checkout of the published code, to be run too.
+    """
+    gpu = device.type == "cuda"
+    low, published_amp = (torch.bfloat16, torch.float16) if gpu else (None, None)
+    optimizer, objective = OptimizerConfig(), ObjectiveConfig(mftd=mftd)
+    base = make_models(setting.model, device)
+    gate = Gate(*base, make_batch(setting.model, GATE_BATCH, device), mftd)
+    inputs = make_batch(setting.model, batch, device)
+    losses_of = partial(pretraining_losses, check_values=False)
+
+    def copies(compiled: bool = False) -> Models:
+        student, teacher = (copy.deepcopy(model) for model in base)
+        if compiled:
+            compile_blocks(student, teacher)
+        return student, teacher
+
+    def published(
+        name: str,
+        amp: torch.dtype | None,
+        losses: Losses = published_losses,
+        compiled: bool = False,
+        plain: bool = False,
+    ) -> Variant:
+        """The published update around some implementation of the losses."""
+        models = copies(compiled)
+        step = PublishedStep(*models, optimizer, amp, losses)
+        kernels = plain_kernels if plain else nullcontext
+
+        def call() -> None:
+            with kernels():
+                step(*inputs, objective)
+
+        def check() -> None:
+            with kernels():
+                gate.check(losses, *models, amp)
+
+        return Variant(name, call, check)
+
+    def ours(name: str, compiled: bool) -> Variant:
+        """What training runs."""
+        models = copies(compiled)
+        step = OurStep(*models, optimizer, objective)
+        return Variant(name, lambda: step(*inputs), lambda: gate.check(losses_of, *models, low))
+
+    def graphed() -> Variant:
+        """Captured by its check: whatever goes wrong becomes the reason why it is not timed."""
+        captured: list[GraphedStep] = []
+
+        def check() -> None:
+            captured.append(GraphedStep(OurStep(*copies(compiled=True), optimizer, objective), inputs))
+            check_graph(captured[0], OurStep(*copies(compiled=True), optimizer, objective), inputs)
+
+        return Variant(GRAPH, lambda: captured[0](*inputs), check)
+
+    found = [ours(OURS, compiled=True), published(PUBLISHED, published_amp)]
+    found.append(published(f"{PUBLISHED}, compiled" + " bf16" * gpu, low, compiled=True))
+    if peer:
+        found.append(_reference(peer, base, inputs, mftd))
+    if not gpu:
+        found.append(ours(NO_REDUNDANCY, compiled=False))
+        found += [Variant(name, unavailable="needs CUDA") for name in (FUSED, BFLOAT16, GRAPH) if stages]
+    elif stages:
+        found += [
+            published(NO_REDUNDANCY, published_amp, losses_of, plain=True),
+            published(FUSED, published_amp, losses_of),
+            ours(BFLOAT16, compiled=False),
+            graphed(),
+        ]
+    return found
+
+
+def _reference(folder: Path, models: Models, batch: Batch, mftd: bool) -> Variant:
+    try:
+        reference = ReferencePeer(folder, models, batch, mftd)
+    except ImportError as error:
+        return Variant(REFERENCE, unavailable=not_importable(error))
+    return Variant(REFERENCE, reference, reference.check)
+
+
+def step_case(
+    setting: Setting, batch: int, mftd: bool, device: torch.device, stages: bool, peer: Path | None = None
+) -> Case:
+    """One size of batch."""
+    flops = batch * flops_per_sample(setting.model, ObjectiveConfig(mftd=mftd))
+    tokens = setting.model.num_tokens
+    return Case(
+        bench="step",
+        name=f"{setting.name} B={batch} {'with' if mftd else 'without'} MFTD",
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        direction="step",
+        shape={"batch": batch, "tokens": tokens, "width": setting.model.embed_dim},
+        bytes=None,
+        flops=flops,
+        build=lambda: variants(setting, batch, mftd, device, stages, peer),
+        per_call={"samples": batch, "tokens": batch * tokens, "teraflops": flops / 1e12},
+        clock="wall",
+    )
+
+
+def loading_rows(setting: Setting, batch: int, device: torch.device) -> list[Row]:
+    """Our step without MFTD, its crops read from a store of noise: how much of it is waiting for them."""
+    from .bench_loader import make_store
+
+    waits: list[float] = []
+    gpu, config = device.type == "cuda", setting.model
+    case = step_case(setting, batch, False, device, stages=False)
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder) / "store")
+
+        def build() -> list[Variant]:
+            models = make_models(config, device)
+            compile_blocks(*models)
+            step = OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=False))
+            crops = CropConfig(config.latent_size, batch)
+            workers = 4 if gpu else 0
+            loader = crop_loader(store, crops, total_steps=2**40, workers=workers, pin_memory=gpu)
+            batches, generator = iter(loader), torch.Generator(device).manual_seed(0)
+
+            def call() -> None:
+                began = time.perf_counter()
+                read = next(batches)
+                waits.append(time.perf_counter() - began)
+                latents = augment(read["latents"].to(device, non_blocking=True), generator).float()
+                mask = random_mix_mask(batch, config.num_tokens, generator, device)
+                step(latents, read["domain"].to(device, non_blocking=True), mask)
+
+            return [Variant(OURS, call)]
+
+        case = replace(case, bench="step_data", name=f"{case.name}, crops loaded", build=build)
+        rows = time_case(case, device, ROUNDS_S)
+    return [
+        _with(row, data_wait_percent=1e8 * statistics.median(waits) / row.median_us) if row.median_us else row
+        for row in rows
+    ]
+
+
+def _with(row: Row, **extra: float) -> Row:
+    return replace(row, extra=row.extra | extra)
+
+
+def ablation(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one case as stages, the published step first, each with all changes before it."""
+    by_name = {row.variant: row for row in rows}
+    return [
+        replace(by_name[name], bench="step_ablation", variant=stage, ratios={}, ratio_spread={})
+        for name, stage in STAGES.items()
+        if name in by_name
+    ]
+
+
+# Blocks differ in size, in precision and in need of a gradient: eight forms, all that the default allows.
+@torch._dynamo.config.patch(recompile_limit=32)
+def rows(device: torch.device, quick: bool, peer: Path | None = None) -> list[Row]:
+    """Batches with and without MFTD, the ablation, loading: ViT-B on CUDA, a small network on the CPU."""
+    gpu = device.type == "cuda"
+    setting, middle = (VIT_BASE, 64) if gpu else (SMALL, 8)
+    batches = [middle] if quick else [32, 64, 128, 192, 256] if gpu else [4, 8, 16]
+    found: list[Row] = []
+    for mftd in (True, False):
+        for batch in batches:
+            stages = mftd and batch == middle
+            timed = time_case(step_case(setting, batch, mftd, device, stages, peer), device, ROUNDS_S)
+            found += timed + ablation(timed) * stages
+            if gpu:
+                torch.cuda.empty_cache()
+    found += loading_rows(setting, middle, device)
+    sheet = next((rate for name, rate in DATA_SHEET.items() if name in device_name(device)), None)
+    return [
+        _with(row, mfu_percent_of_data_sheet=1e8 * row.flops / row.median_us / sheet)
+        if sheet and row.flops and row.median_us
+        else row
+        for row in found
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--peer", type=checkout, metavar="FOLDER", help="a checkout of the published code"
+        )
+
+    def measure(options: argparse.Namespace) -> list[Row]:
+        return rows(options.device, options.quick, options.peer)
+
+    return command(measure, __doc__ or "", arguments, add_options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""The pretraining step as published, re-implemented from its description: what ours is held to.
+
+Source: MeDUET sections "Network" to "Optimisation", with the work of section 6 done as published: every pass
+on its own, sources compacted by ``masked_select``, straight and exchanged styles decoded one after the other
+and decoded again for the distillation, predicted volumes put together and cut into patches again, the
+teacher's pass on the flipped batch, its average in a Python loop, a loss fetched in every step.
+
+Weights are held by :class:`meduet_fast.model.MeDUET`, whose names are the published ones; of its code only
+the transformer blocks are used.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meduet_fast.kernels import at_least_float32, unpatchify_3d
+from meduet_fast.kernels.contrast_eager import IDENTITIES, quadruplet_contrast_reference
+from meduet_fast.kernels.reconstruction import dual_reconstruction_loss_reference
+from meduet_fast.kernels.verify import FACTOR
+from meduet_fast.model import MeDUET
+from meduet_fast.model.meduet import reverse_gradient
+from meduet_fast.objectives import ObjectiveConfig
+from meduet_fast.training.config import OptimizerConfig
+from meduet_fast.training.optimizer import build_optimizer
+from meduet_fast.training.step import Losses
+
+TOLERANCE = 1e-4  # of losses and gradients in float32, relative; the same as on the published tensors
+Pair = tuple[Tensor, Tensor]
+
+
+class Mixed(NamedTuple):
+    """A demixed encoding: CLS (B, 1, D), content and style of source 1 and of source 2, (B, L/2, D or Ds)."""
+
+    cls: Tensor
+    content: Pair
+    style: Pair
+
+
+def compact(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The tokens (B, L, D) where the mask is set, in their order: (B, L/2, D). Waits for the device."""
+    return tokens.masked_select(mask.unsqueeze(-1)).view(len(tokens), -1, tokens.shape[-1])
+
+
+def _embed(model: MeDUET, latents: Tensor) -> Tensor:
+    return model.embed_layer.proj(latents).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+
+
+def _encode(model: MeDUET, tokens: Tensor) -> Tensor:
+    cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    return model.encode(torch.cat([cls.to(tokens.dtype), tokens], 1))
+
+
+def _factorize(model: MeDUET, tokens: Tensor) -> Pair:
+    """Content and style of a sequence of tokens."""
+    parts, channels_first = model.disentangled_factorizer, tokens.transpose(1, 2)
+    content, style = parts.proj_c(channels_first), parts.smooth(parts.proj_s(channels_first))
+    return content.transpose(1, 2), style.transpose(1, 2)
+
+
+def encode_mixed(model: MeDUET, latents: Tensor, mask: Tensor) -> Mixed:
+    """Mix by the mask, encode, take the sources apart and factorize each."""
+    tokens = _embed(model, latents)
+    encoded = _encode(model, torch.where(mask.unsqueeze(-1), tokens.flip(0), tokens))
+    content_1, style_1 = _factorize(model, compact(encoded[:, 1:], ~mask))
+    content_2, style_2 = _factorize(model, compact(encoded[:, 1:], mask))
+    return Mixed(encoded[:, :1], (content_1, content_2), (style_1, style_2))
+
+
+def encode_full(model: MeDUET, latents: Tensor) -> Pair:
+    """Content and style of unmixed crops."""
+    return _factorize(model, _encode(model, _embed(model, latents))[:, 1:])
+
+
+def reconstruct(model: MeDUET, cls: Tensor, content: Pair, style: Pair, mask: Tensor) -> Tensor:
+    """Both sources, each alone: (2B, L, p^3*C), source 1 first."""
+    fuse, parts = model.latent_entanglement.proj, zip(content, style, strict=True)
+    fused = [fuse(torch.cat(part, -1).transpose(1, 2)).transpose(1, 2) for part in parts]
+    second = mask.unsqueeze(-1)
+    tokens = fused[0].new_zeros(*mask.shape, fused[0].shape[-1])
+    tokens = tokens.masked_scatter(~second, fused[0]).masked_scatter(second, fused[1])
+    embedded = model.decoder_embed(torch.cat([cls.to(tokens.dtype), tokens], 1))
+    hidden = model.mask_token.to(embedded.dtype)
+    first_stream = torch.where(second, hidden, embedded[:, 1:])
+    second_stream = torch.where(second, embedded[:, 1:], hidden)
+    x = torch.cat([torch.cat([embedded[:, :1], stream], 1) for stream in (first_stream, second_stream)])
+    x = x + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    return model.decoder_pred(model.decoder_norm(x))[:, 1:]
+
+
+def _volume(model: MeDUET, tokens: Tensor) -> Tensor:
+    edge = model.config.latent_size // model.config.patch_size
+    return unpatchify_3d(tokens, model.config.patch_size, (edge, edge, edge))
+
+
+def _pool(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]).mean(1)
+
+
+def _quadruplet(model: MeDUET, mixed: Mixed, mask: Tensor) -> Pair:
+    """Rows of the contrast for content and style, (4B, D) and (4B, Ds)."""
+    swapped = reconstruct(model, mixed.cls, mixed.content, (mixed.style[1], mixed.style[0]), mask)
+    content, style = encode_full(model, _volume(model, swapped))
+    return (
+        torch.cat([_pool(mixed.content[0]), _pool(mixed.content[1]), _pool(content)]),
+        torch.cat([_pool(mixed.style[0]), _pool(mixed.style[1]), _pool(style)]),
+    )
+
+
+def _distillation(student: Tensor, teacher: Tensor, flipped: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference where a stream had to fill in, both streams added."""
+    total = student.new_zeros((), dtype=torch.float32)
+    for half, target, hidden in zip(student.chunk(2), (teacher, flipped), (mask, ~mask), strict=True):
+        error = (at_least_float32(half) - at_least_float32(target)).square().mean(-1)
+        total = total + (error * hidden).sum() / hidden.sum()
+    return total
+
+
+def published_losses(
+    student: MeDUET,
+    teacher: MeDUET,
+    latents: Tensor,
+    domain: Tensor,
+    mask: Tensor,
+    config: ObjectiveConfig,
+) -> dict[str, Tensor]:
+    """All losses of one batch, as published; arguments and result are those of ``pretraining_losses``.
+
+    The pairing is the published one whatever the configuration says.
+    """
+    mixed = encode_mixed(student, latents, mask)
+    straight = reconstruct(student, mixed.cls, mixed.content, mixed.style, mask)
+    patch = student.config.patch_size
+    losses = {
+        "reconstruction": dual_reconstruction_loss_reference(straight, latents, mask, patch, "reference")
+    }
+    heads, domains = student.domain_classifier, (domain, domain.flip(0))
+    for name, pooled, head in (
+        ("content", [reverse_gradient(half.mean(1)) for half in mixed.content], heads.domain_classifier_c),
+        ("style", [half.mean(1) for half in mixed.style], heads.domain_classifier_s),
+    ):
+        terms = [F.cross_entropy(head(x), label) for x, label in zip(pooled, domains, strict=True)]
+        losses[f"domain_{name}"] = (terms[0] + terms[1]) / 2
+
+    losses["mftd"] = losses["reconstruction"].new_zeros(())
+    if config.mftd:
+        again = reconstruct(student, mixed.cls, mixed.content, mixed.style, mask)
+        factors = encode_full(student, _volume(student, again))
+        with torch.no_grad():
+            targets, flipped = encode_full(teacher, latents), encode_full(teacher, latents.flip(0))
+        content, style = (
+            _distillation(*items, mask) for items in zip(factors, targets, flipped, strict=True)
+        )
+        losses["mftd"] = config.lambda_content * content + style
+
+    queries = _quadruplet(student, mixed, mask)
+    with torch.no_grad():
+        keys = _quadruplet(teacher, encode_mixed(teacher, latents, ~mask), ~mask)
+    content, style = (
+        quadruplet_contrast_reference(query, key, scale, identity)
+        for query, key, scale, identity in zip(queries, keys, student.siqc_log_scale, IDENTITIES, strict=True)
+    )
+    losses["siqc"] = content + style
+    losses["total"] = (
+        losses["reconstruction"]
+        + config.lambda_domain * (losses["domain_content"] + losses["domain_style"])
+        + config.lambda_mftd * losses["mftd"]
+        + config.lambda_siqc * losses["siqc"]
+    )
+    return losses
+
+
+class PublishedStep:
+    """Loss, backward, clipping, AdamW and the teacher's average, as published.
+
+    Args:
+        student: trained in place; the contrast's scales are not, as published.
+        teacher: follows it.
+        config: of the optimiser; learning rate and momentum stay as they are at the peak and at the start.
+        amp: float16 goes with a gradient scaler as published, bfloat16 without; None computes in float32.
+        losses: :func:`published_losses`, or that compiled.
+    """
+
+    def __init__(
+        self,
+        student: MeDUET,
+        teacher: MeDUET,
+        config: OptimizerConfig,
+        amp: torch.dtype | None,
+        losses: Losses = published_losses,
+    ) -> None:
+        self.student, self.teacher, self.config, self.amp, self.losses = student, teacher, config, amp, losses
+        self.device = student.cls_token.device
+        # The groups are ours, but for the contrast's scales; not the fused form, as published.
+        groups = [
+            {
+                "params": [item for item in group["params"] if item is not student.siqc_log_scale],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in build_optimizer(student, config).param_groups
+        ]
+        self.trained = [item for group in groups for item in group["params"]]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(config.beta1, config.beta2)
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+
+    def __call__(self, latents: Tensor, domain: Tensor, mask: Tensor, objective: ObjectiveConfig) -> float:
+        """One step, which waits for the device; the total loss."""
+        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            losses = self.losses(self.student, self.teacher, latents, domain, mask, objective)
+        total = losses["total"].item()
+        self.scaler.scale(losses["total"]).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        momentum = self.config.teacher_momentum
+        with torch.no_grad():
+            for own, average in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                average.mul_(momentum).add_((1 - momentum) * own)
+        return total
+
+
+def losses_and_gradients(
+    losses_of: Losses,
+    student: MeDUET,
+    teacher: MeDUET,
+    batch: tuple[Tensor, Tensor, Tensor],
+    objective: ObjectiveConfig,
+    amp: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Every loss, and ``grad NAME`` of every parameter of the student that asks for one, in float32."""
+    device = student.cls_token.device.type
+    trained = {name: item for name, item in student.named_parameters() if item.requires_grad}
+    # Scaled as a gradient scaler would: small float16 gradients must not vanish.
+    scale = 1024.0 if amp is torch.float16 else 1.0
+    # cuDNN's convolutions are TF32 unless told otherwise.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=amp is not None):
+        with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
+            losses = losses_of(student, teacher, *batch, objective)
+        gradients = torch.autograd.grad(scale * losses["total"], list(trained.values()))
+    found = {name: loss.detach().float() for name, loss in losses.items()}
+    return found | {
+        f"grad {name}": item.float() / scale for name, item in zip(trained, gradients, strict=True)
+    }
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``; over 1 where that is 0."""
+    size = expected.norm().item()
+    return (value - expected).norm().item() / size if size else value.norm().item()
+
+
+def _whole_gradient(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses, and all gradients as one vector."""
+    losses = {name: item for name, item in values.items() if not name.startswith("grad ")}
+    return losses | {"gradient": torch.cat([values[name].flatten() for name in values if name not in losses])}
+
+
+class Gate:
+    """The published losses and gradients of one batch, which implementations of the losses are held to.
+
+    In float32 every loss and every gradient must agree to 1e-4. In lower precision the losses and the
+    gradient as a whole may err three times as much as the published ones do when everything, weights too, is
+    bfloat16.
+
+    Args:
+        student, teacher: stay as they are.
+        batch: latents (B, C, S, S, S) float32, domain (B,), mask (B, L).
+        mftd: whether the distillation term is on.
+    """
+
+    def __init__(
+        self, student: MeDUET, teacher: MeDUET, batch: tuple[Tensor, Tensor, Tensor], mftd: bool
+    ) -> None:
+        self.batch, self.objective = batch, ObjectiveConfig(mftd=mftd, pairing="reference")
+        self.truth = losses_and_gradients(published_losses, student, teacher, batch, self.objective)
+        self._models = student, teacher
+
+    @cached_property
+    def _allowed(self) -> dict[str, float]:
+        student, teacher = (copy.deepcopy(model).bfloat16() for model in self._models)
+        batch = (self.batch[0].bfloat16(), *self.batch[1:])
+        rough = _whole_gradient(
+            losses_and_gradients(published_losses, student, teacher, batch, self.objective)
+        )
+        epsilon = torch.finfo(torch.bfloat16).eps
+        return {
+            name: FACTOR * (relative(rough[name], exact) + epsilon)
+            for name, exact in _whole_gradient(self.truth).items()
+        }
+
+    def check(
+        self, losses_of: Losses, student: MeDUET, teacher: MeDUET, amp: torch.dtype | None = None
+    ) -> None:
+        """Hold an implementation of the losses to the published one.
+
+        Args:
+            losses_of: called like ``pretraining_losses``, under autocast to ``amp``.
+            student, teacher: with the weights that this gate was made with.
+
+        Raises:
+            AssertionError: naming the worst of what differs.
+        """
+        truth = self.truth
+        tested = losses_and_gradients(losses_of, student, teacher, self.batch, self.objective, amp)
+        if truth.keys() != tested.keys():
+            raise AssertionError(f"found {sorted(tested)}, expected {sorted(truth)}")
+        if amp is None:
+            allowed = dict.fromkeys(truth, TOLERANCE)
+        else:
+            truth, tested, allowed = _whole_gradient(truth), _whole_gradient(tested), self._allowed
+        errors = {name: relative(tested[name], truth[name]) for name in truth}
+        wrong = [name for name, error in errors.items() if not error <= allowed[name]]
+        if wrong:
+            worst = max(wrong, key=lambda name: errors[name] / allowed[name])
+            raise AssertionError(
+                f"{len(wrong)} of {len(errors)} losses and gradients differ from the published step; the "
+                f"worst: {worst} by {errors[worst]:.3g}, allowed {allowed[worst]:.3g}"
+            )

@@ -1,0 +1,138 @@
+"""All benchmarks that suit a machine, one file of results, tables at the end.
+
+``python -m benchmarks.run [--set cpu|gpu] [--only BENCH ...] [--output FOLDER]``
+
+The set "cpu" is made to take under 10 minutes on two cores and writes to ``benchmarks/results/<device>``.
+"gpu" is made to take under 8 minutes on an H100; of packages, only torch and triton must be there. With
+``--output`` all goes into one folder to carry home: results, tables, pictures. Exit code 1: a result was not
+right, or a benchmark failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .command import print_table, report_failures
+from .harness import WRONG, first_line, measure_peaks, not_importable, time_cases
+from .report import write_folder
+from .results import Results, Row, provenance
+from .tables import OURS
+
+UNFINISHED = "unfinished.json"
+
+
+class Share(NamedTuple):
+    """A benchmark of a set, in the file ``bench_<name>``.
+
+    Attributes:
+        name: of the benchmark.
+        seconds: that it may take; 0 for one that limits itself.
+    """
+
+    name: str
+    seconds: float = 0.0
+
+
+# What matters most comes first; what the time does not reach is said not to be measured.
+SETS = {
+    "cpu": (
+        Share("step"),
+        Share("loader"),
+        Share("contrast_memory"),
+        Share("contrast", 40),
+        Share("tokenize", 40),
+        Share("demix", 40),
+        Share("pool", 30),
+        Share("model"),
+        Share("tokenizer"),
+        Share("reconstruction", 15),
+        Share("group_norm", 15),
+        Share("attention", 15),
+        Share("accelerate", 30),
+    ),
+    "gpu": (
+        Share("step"),
+        Share("tokenize", 50),
+        Share("demix", 50),
+        Share("pool", 35),
+        Share("attention", 40),
+        Share("contrast", 75),
+        Share("model"),
+        Share("tokenizer"),
+        Share("reconstruction", 30),
+        Share("group_norm", 35),
+        Share("accelerate", 30),
+        Share("loader"),
+    ),
+}
+LIMITS = {"cpu": 570.0, "gpu": 450.0}  # seconds, of all that do not limit themselves
+
+
+def measure(module: ModuleType, device: torch.device, quick: bool, seconds: float) -> list[Row]:
+    """Rows of one benchmark, from its cases or as it makes them itself."""
+    if hasattr(module, "cases"):
+        return time_cases(module.cases(device, quick), device, seconds)
+    return module.rows(device, quick)
+
+
+def measure_or_say_why(share: Share, device: torch.device, quick: bool, left: float) -> list[Row]:
+    """A benchmark that fails must not take the others with it."""
+    try:
+        module = importlib.import_module(f".bench_{share.name}", __package__)
+        return measure(module, device, quick, min(share.seconds, left))
+    except ImportError as error:
+        reason = not_importable(error)
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{WRONG}{type(error).__name__}: {first_line(error)}"
+    return [Row(share.name, "all", OURS, unavailable=reason)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--set", choices=SETS, default="gpu" if gpu else "cpu", help="default: what fits")
+    parser.add_argument("--only", nargs="+", default=[], metavar="BENCH", help="these benchmarks alone")
+    parser.add_argument("--output", type=Path, help="write a folder: results, tables, pictures")
+    options = parser.parse_args(arguments)
+    shares = SETS[options.set]
+    unknown = set(options.only) - {share.name for share in shares}
+    if unknown:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))} in the set {options.set}")
+    if options.set == "gpu" and not gpu:
+        parser.error("the set gpu needs a CUDA device, and there is none")
+
+    device = torch.device("cuda" if options.set == "gpu" else "cpu")
+    begin = time.perf_counter()
+    results = Results(provenance(device), measure_peaks(device), [])
+    for share in shares:
+        if options.only and share.name not in options.only:
+            continue
+        started = time.perf_counter()
+        left = LIMITS[options.set] - (started - begin)
+        results.rows.extend(measure_or_say_why(share, device, options.set == "cpu", left))
+        print(f"{share.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        if options.output:  # so that a crash of the device leaves what was measured
+            results.save(options.output / UNFINISHED)
+    print_table(results)
+    if options.output:
+        (options.output / UNFINISHED).unlink(missing_ok=True)
+    for path in write_folder(results, options.output) if options.output else [results.save()]:
+        print(path)
+    print(f"{len(results.rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes")
+    return report_failures(results.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

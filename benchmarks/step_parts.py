@@ -1,0 +1,146 @@
+"""What benchmarks of the step are made of: networks, inputs, our step, the same as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meduet_fast.kernels import kernel_backend, set_kernel_backend
+from meduet_fast.kernels.verify import FACTOR
+from meduet_fast.model import MeDUET, MeDUETConfig
+from meduet_fast.objectives import ObjectiveConfig, random_mix_mask
+from meduet_fast.training import OptimizerConfig
+from meduet_fast.training.optimizer import build_optimizer
+from meduet_fast.training.step import PretrainStep, add_gradients, update
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Models = tuple[MeDUET, MeDUET]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and how it is called in tables."""
+
+    name: str
+    model: MeDUETConfig
+
+
+VIT_BASE = Setting("ViT-B", MeDUETConfig())
+SMALL = Setting(
+    "ViT 384 x 6 + 4",
+    MeDUETConfig(
+        embed_dim=384, depth=6, num_heads=6, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=6
+    ),
+)
+
+
+def make_models(config: MeDUETConfig, device: torch.device) -> Models:
+    """A student, and a teacher with other weights, as after some training."""
+    torch.manual_seed(0)
+    with device:
+        return MeDUET(config), MeDUET(config).requires_grad_(False)
+
+
+def make_batch(config: MeDUETConfig, batch: int, device: torch.device) -> Batch:
+    """Latents of noise, domains, mixing mask."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = (batch, config.in_channels, *[config.latent_size] * 3)
+    latents = torch.randn(size, generator=generator, device=device)
+    domain = torch.randint(config.num_domains, (batch,), generator=generator, device=device)
+    return latents, domain, random_mix_mask(batch, config.num_tokens, generator, device)
+
+
+class OurStep:
+    """What training does on the device in a step; learning rate and momentum stay at their peak and start.
+
+    Args:
+        student, teacher: trained in place.
+        config: of the optimiser.
+        objective: weights and variants of the losses.
+    """
+
+    def __init__(
+        self, student: MeDUET, teacher: MeDUET, config: OptimizerConfig, objective: ObjectiveConfig
+    ) -> None:
+        self._step, self._config, self._objective = PretrainStep(student, teacher), config, objective
+        self.optimizer = build_optimizer(student, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate
+
+    def __call__(self, latents: Tensor, domain: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The losses, on the device."""
+        losses = add_gradients(self._step, latents, domain, mask, self._objective)
+        models, config = (self._step.student, self._step.teacher), self._config
+        update(*models, self.optimizer, config.clip_norm, config.teacher_momentum)
+        return losses
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within it fast operations run in plain PyTorch."""
+    before = kernel_backend()
+    set_kernel_backend("eager")
+    try:
+        yield
+    finally:
+        set_kernel_backend(before)
+
+
+class GraphedStep:
+    """Our step as one CUDA graph: captured once, after which inputs are copied and the graph is replayed.
+
+    Args:
+        step: does its work three times before it is captured.
+        batch: an example of the inputs; a call's must have the same shapes.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: OurStep, batch: Batch) -> None:
+        for group in step.optimizer.param_groups:  # nothing that the host would have to read
+            group["capturable"] = True
+            group["lr"] = torch.tensor(group["lr"], device=batch[0].device)
+        self._inputs = tuple(item.clone() for item in batch)
+        # Compilation and lazy initialisation must not be captured; off the default stream, as the graph.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UP):
+                step(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._losses = step(*self._inputs)
+
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Losses of a step; the next call overwrites them."""
+        for static, item in zip(self._inputs, batch, strict=True):
+            static.copy_(item)
+        self._graph.replay()
+        return self._losses
+
+
+def check_graph(graph: GraphedStep, step: OurStep, batch: Batch) -> None:
+    """Hold a graph to the same steps without it.
+
+    Args:
+        graph: just captured.
+        step: from the same weights, not used yet.
+        batch: what the graph was captured with.
+
+    Raises:
+        AssertionError: if a loss differs by more than three roundings of bfloat16.
+    """
+    for _ in range(GraphedStep.WARM_UP):
+        step(*batch)
+    for _ in range(2):
+        plain = step(*batch)
+        for name, loss in graph(*batch).items():
+            error = abs(loss.item() - plain[name].item())
+            allowed = FACTOR * torch.finfo(torch.bfloat16).eps * abs(plain[name].item())
+            if not error <= allowed:
+                raise AssertionError(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Pretraining on several nodes of a SLURM cluster: `sbatch docs/slurm.sh --config vit_base --data STORE --output RUN`
+# What follows the script's name goes to `meduet-fast pretrain`. STORE and RUN are on a file system that all nodes
+# see. Submit the same line again after any end: the run goes on from its last checkpoint.
+#SBATCH --job-name=meduet
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+# torchrun passes SIGTERM on to its processes, which write a checkpoint and end; it kills them after 30 s.
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+set -euo pipefail
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+exec srun --kill-on-bad-exit=1 torchrun \
+    --nnodes="$SLURM_NNODES" --nproc-per-node="${GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}" \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:${MASTER_PORT:-29500}" \
+    -m meduet_fast pretrain --resume "$@"
