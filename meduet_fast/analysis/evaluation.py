@@ -14,7 +14,8 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 
 Start = tuple[int, int, int]
-POSITIONS = 64  # crops of each volume and region
+POSITIONS = 64  # held-out crops of each volume
+FITTED_PER_TESTED = 4  # crops of each volume that probes are fitted on, for each one they are tested on
 MAX_VOLUMES = 64  # volumes that are looked at; a large store has many that tell the same
 FALLBACK_FRACTION = 1 / 3  # of axis 0, for runs that held nothing out
 
@@ -27,9 +28,11 @@ class EvaluationPlan:
         volumes: all volumes looked at.
         groups: those of them that show the same anatomy on one grid, see :func:`same_anatomy_groups`; empty
             if the store has none, then ``volumes`` are of all domains.
-        fitted: corners in the training region, by volume: what probes are fitted on.
-        tested: corners in the held-out slab, by volume: what everything is measured on.
-            In both, volumes of one group have the same corners, those with the most structure first.
+        fitted: corners in the training region, by volume: what probes are fitted on. Anywhere in it, because
+            the held-out slab may be plainer than the most structured places elsewhere.
+        tested: corners in the held-out slab, by volume: what everything is measured on, those with the most
+            structure first.
+            In both, volumes of one group have the same corners.
         crop_size: edge of a crop in latent voxels.
         fraction: held-out part of axis 0.
         unseen: whether pretraining kept away from the held-out slab.
@@ -107,7 +110,7 @@ def plan_evaluation(
         crop_size: edge of a crop in latent voxels.
         held_out_fraction: that of the run; if it is 0, a third is set apart for testing, which the run has
             seen.
-        positions: places of each volume and region.
+        positions: held-out places of each volume.
         seed: chooses the places.
 
     Raises:
@@ -127,9 +130,11 @@ def plan_evaluation(
     fitted: dict[int, list[Start]] = {}
     tested: dict[int, list[Start]] = {}
     for group in together:
-        for held_out, chosen in ((False, fitted), (True, tested)):
-            starts = structured_starts(store, group, crop_size, fraction, positions, seed, held_out=held_out)
-            chosen.update(dict.fromkeys(group, starts))
+        grid, many = store.entries[group[0]].grid, FITTED_PER_TESTED * positions
+        anywhere = evaluation_starts(grid, crop_size, fraction, many, seed, held_out=False)
+        fitted.update(dict.fromkeys(group, anywhere))
+        structured = structured_starts(store, group, crop_size, fraction, positions, seed)
+        tested.update(dict.fromkeys(group, structured))
     return EvaluationPlan(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
 
 
