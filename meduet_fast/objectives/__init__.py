@@ -1,5 +1,6 @@
 """What is minimised."""
 
+from .erasure import DomainMeans
 from .pretraining import ObjectiveConfig, pretraining_losses, random_mix_mask
 
-__all__ = ["ObjectiveConfig", "pretraining_losses", "random_mix_mask"]
+__all__ = ["DomainMeans", "ObjectiveConfig", "pretraining_losses", "random_mix_mask"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from meduet_fast.kernels import (
 from meduet_fast.kernels.reconstruction import Pairing
 from meduet_fast.model import Factors, MeDUET
 
+from .erasure import DomainMeans
+from .ranks import gather_keys
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -31,9 +35,17 @@ class ObjectiveConfig:
         lambda_siqc: weight of the quadruplet contrast.
         lambda_content: weight of content against style within MFTD.
         mftd: whether MFTD is on; without it two encoder passes are saved.
+        siqc: whether SiQC is on; without it no style is exchanged, which saves half of all decoding and
+            re-encoding, and the teacher's passes on mixed crops.
         pairing: "source" supervises each reconstructed stream where it was hidden; "reference" reproduces
             the published code, see :func:`meduet_fast.kernels.dual_reconstruction_loss`.
         learn_siqc_scale: train the contrast's two scales; otherwise they stay as they are.
+        global_negatives: contrast with the crops of all processes and not only (as published) with those of
+            the same one.
+        content_adversary: "reversal" is the published one, a classifier behind a gradient reversal. "erasure"
+            projects the domain out of content instead, see :class:`~meduet_fast.objectives.DomainMeans`; the
+            classifier is then an onlooker. It is for short runs, in which the classifier cannot keep up with
+            the encoder.
     """
 
     lambda_domain: float = 0.2
@@ -41,8 +53,11 @@ class ObjectiveConfig:
     lambda_siqc: float = 0.3
     lambda_content: float = 0.5
     mftd: bool = True
+    siqc: bool = True
     pairing: Pairing = "source"
     learn_siqc_scale: bool = True
+    global_negatives: bool = False
+    content_adversary: Literal["reversal", "erasure"] = "reversal"
 
 
 def random_mix_mask(
@@ -76,34 +91,39 @@ def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, 
             )
 
 
-def _slice(factors: Factors, start: int, stop: int) -> Factors:
-    return Factors(*(part[start:stop] for part in factors))
-
-
 def _pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pooled LayerNorm and plain token mean, rows of source 1, then of source 2: (S*B, W)."""
     normed, mean = pooled_layer_norm(x, mask)
     return normed.flatten(0, 1), mean.flatten(0, 1)
 
 
+class _Keys(NamedTuple):
+    content: Tensor  # (4B, D)
+    style: Tensor  # (4B, Ds)
+
+
 @torch.no_grad()
 def _teach(
-    teacher: MeDUET, latents: Tensor, tables: MixTables, mftd: bool
-) -> tuple[Tensor, Tensor, Factors | None]:
-    """The teacher on the complementary mask: contrast keys (4B, D) and (4B, Ds), and targets for MFTD."""
+    teacher: MeDUET, latents: Tensor, tables: MixTables, config: ObjectiveConfig
+) -> tuple[_Keys | None, Factors | None]:
+    """The teacher: contrast keys from the complementary mask; factors of whole crops, MFTD's targets."""
     tables = tables.complement()
     batch = latents.shape[0]
-    tokens = teacher.embed(latents, tables.mask)
-    if mftd:
-        tokens = torch.cat([tokens, teacher.embed(latents)])
-    encoded = teacher.encode(tokens)
+    tokens = [teacher.embed(latents, tables.mask)] if config.siqc else []
+    if config.mftd:
+        tokens.append(teacher.embed(latents))
+    if not tokens:
+        return None, None
+    encoded = teacher.encode(torch.cat(tokens))
+    full = teacher.factorize(encoded[-batch:]) if config.mftd else None
+    if not config.siqc:
+        return None, full
     mixed = teacher.factorize(encoded[:batch], tables)
-    full = teacher.factorize(encoded[batch:]) if mftd else None
     swapped = teacher.decode(mixed, tables, straight=False)
     again = teacher.factorize(teacher.encode(teacher.embed_predicted(swapped)))
-    content_keys = torch.cat([_pool(mixed.content, tables.mask)[0], _pool(again.content)[0]])
-    style_keys = torch.cat([_pool(mixed.style, tables.mask)[0], _pool(again.style)[0]])
-    return content_keys, style_keys, full
+    content = torch.cat([_pool(mixed.content, tables.mask)[0], _pool(again.content)[0]])
+    style = torch.cat([_pool(mixed.style, tables.mask)[0], _pool(again.style)[0]])
+    return _Keys(content, style), full
 
 
 def _distillation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -129,6 +149,7 @@ def pretraining_losses(
     mask: Tensor,
     config: ObjectiveConfig | None = None,
     check_values: bool = True,
+    domain_means: DomainMeans | None = None,
 ) -> dict[str, Tensor]:
     """All losses of one batch.
 
@@ -141,10 +162,11 @@ def pretraining_losses(
         config: weights and variants.
         check_values: look at the values of mask and domain too, which waits for the device; shapes are
             always checked.
+        domain_means: takes in this batch, if given, at the price of one more encoding without gradient.
 
     Returns:
         Scalars ``reconstruction, domain_content, domain_style, mftd, siqc, total``; only ``total`` is
-        meant for backward. ``mftd`` is zero while it is off.
+        meant for backward. ``mftd`` and ``siqc`` are zero while they are off.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -154,38 +176,46 @@ def pretraining_losses(
     batch = latents.shape[0]
     tables = mix_tables(mask)
 
-    mixed = student.factorize(student.encode(student.embed(latents, tables.mask)), tables)
-    predicted = student.decode(mixed, tables)
-    straight, swapped = predicted[: 2 * batch], predicted[2 * batch :]
-    again = student.factorize(student.encode(student.embed_predicted(predicted if config.mftd else swapped)))
-    again_swapped = _slice(again, 2 * batch, 4 * batch) if config.mftd else again
-
+    encoded = student.encode(student.embed(latents, tables.mask))
+    mixed = student.factorize(encoded, tables)
+    predicted = student.decode(mixed, tables, swapped=config.siqc)
     losses = {
         "reconstruction": dual_reconstruction_loss(
-            straight, latents, tables.mask, student.config.patch_size, config.pairing
+            predicted[: 2 * batch], latents, tables.mask, student.config.patch_size, config.pairing
         )
     }
     content, content_mean = _pool(mixed.content, tables.mask)
     style, style_mean = _pool(mixed.style, tables.mask)
-    logits_content, logits_style = student.domain_classifier(content_mean, style_mean)
     both_domains = torch.cat([domain, domain.flip(0)])
+    if domain_means is not None:
+        with torch.no_grad():
+            whole = student.encode(student.embed(latents))
+            pooled = _pool(encoded[:, 1:], tables.mask)[1], _pool(whole[:, 1:])[1]
+        domain_means.watch((pooled[0], both_domains), (pooled[1], domain))
+    if config.content_adversary == "erasure":
+        content_mean = content_mean.detach()
+    logits_content, logits_style = student.domain_classifier(content_mean, style_mean)
     losses["domain_content"] = F.cross_entropy(at_least_float32(logits_content), both_domains)
     losses["domain_style"] = F.cross_entropy(at_least_float32(logits_style), both_domains)
 
-    content_keys, style_keys, full = _teach(teacher, latents, tables, config.mftd)
-    if full is None:
-        losses["mftd"] = losses["reconstruction"].new_zeros(())
-    else:
+    keys, targets = _teach(teacher, latents, tables, config)
+    losses["mftd"] = losses["siqc"] = losses["reconstruction"].new_zeros(())
+    if config.mftd or config.siqc:
+        looked_at = predicted if config.mftd else predicted[2 * batch :]
+        again = student.factorize(student.encode(student.embed_predicted(looked_at)))
+    if targets is not None:
         losses["mftd"] = config.lambda_content * _distillation(
-            again.content[: 2 * batch], full.content, tables.mask
-        ) + _distillation(again.style[: 2 * batch], full.style, tables.mask)
-
-    log_scale = student.siqc_log_scale if config.learn_siqc_scale else student.siqc_log_scale.detach()
-    content_queries = torch.cat([content, _pool(again_swapped.content)[0]])
-    style_queries = torch.cat([style, _pool(again_swapped.style)[0]])
-    losses["siqc"] = quadruplet_contrast(
-        content_queries, content_keys, log_scale[0], "content"
-    ) + quadruplet_contrast(style_queries, style_keys, log_scale[1], "style")
+            again.content[: 2 * batch], targets.content, tables.mask
+        ) + _distillation(again.style[: 2 * batch], targets.style, tables.mask)
+    if keys is not None:
+        log_scale = student.siqc_log_scale if config.learn_siqc_scale else student.siqc_log_scale.detach()
+        content = torch.cat([content, _pool(again.content[-2 * batch :])[0]])
+        style = torch.cat([style, _pool(again.style[-2 * batch :])[0]])
+        gather = gather_keys if config.global_negatives else lambda own: (own, 0)
+        (content_keys, offset), (style_keys, _) = gather(keys.content), gather(keys.style)
+        losses["siqc"] = quadruplet_contrast(
+            content, content_keys, log_scale[0], "content", offset
+        ) + quadruplet_contrast(style, style_keys, log_scale[1], "style", offset)
 
     losses["total"] = (
         losses["reconstruction"]

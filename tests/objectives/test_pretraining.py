@@ -185,11 +185,21 @@ def test_source_pairing_supervises_exactly_the_hidden_tokens(
     assert torch.equal(supervised, torch.cat([mask, ~mask]))
 
 
-def test_without_mftd_only_the_mftd_term_goes(batch: tuple[MeDUET, MeDUET, Tensor, Tensor, Tensor]) -> None:
-    on, off = pretraining_losses(*batch), pretraining_losses(*batch, ObjectiveConfig(mftd=False))
-    assert off["mftd"].item() == 0
-    for name in ("reconstruction", "domain_content", "domain_style", "siqc"):
-        assert off[name].item() == pytest.approx(on[name].item(), rel=1e-12)
+@pytest.mark.parametrize("off", [("mftd",), ("siqc",), ("mftd", "siqc")])
+def test_a_term_that_is_off_changes_no_other(
+    batch: tuple[MeDUET, MeDUET, Tensor, Tensor, Tensor], off: tuple[str, ...]
+) -> None:
+    every = pretraining_losses(*batch)
+    config = replace(ObjectiveConfig(), **dict.fromkeys(off, False))
+    with FlopCounterMode(display=False) as counter:
+        some = pretraining_losses(*batch, config)
+    for name in ("reconstruction", "domain_content", "domain_style", "mftd", "siqc"):
+        expected = 0 if name in off else every[name].item()
+        assert some[name].item() == pytest.approx(expected, rel=1e-12), name
+    some["total"].backward()
+    with FlopCounterMode(display=False) as whole:
+        pretraining_losses(*batch)
+    assert counter.get_total_flops() < whole.get_total_flops()
 
 
 def test_fixed_scale_gets_no_gradient(batch: tuple[MeDUET, MeDUET, Tensor, Tensor, Tensor]) -> None:
