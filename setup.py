@@ -34,6 +34,10 @@ setup(
         "tensorboard>=2.18",
     ],
     extras_require={
+        # Attention backends for CUDA, see meduet_fast/layers/attention.py; flash-attn is built from source.
+        "flash2": ["flash-attn>=2.8"],
+        "flash4": ["flash-attn-4>=4.0.0b36"],
+        "xformers": ["xformers>=0.0.35"],
         "dev": ["einops", "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},

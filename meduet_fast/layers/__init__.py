@@ -1,6 +1,7 @@
 """The fast operations as modules, and :func:`accelerate`, which puts them into models that exist already."""
 
 from .accelerate import Swap, accelerate
+from .attention import set_attention_backend
 from .contrast import QuadrupletContrast
 from .mixing import TokenMixer
 from .patch_embed import PatchEmbed3d
@@ -12,5 +13,6 @@ __all__ = [
     "Swap",
     "TokenMixer",
     "accelerate",
+    "set_attention_backend",
     "sincos_positions_3d",
 ]

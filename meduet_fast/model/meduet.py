@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meduet_fast.errors import UserError
@@ -33,6 +31,7 @@ from .config import MeDUETConfig
 from .vit import Block, sincos_positions
 
 PUBLISHED_TEMPERATURE = 0.07
+MODEL_FILE = "model.safetensors"  # in a folder that `meduet-fast export` wrote
 
 
 class Factors(NamedTuple):
@@ -273,6 +272,8 @@ class MeDUET(nn.Module):
         Raises:
             OSError: if it cannot be written.
         """
+        from safetensors.torch import save_file  # here, so that a network needs torch alone
+
         metadata = {"format": "pt", "meduet_config": json.dumps(asdict(self.config))}
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         with atomic_path(path) as temporary:
@@ -282,9 +283,17 @@ class MeDUET(nn.Module):
     def from_pretrained(cls, path: Path | str) -> MeDUET:
         """Load what :meth:`save_pretrained` wrote, onto the CPU.
 
+        Args:
+            path: the file, or a folder with it as ``model.safetensors``.
+
         Raises:
             UserError: naming the file, if it is absent, damaged or not a MeDUET model.
         """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if path.is_dir():
+            path /= MODEL_FILE
         try:
             with safe_open(path, "pt") as file:
                 config = json.loads((file.metadata() or {})["meduet_config"])

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meduet_fast.layers import sincos_positions_3d
+from meduet_fast.layers import attention, sincos_positions_3d
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on (B, N, D) through PyTorch's fused kernels."""
+    """Multi-head self-attention on (B, N, D), computed as :func:`set_attention_backend` says."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attention.attend(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
 
 

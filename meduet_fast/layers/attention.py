@@ -1,0 +1,114 @@
+"""Who computes attention in the transformer blocks: a choice of the process, in no weights and no sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meduet_fast.errors import UserError
+
+AttentionBackend = Literal["sdpa", "flash2", "flash4", "xformers"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# What the blocks call: softmax(q k^T / sqrt(d)) v of (B, H, N, d) each. They look it up here in every pass,
+# which costs the default nothing: it is PyTorch's function itself.
+attend: Attend = F.scaled_dot_product_attention
+
+# What FlashAttention takes.
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _flash2() -> Callable[..., Any]:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def _flash4() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
+def _xformers() -> Callable[..., Any]:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention
+
+
+# Name of the extra -> package on PyPI, import, dtypes. All three take and give (B, N, H, d).
+_PACKAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], tuple[torch.dtype, ...]]] = {
+    "flash2": ("flash-attn", _flash2, _HALF),
+    "flash4": ("flash-attn-4", _flash4, _HALF),
+    "xformers": ("xformers", _xformers, (*_HALF, torch.float32)),
+}
+
+
+def attention_backend(name: AttentionBackend) -> Attend:
+    """The function of a backend: (B, H, N, d) each -> (B, H, N, d), without dropout or a mask.
+
+    Args:
+        name: "sdpa", PyTorch's own choice between flash, cuDNN and others; "flash2", FlashAttention 2;
+            "flash4", FlashAttention 4; "xformers". All but the first are optional extras, for CUDA.
+
+    Raises:
+        ValueError: for another name.
+        UserError: if the package is not installed or can't be imported. The function itself raises it for
+            tensors that the package can't take.
+    """
+    if name == "sdpa":
+        return F.scaled_dot_product_attention
+    if name not in _PACKAGES:
+        known = ", ".join(repr(item) for item in get_args(AttentionBackend))
+        raise ValueError(f"attention is {name!r}, expected one of {known}")
+    package, load, dtypes = _PACKAGES[name]
+    try:
+        function = load()
+    except (ImportError, OSError, RuntimeError) as error:  # the latter two: built for another torch or CUDA
+        raise UserError(
+            f"attention {name!r} needs the package {package}, which can't be imported ({error}): "
+            f"pip install 'meduet-fast[{name}]', or take attention 'sdpa'"
+        ) from error
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.is_meta:  # shapes alone, as when FLOPs are counted
+            return F.scaled_dot_product_attention(query, key, value)
+        if not query.is_cuda or query.dtype not in dtypes:
+            expected = ", ".join(str(dtype) for dtype in dtypes)
+            raise UserError(
+                f"attention {name!r} got {query.dtype} on {query.device.type}, expected {expected} on cuda; "
+                "'sdpa' takes everything"
+            )
+        result = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        # Releases of FlashAttention 4 differ in whether they give the log-sum-exp too.
+        attended = result[0] if isinstance(result, tuple) else result
+        return attended.transpose(1, 2)
+
+    return run
+
+
+def set_attention_backend(name: AttentionBackend, device: torch.device | str | None = None) -> None:
+    """Choose who computes attention in every transformer block of this process from now on.
+
+    A model that ``torch.compile`` has compiled already is compiled again.
+
+    Args:
+        name: see :func:`attention_backend`.
+        device: where the model will run, if known: a backend that can't run there is refused now and not in
+            the first pass.
+
+    Raises:
+        ValueError: for another name.
+        UserError: if the package is absent, or the device not for it. The choice stays as it was.
+    """
+    global attend
+    chosen = attention_backend(name)
+    if device is not None and name != "sdpa" and torch.device(device).type != "cuda":
+        raise UserError(
+            f"attention {name!r} runs on cuda only, the device is {torch.device(device)}; take 'sdpa'"
+        )
+    attend = chosen
