@@ -111,8 +111,13 @@ def _import_cache(arguments: Namespace) -> int:
 def _pretrain_arguments(parser: ArgumentParser) -> None:
     from meduet_fast.training import PretrainConfig
 
-    parser.add_argument("--data", type=Path, required=True, help="latent store")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--data", type=Path, help="latent store (required, unless with --dry-run)")
+    parser.add_argument("--output", type=Path, help="folder of the run (required, unless with --dry-run)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, FLOPs, memory, batch and steps; write nothing",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
     )
@@ -121,17 +126,64 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 def _pretrain(arguments: Namespace) -> int:
     from meduet_fast.training import PretrainConfig, pretrain
+    from meduet_fast.training.plan import print_plan
 
     config = _built(PretrainConfig, arguments)
+    if arguments.dry_run:
+        print_plan(config, arguments.data)
+        return 0
+    missing = [f"--{name}" for name in ("data", "output") if arguments[name] is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: required, unless with --dry-run")
     result = pretrain(arguments.data, arguments.output, config, arguments.resume)
-    if result.stopped_by is not None and not result.finished:
-        print(
-            f"{arguments.output}: stopped by {result.stopped_by.name} after step {result.step} of "
-            f"{config.steps}; a checkpoint was written, continue with --resume",
-            file=sys.stderr,
-        )
-        return 128 + result.stopped_by
-    print(f"{arguments.output}: {result.step} steps done")
+    stopped_by = None if result.finished else result.stopped_by
+    if result.rank == 0:  # of several processes one speaks
+        if stopped_by is not None:
+            print(
+                f"{arguments.output}: stopped by {stopped_by.name} after step {result.step} of "
+                f"{config.steps}; a checkpoint was written, continue with --resume",
+                file=sys.stderr,
+            )
+        else:
+            print(f"{arguments.output}: {result.step} steps done")
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _sizes(_: Namespace) -> int:
+    from meduet_fast.training import PretrainConfig
+    from meduet_fast.training.plan import format_sizes
+
+    parsed = {name: _parse("pretrain", ["--config", name]) for name in sorted(_packaged())}
+    print(format_sizes({name: _built(PretrainConfig, arguments) for name, arguments in parsed.items()}))
+    return 0
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.model.export import ExportFormat
+    from meduet_fast.training.export import Weights
+
+    parser.add_argument("run", type=Path, help="folder of a run that `pretrain` wrote")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="file that ends in .safetensors, or folder for model.safetensors and config.json",
+    )
+    parser.add_argument(
+        "--format",
+        type=ExportFormat,
+        default="meduet",
+        help="meduet: for MeDUET.from_pretrained; reference: names of the published code; monai-vit, unetr: "
+        "the encoder in the names of MONAI's ViT, and of UNETR's vit",
+    )
+    parser.add_argument("--weights", type=Weights, default="teacher", help="which of the two networks")
+
+
+def _export(arguments: Namespace) -> int:
+    from meduet_fast.training.export import export_run
+
+    for path in export_run(arguments.run, arguments.output, arguments.format, arguments.weights):
+        print(f"{path}: written")
     return 0
 
 
@@ -174,6 +226,10 @@ COMMANDS = {
         "turn a cache of the published code into a store", _import_arguments, _import_cache
     ),
     "pretrain": Command("pretrain MeDUET on a store", _pretrain_arguments, _pretrain),
+    "export": Command("write a run's weights for use elsewhere", _export_arguments, _export),
+    "sizes": Command(
+        "list the packaged configurations: parameters, FLOPs, memory", lambda parser: None, _sizes
+    ),
     "report": Command("write a report of a run to look at", _report_arguments, _report),
     "train-tokenizer": Command(
         "train a small tokenizer on volumes", _train_tokenizer_arguments, _train_tokenizer

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
 PLAIN_INTERVAL_S = 5.0
@@ -22,6 +22,24 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _terminal_display() -> Progress:
+    # Imported here: without a terminal (batch jobs, benchmarks on a bare machine) rich is not needed.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+        console=Console(file=sys.stderr),
+    )
+
+
 class ProgressBar:
     """Counts ``total`` units of work.
 
@@ -30,28 +48,21 @@ class ProgressBar:
         total: how many units there are.
         unit: name of one unit, for the rate.
         initial: units that were done before (a resumed run); they do not count towards the rate.
+        shown: of several processes one shows the display.
     """
 
-    def __init__(self, description: str, total: int, unit: str = "it", initial: int = 0) -> None:
+    def __init__(
+        self, description: str, total: int, unit: str = "it", initial: int = 0, shown: bool = True
+    ) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = self.initial = initial
         self.text = ""
+        self._shown = shown
         self._start = self._last_line = time.monotonic()
         self._task: TaskID | None = None
         self._progress: Progress | None = None
-        console = Console(file=sys.stderr)
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=console,
-            )
+        if shown and sys.stderr.isatty():
+            self._progress = _terminal_display()
 
     def __enter__(self) -> ProgressBar:
         if self._progress is not None:
@@ -66,7 +77,7 @@ class ProgressBar:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        elif kind is None:
+        elif kind is None and self._shown:
             self._print_line()
 
     @property
@@ -83,7 +94,7 @@ class ProgressBar:
             self._progress.update(
                 self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", text=self.text
             )
-        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
+        elif self._shown and time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
             self._print_line()
 
     def _print_line(self) -> None:
@@ -100,9 +111,11 @@ class ProgressBar:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, unit: str = "it", initial: int = 0) -> Iterator[ProgressBar]:
+def progress_bar(
+    description: str, total: int, unit: str = "it", initial: int = 0, shown: bool = True
+) -> Iterator[ProgressBar]:
     """``with progress_bar("Encoding", 10, "volume") as bar: ... bar.update(1, "name")``."""
-    with ProgressBar(description, total, unit, initial) as bar:
+    with ProgressBar(description, total, unit, initial, shown) as bar:
         yield bar
 
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from meduet_fast import cli
 from meduet_fast.cli import COMMANDS, CONFIGS, _parse, main
 from meduet_fast.training import PretrainConfig
 
@@ -49,7 +51,12 @@ def test_units_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         ([*PRETRAIN, "--model.patch_size", "5"], "latent_size 8 is not a multiple of patch_size 5"),
         ([*PRETRAIN, "--objective.pairing", "both"], "pairing"),
         (PRETRAIN, "nowhere: not a latent store"),
-        (["pretrain", "--config", "demo"], "data, output"),
+        (["pretrain", "--config", "demo"], "--data, --output: required, unless with --dry-run"),
+        ([*PRETRAIN, "--attention", "flash3"], "attention"),
+        ([*PRETRAIN, "--device", "cpu", "--attention", "xformers"], "attention 'xformers'"),
+        (["pretrain", "--dry-run", "--config", "demo", "--data", "nowhere"], "nowhere: not a latent store"),
+        (["export", "nowhere", "--output", "x"], "nowhere"),
+        (["export", "nowhere", "--output", "x", "--format", "onnx"], "format"),
         (["pretrain", "--config", "absent", "--data", "x", "--output", "y"], "of the packaged ones (demo"),
         (["prepare", "--input", "nowhere", "--output", "store"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
@@ -89,14 +96,50 @@ def test_options_change_single_values_of_a_file() -> None:
     assert parsed.batch_size == demo["batch_size"]
 
 
+def _config(name: str) -> PretrainConfig:
+    parsed = _parse("pretrain", [f"--config={name}"])
+    return PretrainConfig(**{item.name: parsed[item.name] for item in fields(PretrainConfig)})
+
+
 def test_vit_base_is_the_published_setting() -> None:
-    parsed = _parse("pretrain", ["--config=vit_base", "--data", "x", "--output", "y"])
+    assert _config("vit_base") == PretrainConfig()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("vit_*.yaml")))
+def test_sizes_are_the_published_setting_and_fit_80_gb(name: str) -> None:
+    from meduet_fast.training.cost import memory_estimate
+
+    config = _config(name)
+    assert config.batch_size * config.accumulate == 64
+    assert config.model.embed_dim % 64 == 0
+    assert config.model.embed_dim == 64 * config.model.num_heads
+    assert config.model.patch_size == (2 if name.endswith("_p2") else 4)
+    assert memory_estimate(config).total < 70e9  # an estimate, and CUDA takes some
     published = PretrainConfig()
-    for name in published.identity():
-        value, expected = parsed, published
-        for part in name.split("."):
-            value, expected = getattr(value, part), getattr(expected, part)
-        assert value == expected, name
+    size = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 4}
+    assert (
+        replace(config, model=replace(config.model, **size), batch_size=64, accumulate=1, recompute=False)
+        == published
+    )
+
+
+def test_a_dry_run_needs_no_folders_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--config", "demo", "--dry-run", "--output", "run", "--steps", "10"]) == 0
+    output = capsys.readouterr()
+    assert "10, 240 crops" in output.out
+    assert output.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_lists_the_packaged_configurations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_packaged", lambda: {"demo": CONFIGS / "demo.yaml"})
+    assert main(["sizes"]) == 0
+    assert "| `demo` | 3 x 96 (4) |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

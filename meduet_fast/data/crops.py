@@ -1,4 +1,4 @@
-"""Crop batches: a pure function of (seed, step, rank, world size), so resume is exact with any workers."""
+"""Crop batches: a pure function of seed and number, so resume is exact with any workers and processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, from_numpy
 from torch.utils.data import DataLoader, Dataset
 
+from meduet_fast.connections import close_inherited
 from meduet_fast.data.split import held_out_start
 from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
@@ -23,7 +24,7 @@ class CropConfig:
 
     Attributes:
         crop_size: edge of the cubic crop in latent voxels (published: 24).
-        batch_size: crops per rank and step; even, because the method mixes row i with row B-1-i.
+        batch_size: crops of a batch; even, because the method mixes row i with row B-1-i.
         seed: seed of the whole order of crops.
         held_out_fraction: part of axis 0 (left-right) of every volume that training never sees.
     """
@@ -34,34 +35,32 @@ class CropConfig:
     held_out_fraction: float = 0.0
 
 
-def _generator(seed: int, stream: int, step: int, lane: int) -> np.random.Generator:
-    # The counter's low words count the numbers drawn; step and lane, in the high words, keep streams apart.
+def _generator(seed: int, stream: int, number: int, lane: int) -> np.random.Generator:
+    # The counter's low words count the numbers drawn; number and lane, in the high words, keep streams apart.
     key = np.array([seed, stream], dtype=np.uint64)  # of mixed plain integers numpy would make floats
-    counter = np.array([0, 0, step, lane], dtype=np.uint64)
+    counter = np.array([0, 0, number, lane], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class CropBatches(Dataset[dict[str, Tensor]]):
-    """Map-style data set whose index is the global step number and whose item is this rank's whole batch.
+    """Map-style data set: the index is the number of a batch in one endless stream, the item that batch.
 
     An item is a dict: ``latents`` bfloat16 (B, C, s, s, s); ``domain`` int64 (B,), positions in
     ``store.domains``; ``volume`` int64 (B,), positions in ``store.entries``; ``start`` int64 (B, 3), first
     corners in latent voxels.
 
-    Every rank's batch, and the global batch of all ranks, holds every domain as often as any other, give or
-    take one; volumes are uniform within a domain, corners uniform within a volume's training region. Rows i
-    and B-1-i come from different volumes.
+    Every batch holds every domain as often as any other, give or take one; volumes are uniform in a domain,
+    corners uniform within a volume's training region. Rows i and B-1-i come from different volumes.
 
     Args:
         store: an open store.
         config: how batches are drawn.
-        rank, world_size: which part of the global batch this process takes.
 
     Raises:
         UserError: odd batch, a single volume, volumes that cannot hold a crop (all are named), bad arguments.
     """
 
-    def __init__(self, store: LatentStore, config: CropConfig, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, store: LatentStore, config: CropConfig) -> None:
         if config.batch_size < 2 or config.batch_size % 2:
             raise UserError(
                 f"batch_size: found {config.batch_size}, expected an even number of at least 2 "
@@ -69,34 +68,30 @@ class CropBatches(Dataset[dict[str, Tensor]]):
             )
         if not 0 <= config.seed < 2**64:
             raise UserError(f"seed: found {config.seed}, expected 0 <= seed < 2**64")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank: found {rank}, expected 0 <= rank < world_size = {world_size}")
         if len(store.entries) < 2:
             raise UserError(
                 f"{store.path}: {len(store.entries)} volume(s), expected at least 2: "
                 "a sample is never mixed with itself"
             )
-        self.store, self.config, self.rank, self.world_size = store, config, rank, world_size
+        self.store, self.config = store, config
         self._choices = _start_choices(store, config)
         domain = np.array([store.domain_id(index) for index in range(len(store.entries))])
         self._by_domain = np.argsort(domain, kind="stable")  # volume indices, grouped by domain
         self._count = np.bincount(domain)
         self._first = np.cumsum(self._count) - self._count
 
-    def plan(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What batch ``step`` holds, without reading it: domain (B,), volume (B,), start (B, 3), all int64.
+    def plan(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a batch holds, without reading it: domain (B,), volume (B,), start (B, 3), all int64.
 
         Raises:
-            IndexError: the step is negative.
+            IndexError: the number is negative.
         """
-        if step < 0:
-            raise IndexError(f"step {step} is negative")
+        if number < 0:
+            raise IndexError(f"batch {number}: the number is negative")
         size, seed = self.config.batch_size, self.config.seed
-        # All ranks agree on one order of domains and take consecutive windows of its endless repetition.
-        order = _generator(seed, _TRAINING, step, 0).permutation(len(self._count))
-        window = order[np.arange(self.rank * size, (self.rank + 1) * size) % len(order)]
-        rng = _generator(seed, _TRAINING, step, 1 + self.rank)
-        domain = rng.permutation(window)
+        order = _generator(seed, _TRAINING, number, 0).permutation(len(self._count))
+        rng = _generator(seed, _TRAINING, number, 1)
+        domain = rng.permutation(order[np.arange(size) % len(order)])
         own, partner = domain[: size // 2], domain[: size // 2 - 1 : -1]  # views: row i and row B-1-i
         self._part_single_volumes(own, partner, rng)
 
@@ -124,8 +119,8 @@ class CropBatches(Dataset[dict[str, Tensor]]):
             other = rng.choice(np.flatnonzero((own != single) & (partner != single)))
             partner[pair], own[other] = own[other], single
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        domain, volume, start = self.plan(step)
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        domain, volume, start = self.plan(number)
         edge = self.config.crop_size
         return {
             "latents": self.store.read_crops(volume.tolist(), start.tolist(), (edge, edge, edge)),
@@ -166,9 +161,13 @@ def crop_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[dict[str, Tensor]]:
-    """Loader over the batches of steps ``start_step`` to ``total_steps - 1``; see :class:`CropBatches`.
+    """Loader over a process's share of batches ``start_step`` to ``total_steps - 1``.
+
+    Processes take turns: of every ``world_size`` batches each gets one; see :class:`CropBatches`.
 
     Args:
+        rank, world_size: which process this is, of how many.
+        start_step, total_steps: first batch of all processes, and the one behind their last.
         workers: reader processes; 0 reads in this process. The batches are the same.
         pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
 
@@ -176,18 +175,20 @@ def crop_loader(
         UserError: see :class:`CropBatches`.
     """
     return DataLoader(
-        CropBatches(store, config, rank, world_size),
+        CropBatches(store, config),
         batch_size=None,
-        sampler=range(start_step, total_steps),
+        sampler=range(start_step + rank, total_steps, world_size),
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_stopping_to_the_parent,
+        worker_init_fn=_stand_alone,
     )
 
 
-def _leave_stopping_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; a reader must outlive it until the run has its checkpoint."""
+def _stand_alone(worker: int) -> None:
+    """Free a reader from what a forked process inherits."""
+    # Ctrl-C reaches the whole process group; a reader must outlive it until the run has its checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    close_inherited()
 
 
 def evaluation_starts(

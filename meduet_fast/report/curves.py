@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ LOSS_TITLES = {
     "domain_content": "Domain from content (to be high)",
 }
 UNITS = {"reconstruction": "squared error", "mftd": "squared error"}
+NAMES = {"siqc": "SiQC", "mftd": "MFTD"}
 SMOOTHED_SHARE = 0.1  # of the records
 
 
@@ -42,20 +43,19 @@ def first_and_last(records: Records, name: str) -> tuple[float, float]:
 
 
 @styled
-def draw_losses(records: Records, mftd_start_step: float, num_domains: int) -> Figure:
+def draw_losses(records: Records, starts: Mapping[str, float], num_domains: int) -> Figure:
     """All loss terms over steps, six panels; chance is marked where it means something.
 
     Args:
         records: of the run.
-        mftd_start_step: infinite if MFTD is off.
+        starts: first step of "siqc" and of "mftd"; infinite if it is off.
         num_domains: domains in the data.
     """
     figure, axes = subplots(5.6, 2, 3)
     steps = np.array([record["step"] for record in records])
-    started = steps >= mftd_start_step
     for ax, (name, title), color in zip(axes, LOSS_TITLES.items(), COLORS, strict=True):
         values = np.array([record[name] for record in records])
-        shown = started if name == "mftd" else np.ones_like(started)
+        shown = steps >= starts.get(name, 0)
         _line(ax, steps[shown], values[shown], color)
         ax.set_xlim(0, max(steps[-1], 1))
         ax.set_title(title)
@@ -63,10 +63,11 @@ def draw_losses(records: Records, mftd_start_step: float, num_domains: int) -> F
         if name.startswith("domain"):
             label = f"guessing: ln {num_domains}"
             ax.axhline(math.log(num_domains), color=GREY, linestyle="--", linewidth=1, label=label)
-        if started.any() and not started.all():
-            mark = ax.axvline(mftd_start_step, color=GREY, linestyle=":", linewidth=1.2)
-            if name == "total":
-                mark.set_label("MFTD starts")
+        for (term, start), line in zip(starts.items(), ("-.", ":"), strict=True):
+            if steps[0] < start <= steps[-1]:
+                mark = ax.axvline(start, color=GREY, linestyle=line, linewidth=1.2)
+                if name == "total":
+                    mark.set_label(f"{NAMES[term]} starts")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="best", labelcolor=GREY)
         if not shown.any():

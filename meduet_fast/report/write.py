@@ -64,11 +64,14 @@ def _write(folder: Path, material: Material, findings: Findings, identity: str) 
     for png in folder.glob("*.png"):
         png.unlink()
     records, objective = material.records, material.config["objective"]
-    start = material.config["mftd_start_step"] if objective["mftd"] else math.inf
+    starts = {
+        term: material.config[f"{term}_start_step"] if objective[term] else math.inf
+        for term in ("siqc", "mftd")
+    }
     losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
     pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
     with progress_bar("Drawing", 3 + len(pairs), "figure") as bar:
-        save_png(draw_losses(records, start, len(material.store.domains)), losses)
+        save_png(draw_losses(records, starts, len(material.store.domains)), losses)
         bar.update()
         save_png(draw_speed(records), speed)
         bar.update()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimizerConfig
 
@@ -42,7 +43,15 @@ def teacher_momentum(step: int, steps: int, config: OptimizerConfig) -> float:
     return _cosine(config.teacher_momentum, config.final_teacher_momentum, step / max(steps - 1, 1))
 
 
+def _in_this_process(model: nn.Module) -> list[Tensor]:
+    """The parameters, or this process's shards of them."""
+    return [item.to_local() if isinstance(item, DTensor) else item for item in model.parameters()]
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, all parameters at once."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """teacher = momentum * teacher + (1 - momentum) * student, all parameters at once.
+
+    Both are sharded alike or not at all: each process averages what it holds.
+    """
+    torch._foreach_lerp_(_in_this_process(teacher), _in_this_process(student), 1 - momentum)

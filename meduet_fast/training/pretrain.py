@@ -8,36 +8,44 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from meduet_fast.data.augment import augment
 from meduet_fast.data.crops import CropConfig, crop_loader
 from meduet_fast.data.store import LatentStore
-from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
+from meduet_fast.layers import set_attention_backend
 from meduet_fast.model import MeDUET
-from meduet_fast.objectives import pretraining_losses, random_mix_mask
+from meduet_fast.objectives import DomainMeans, random_mix_mask
 from meduet_fast.progress import progress_bar
 
 from .checkpoint import (
+    CheckpointWriter,
+    Trained,
     checkpoint_steps,
     last_good,
     latest_checkpoint,
     load_checkpoint,
     prepare_folder,
     read_run,
-    save_checkpoint,
 )
 from .config import PretrainConfig
 from .metrics import RunLog, StepValues, non_finite, send_values
-from .optimizer import build_optimizer, learning_rate, teacher_momentum, update_teacher
+from .optimizer import build_optimizer, learning_rate, teacher_momentum
+from .parallel import parallelize, plain_step, without_reduction
+from .prefetch import prefetch
+from .step import PretrainStep, add_gradients, update
+from .stop import Agreement, StopRequest
+from .world import World, join_world
 
 RUN_FILE = "run.json"
 Batches = Iterator[dict[str, Tensor]]
@@ -51,34 +59,13 @@ class PretrainResult:
         step: steps done.
         finished: whether that is all of them.
         stopped_by: the signal that stopped it, or None.
+        rank: which of the run's processes says so.
     """
 
     step: int
     finished: bool
     stopped_by: signal.Signals | None = None
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(number, self._previous[self.signal])
+    rank: int = 0
 
 
 def _data_identity(store: LatentStore) -> str:
@@ -87,7 +74,12 @@ def _data_identity(store: LatentStore) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_store(store: LatentStore, config: PretrainConfig) -> None:
+def check_store(store: LatentStore, config: PretrainConfig) -> None:
+    """Refuse a store that the configured network can't be trained on.
+
+    Raises:
+        UserError: naming the store and the setting that does not fit.
+    """
     if store.channels != config.model.in_channels:
         raise UserError(
             f"{store.path}: latents have {store.channels} channels, model.in_channels is "
@@ -127,8 +119,7 @@ def _find_start(output: Path, identity: dict[str, Any], data_identity: str, resu
 
 
 def train_step(
-    student: MeDUET,
-    teacher: MeDUET,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     step: int,
@@ -137,37 +128,43 @@ def train_step(
 ) -> StepValues:
     """One optimiser step, without waiting for the device.
 
+    Args:
+        model: a :class:`PretrainStep`, as :func:`parallelize` left it.
+        optimizer: of its student.
+        batches: this process's share of the stream, at the step's place.
+
     Returns:
-        The step's losses, gradient norm and learning rate, on their way to the host.
+        The step's losses in this process, gradient norm and learning rate, on their way to the host.
     """
-    objective = replace(config.objective, mftd=config.objective.mftd and step >= config.mftd_start_step)
+    inner = plain_step(model)
+    objective = config.objective_at(step)
     rate = learning_rate(step, config.steps, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums: dict[str, Tensor] = {}
     volumes, waited = [], 0.0
-    for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
+    for turn in range(config.accumulate):
         began = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - began
-        # Random numbers depend on the position in the run alone, so that a resumed run draws the same.
-        generator = torch.Generator(device).manual_seed((config.seed << 40) + micro)
+        # Random numbers depend on the batch's number in the stream alone: the same for a resumed run, and
+        # for any number of processes.
+        number = (step * config.accumulate + turn) * processes + rank
+        generator = torch.Generator(device).manual_seed((config.seed << 40) + number)
         latents = augment(batch["latents"].to(device, non_blocking=True), generator).float()
         domain = batch["domain"].to(device, non_blocking=True)
         mask = random_mix_mask(len(latents), config.model.num_tokens, generator, device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            losses = pretraining_losses(
-                student, teacher, latents, domain, mask, objective, check_values=False
-            )
-        (losses["total"] / config.accumulate).backward()
+        last = turn + 1 == config.accumulate
+        with nullcontext() if last else without_reduction(model):
+            losses = add_gradients(model, latents, domain, mask, objective, 1 / config.accumulate)
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0) + loss.detach() / config.accumulate
+            sums[name] = sums.get(name, 0) + loss / config.accumulate
         volumes.append(batch["volume"])
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad()
-    update_teacher(teacher, student, teacher_momentum(step, config.steps, config.optimizer))
+    momentum = teacher_momentum(step, config.steps, config.optimizer)
+    sums["grad_norm"] = update(
+        inner.student, inner.teacher, optimizer, config.optimizer.clip_norm, momentum, inner.domain_means
+    )
     sums["learning_rate"] = sums["grad_norm"].new_full((), rate)  # new_tensor would wait for the device
     return send_values(step, sums, volumes, waited)
 
@@ -176,6 +173,11 @@ def _checked(pending: StepValues, store: LatentStore, output: Path) -> dict[str,
     """Fetch a step's values and refuse non-finite ones."""
     values = pending.fetch()
     bad = non_finite(values)
+    if bad == ["grad_norm"] and dist.is_initialized():
+        raise UserError(
+            f"{output}: stopped at step {pending.step}: grad_norm is {values['grad_norm']}, though this "
+            "process's losses are finite; see what the others say"
+        )
     if bad:
         names = sorted({store.entries[int(index)].name for part in pending.volumes for index in part})
         raise UserError(
@@ -186,86 +188,131 @@ def _checked(pending: StepValues, store: LatentStore, output: Path) -> dict[str,
     return values
 
 
-def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = False) -> PretrainResult:
-    """Pretrain on a latent store.
-
-    SIGINT and SIGTERM write a checkpoint and end the run.
-
-    Args:
-        data: a latent store.
-        output: the run's folder: ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/``, ``run.json``.
-        config: settings.
-        resume: go on from the last checkpoint, if there is one; the result is that of a run never stopped.
+def _domain_means(config: PretrainConfig, world: World) -> DomainMeans | None:
+    """What erasure keeps, if it was asked for.
 
     Raises:
-        UserError: for bad settings, data that do not fit, a non-finite loss, a full disk.
+        UserError: for several processes, each of which would erase something else.
     """
-    device = select_device(config.device)
-    store = LatentStore.open(data)
-    _check_store(store, config)
-    folder = output / "checkpoints"
-    identity, data_identity = config.identity(), _data_identity(store)
-    checkpoint = _find_start(output, identity, data_identity, resume)
-    start = read_run(checkpoint)["step"] if checkpoint else 0
-    if start >= config.steps:
-        return PretrainResult(start, finished=True)
+    if config.objective.content_adversary != "erasure":
+        return None
+    if world.size > 1:
+        raise UserError(
+            f"objective.content_adversary 'erasure' works in one process, not in {world.size}: use 'reversal'"
+        )
+    return DomainMeans(config.model.num_domains, config.model.embed_dim).to(world.device)
 
-    torch.manual_seed(config.seed)
-    student = MeDUET(config.model).to(device)
-    student.siqc_log_scale.requires_grad_(config.objective.learn_siqc_scale)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = build_optimizer(student, config.optimizer)
-    if checkpoint:
-        load_checkpoint(checkpoint, student, teacher, optimizer)
+
+def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World) -> DataLoader:
+    """This process's share of the batches from a step on."""
     crops = CropConfig(
         config.model.latent_size, config.batch_size, config.seed, held_out_fraction=config.held_out_fraction
     )
-    loader = crop_loader(
+    per_step = config.accumulate * world.size
+    return crop_loader(
         store,
         crops,
-        start_step=start * config.accumulate,
-        total_steps=config.steps * config.accumulate,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start * per_step,
+        total_steps=config.steps * per_step,
         workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=world.device.type == "cuda",
     )
-    prepare_folder(folder)
-    with atomic_path(output / RUN_FILE) as temporary:
-        temporary.write_text(json.dumps({"data": str(data.resolve()), "config": asdict(config)}, indent=1))
 
-    def report(values: StepValues) -> None:
-        text = log.report(values.step, _checked(values, store, output), values.waited)
-        bar.update(1, text)
 
-    def save(step: int) -> None:
-        settings = {"config": identity, "data": data_identity}
-        save_checkpoint(folder, step, student, teacher, optimizer, settings, config.keep_checkpoints)
+def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = False) -> PretrainResult:
+    """Pretrain on a latent store.
+
+    SIGINT and SIGTERM write a checkpoint and end the run. All processes that torchrun started call this, with
+    the same folders ``data`` and ``output``.
+
+    Args:
+        data: a latent store.
+        output: the run's folder: ``checkpoints/``, ``metrics.jsonl`` (of rank 0; the others have
+            ``metrics.rankN.jsonl``), ``tensorboard/``, ``run.json``.
+        config: settings.
+        resume: go on from the last checkpoint, if there is one; the result is that of a run never stopped, on
+            another number of processes to rounding.
+
+    Raises:
+        UserError: for bad settings, data that do not fit, a non-finite loss, a full disk, a lost process.
+    """
+    # The request first: a launcher that ends this process while it finds out what happened must not win.
+    with StopRequest() as stop, join_world(config.device, config.timeout_s) as world:
+        try:
+            return _pretrain(data, output, config, resume, world, stop)
+        except OSError as error:
+            what = error.strerror or error
+            raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
+
+
+def _pretrain(
+    data: Path, output: Path, config: PretrainConfig, resume: bool, world: World, stop: StopRequest
+) -> PretrainResult:
+    set_attention_backend(config.attention, world.device)
+    store = LatentStore.open(data)
+    check_store(store, config)
+    folder = output / "checkpoints"
+    identity, data_identity = config.identity(world.size), _data_identity(store)
+    checkpoint = _find_start(output, identity, data_identity, resume)
+    start = read_run(checkpoint)["step"] if checkpoint else 0
+    world.barrier()  # all have looked before anything is written
+    if start >= config.steps:
+        return PretrainResult(start, finished=True, rank=world.rank)
+
+    torch.manual_seed(config.seed)
+    student = MeDUET(config.model).to(world.device)
+    student.siqc_log_scale.requires_grad_(config.objective.learn_siqc_scale)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    means = _domain_means(config, world)
+    model = parallelize(PretrainStep(student, teacher, means), config, world)
+    optimizer = build_optimizer(student, config.optimizer)
+    trained = Trained(student, teacher, optimizer, means)
+    if checkpoint:
+        load_checkpoint(checkpoint, trained, world)
+    batches = prefetch(iter(_loader(store, config, start, world)), world.device)
+    if world.rank == 0:
+        prepare_folder(folder)
+        with atomic_path(output / RUN_FILE) as temporary:
+            temporary.write_text(
+                json.dumps({"data": str(data.resolve()), "config": asdict(config)}, indent=1)
+            )
+    world.barrier()
 
     done = saved = start
     pending: StepValues | None = None
-    batches = iter(loader)
-    samples = config.batch_size * config.accumulate
-    try:
-        with (
-            RunLog(output, start, config.log_every, samples, device) as log,
-            progress_bar("Pretraining", config.steps, "step", start) as bar,
-            StopRequest() as stop,
-        ):
-            while done < config.steps and stop.signal is None:
-                values = train_step(student, teacher, optimizer, batches, done, config, device)
-                done += 1
-                # The previous step's values have arrived meanwhile: reading them costs no waiting.
-                if pending is not None:
-                    report(pending)
-                pending = values
-                if done % config.checkpoint_every == 0:
-                    report(pending)  # only a state after finite steps may be kept
-                    pending = None
-                    save(done)
-                    saved = done
+    stopped: signal.Signals | None = None
+    agreement = Agreement(world)
+    with ExitStack() as stack:
+        log = stack.enter_context(RunLog(output, start, config, world))
+        bar = stack.enter_context(progress_bar("Pretraining", config.steps, "step", start, world.rank == 0))
+        settings = {"config": identity, "data": data_identity}
+        writer = CheckpointWriter(folder, settings, config.keep_checkpoints, world, config.async_checkpoints)
+
+        def report(values: StepValues) -> None:
+            bar.update(1, log.report(values.step, _checked(values, store, output), values.waited))
+
+        while done < config.steps and stopped is None:
+            values = train_step(model, optimizer, batches, done, config, world.device)
+            done += 1
+            # The previous step's values have arrived meanwhile: reading them costs no waiting.
             if pending is not None:
                 report(pending)
-            if done > saved:
-                save(done)
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror or error}; {last_good(folder)}") from error
-    return PretrainResult(done, done == config.steps, stop.signal)
+            pending = values
+            if done % config.checkpoint_every == 0:
+                report(pending)  # only a state after finite steps may be kept
+                pending = None
+                writer.save(done, trained)
+                saved = done
+            world.look_at_store()
+            stopped, look = agreement.exchange(stop.signal, writer.failed())
+            if look:
+                writer.finish()
+        agreement.settle()
+        if pending is not None:
+            report(pending)
+        if done > saved:
+            writer.save(done, trained)
+        writer.finish()
+    return PretrainResult(done, done == config.steps, stopped, world.rank)

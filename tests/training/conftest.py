@@ -50,8 +50,8 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_config() -> PretrainConfig:
+@pytest.fixture(scope="session")
+def tiny_settings() -> PretrainConfig:
     """Six steps: MFTD from the third on, a checkpoint every two."""
     return PretrainConfig(
         model=TINY_MODEL,
@@ -59,3 +59,9 @@ def tiny_config() -> PretrainConfig:
         steps=6, batch_size=4, mftd_start_step=3, held_out_fraction=0.4, workers=0, device="cpu",
         log_every=1, checkpoint_every=2, keep_checkpoints=2,
     )  # fmt: skip
+
+
+@pytest.fixture
+def tiny_config(tiny_settings: PretrainConfig) -> PretrainConfig:
+    """The same."""
+    return tiny_settings

@@ -1,0 +1,34 @@
+"""The network connections of this process, by looking at its file descriptors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+
+def connections() -> Iterator[tuple[int, socket.socket]]:
+    """Descriptor of each TCP connection, and a socket of the same connection that is closed afterwards."""
+    for descriptor in [int(item.name) for item in Path("/dev/fd").iterdir()]:
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                yield descriptor, connection
+
+
+def close_inherited() -> None:
+    """In a forked process: close the parent's connections.
+
+    As long as anybody has them open, those at the other end do not learn that the parent was killed.
+    """
+    for descriptor, _ in connections():
+        os.close(descriptor)
+
+
+def hang_up(spared_port: int) -> None:
+    """End all connections but those to or from a port; whoever is at the other end learns of it at once."""
+    for _, connection in connections():
+        with suppress(OSError):  # a socket that listens is not connected
+            if spared_port not in (connection.getpeername()[1], connection.getsockname()[1]):
+                connection.shutdown(socket.SHUT_RDWR)
