@@ -60,11 +60,12 @@ def test_fitted_crops_end_where_held_out_crops_begin(make_store: MakeStore) -> N
     assert plan.unseen
     border = 24 - 10  # 0.4 of 24, rounded up
     for index in plan.volumes:
-        assert len(plan.fitted[index]) == len(plan.tested[index]) == 10
+        assert (len(plan.fitted[index]), len(plan.tested[index])) == (40, 10)
         assert max(start[0] for start in plan.fitted[index]) + 8 <= border
         assert min(start[0] for start in plan.tested[index]) >= border
     assert plan.tested[0] == plan.tested[1]
-    assert plan.num_crops == 40
+    assert plan.fitted[0] == plan.fitted[1]
+    assert plan.num_crops == 100
 
 
 def test_without_groups_all_domains_are_taken(make_store: MakeStore) -> None:

@@ -106,7 +106,7 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     assert result.domains == ["a", "b", "c"]
     assert result.same_anatomy
     assert result.unseen
-    assert (result.crops_fitted, result.crops_tested) == (60, 60)
+    assert (result.crops_fitted, result.crops_tested) == (240, 60)
     assert result.probe_chance == pytest.approx(1 / 3)
     assert result.retrieval_chance == pytest.approx(1 / 20)
     assert result.retrieval is not None
