@@ -139,7 +139,8 @@ def contrast(results: Results) -> Figure | None:
     for row in _measured(results.rows):
         if row.bench.startswith("contrast") and "rows" in row.shape:
             sizes = (f"{name} {size}" for name, size in row.shape.items() if name != "rows")
-            title = ", ".join((*sizes, _what(row)))
+            # The first call of a process (contrast_memory) is no point on the line of warm ones.
+            title = ", ".join((row.bench, *sizes)) + "\n" + _what(row)
             families.setdefault(title, {}).setdefault(row.variant, []).append(row)
     quantities: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
         ("time (ms)", lambda row: row.median_us and row.median_us / 1e3),
@@ -153,10 +154,10 @@ def contrast(results: Results) -> Figure | None:
     ]
     if not panels:
         return None
-    figure, axes = _panels(len(panels), 3.6)
+    figure, axes = _panels(len(panels), 3.9)
     for ax, (title, label, value, lines) in zip(axes, panels, strict=False):
         _line_plot(ax, lines, "rows", value)
-        ax.set(yscale="log", title=f"Contrast: {title}", xlabel="rows N", ylabel=label)
+        ax.set(yscale="log", title=title, xlabel="rows N", ylabel=label)
         ax.legend(loc="upper left")
     return figure
 
