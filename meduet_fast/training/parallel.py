@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from meduet_fast.errors import UserError
 from meduet_fast.model import MeDUET
 
 from .config import PretrainConfig
+from .cost import shard_count
 from .step import PretrainStep
 from .world import World
 
@@ -49,11 +49,9 @@ def _mesh(config: PretrainConfig, world: World) -> DeviceMesh:
     Raises:
         UserError: if rows do not come out even.
     """
+    row = shard_count(config, world.size, world.local_size)
     if config.parallel == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    row = config.shard_size or world.local_size
-    if world.size % row:
-        raise UserError(f"shard_size is {row}, expected a divisor of the {world.size} processes")
+        return init_device_mesh(world.device.type, (row,), mesh_dim_names=("shard",))
     return init_device_mesh(
         world.device.type, (world.size // row, row), mesh_dim_names=("replicate", "shard")
     )
