@@ -9,7 +9,6 @@ its fused attention.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import sys
@@ -23,7 +22,7 @@ from meduet_fast.kernels.verify import FACTOR
 from meduet_fast.model import MeDUET
 from meduet_fast.model.vit import Block
 
-from .command import command
+from .command import rows_command
 from .harness import Case, Variant, not_importable, time_cases
 from .published_step import relative
 from .results import Row
@@ -268,11 +267,7 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-
-    def measure(options: argparse.Namespace) -> list[Row]:
-        return rows(options.device, options.quick)
-
-    return command(measure, __doc__ or "", arguments)
+    return rows_command(rows, __doc__ or "", arguments)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from meduet_fast.objectives import ObjectiveConfig, pretraining_losses, random_m
 from meduet_fast.training import OptimizerConfig
 from meduet_fast.training.cost import flops_per_sample
 from meduet_fast.training.parallel import compile_blocks
-from meduet_fast.training.step import Losses
 
 from .command import command
 from .harness import Case, Variant, not_importable, time_case
-from .published_step import Gate, PublishedStep, published_losses
+from .published_step import Gate, Losses, PublishedStep, published_losses
 from .reference_peer import ReferencePeer, checkout
 from .results import Row, device_name
 from .step_parts import (

@@ -8,7 +8,6 @@ window, so that everyone does the same work. Only forward: preparing needs no gr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .command import command
+from .command import rows_command
 from .harness import Case, Variant, time_cases
 from .published_step import relative
 from .results import Row
@@ -87,11 +86,7 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-
-    def measure(options: argparse.Namespace) -> list[Row]:
-        return rows(options.device, options.quick)
-
-    return command(measure, __doc__ or "", arguments)
+    return rows_command(rows, __doc__ or "", arguments)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,15 @@ def command(
     return report_failures(rows)
 
 
+def rows_command(
+    rows: Callable[[torch.device, bool], list[Row]],
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """:func:`command` of a benchmark that makes its rows itself and has no options of its own."""
+    return command(lambda options: rows(options.device, options.quick), description, arguments)
+
+
 def report_failures(rows: Iterable[Row]) -> int:
     """Say what was not right; the exit code."""
     wrong = failures(rows)

@@ -12,6 +12,7 @@ the transformer blocks are used.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -28,10 +29,10 @@ from meduet_fast.model.meduet import reverse_gradient
 from meduet_fast.objectives import ObjectiveConfig
 from meduet_fast.training.config import OptimizerConfig
 from meduet_fast.training.optimizer import build_optimizer
-from meduet_fast.training.step import Losses
 
 TOLERANCE = 1e-4  # of losses and gradients in float32, relative; the same as on the published tensors
 Pair = tuple[Tensor, Tensor]
+Losses = Callable[..., dict[str, Tensor]]
 
 
 class Mixed(NamedTuple):

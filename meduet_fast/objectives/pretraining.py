@@ -190,8 +190,9 @@ def pretraining_losses(
     if domain_means is not None:
         with torch.no_grad():
             whole = student.encode(student.embed(latents))
-            pooled = _pool(encoded[:, 1:], tables.mask)[1], _pool(whole[:, 1:])[1]
-        domain_means.watch((pooled[0], both_domains), (pooled[1], domain))
+            mixed_means = _pool(encoded[:, 1:], tables.mask)[1]
+            whole_means = _pool(whole[:, 1:])[1]
+        domain_means.watch((mixed_means, both_domains), (whole_means, domain))
     if config.content_adversary == "erasure":
         content_mean = content_mean.detach()
     logits_content, logits_style = student.domain_classifier(content_mean, style_mean)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from meduet_fast.data.store import LatentStore
-from meduet_fast.errors import UserError
 from meduet_fast.objectives import ObjectiveConfig
 
 from .config import PretrainConfig
 from .cost import MemoryEstimate, count_parameters, flops_per_sample, memory_estimate, shard_count
 from .pretrain import check_store
+from .world import launch_number
 
 # Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.
 _CHECKPOINT_BYTES = 6 * 4
-
-
-def _from_torchrun(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"environment variable {name} is {value!r}, expected a number, as torchrun sets it")
-    return int(value)
 
 
 def _phases(config: PretrainConfig) -> list[tuple[int, int, ObjectiveConfig]]:
@@ -126,9 +118,9 @@ def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
     Raises:
         UserError: as :func:`format_plan`.
     """
-    processes = _from_torchrun("WORLD_SIZE", 1)
-    if _from_torchrun("RANK", 0) == 0:
-        print(format_plan(config, data, processes, _from_torchrun("LOCAL_WORLD_SIZE", processes)))
+    processes = launch_number("WORLD_SIZE", 1)
+    if launch_number("RANK", 0) == 0:
+        print(format_plan(config, data, processes, launch_number("LOCAL_WORLD_SIZE", processes)))
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:

@@ -1,8 +1,10 @@
-"""What every training step does on the device; nothing here waits for it, so all of it can be captured."""
+"""What every training step does on the device.
+
+Nothing here waits for it, so all of it can be captured; but for the erasure of domains, which looks at its
+means.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,6 @@ from meduet_fast.model import MeDUET
 from meduet_fast.objectives import DomainMeans, ObjectiveConfig, pretraining_losses
 
 from .optimizer import update_teacher
-
-Losses = Callable[..., dict[str, Tensor]]
 
 
 class PretrainStep(nn.Module):

@@ -164,8 +164,13 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
+def launch_number(name: str, default: int | None = None) -> int:
+    """A number that torchrun sets in the environment.
+
+    Raises:
+        UserError: if it is no number, or absent without a default.
+    """
+    value = os.environ.get(name, "" if default is None else str(default))
     if not value.isdecimal():
         raise UserError(f"environment variable {name} is {value!r}, expected a number, as torchrun sets it")
     return int(value)
@@ -178,7 +183,7 @@ def _join(device_name: str, timeout_s: int) -> World:
             f"environment variables {', '.join(missing)} are not set though others of torchrun's are; "
             "start with torchrun"
         )
-    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (launch_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = select_device(device_name)
     if device.type == "cuda" and device.index is None:
         device = select_device(f"cuda:{local_rank}")
