@@ -28,7 +28,7 @@ from meduet_fast.kernels import (
 )
 
 from .config import MeDUETConfig
-from .vit import Block, sincos_positions
+from .vit import Block, residual_stream, sincos_positions
 
 PUBLISHED_TEMPERATURE = 0.07
 MODEL_FILE = "model.safetensors"  # in a folder that `meduet-fast export` wrote
@@ -189,6 +189,7 @@ class MeDUET(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, 1+L, D) through the encoder and its final LayerNorm."""
+        tokens = residual_stream(tokens)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
@@ -224,6 +225,7 @@ class MeDUET(nn.Module):
             straight,
             swapped,
         )
+        x = residual_stream(x)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x)[:, 1:])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meduet_fast.kernels.precision import autocast_dtype
 from meduet_fast.layers import attention, sincos_positions_3d
 
 
@@ -51,6 +52,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+def residual_stream(tokens: Tensor) -> Tensor:
+    """What blocks add to: in float32 under autocast, where bfloat16 would round every sum.
+
+    Source: so it is in the published step, whose positions are float32.
+    """
+    return tokens if autocast_dtype(tokens) is None else tokens.float()
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:

@@ -22,7 +22,7 @@ _BLOCK_BYTES = 2 * 4 + 2 * 2 + 3 * 2 + 2
 # of the hidden layer, per unit of mlp_ratio: before and after GELU;
 _HIDDEN_BYTES = 2 * 2
 # of a block whose forward pass is done again in backward: its input;
-_RECOMPUTED_BYTES = 2
+_RECOMPUTED_BYTES = 4
 # of what surrounds the blocks (last LayerNorm, factors, pooling, streams, predictions): measured.
 _AROUND_BYTES = 14
 
