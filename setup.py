@@ -38,7 +38,17 @@ setup(
         "flash2": ["flash-attn>=2.8"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "xformers": ["xformers>=0.0.35"],
-        "dev": ["einops", "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "float8": ["torchao>=0.18"],  # see meduet_fast/training/precision.py
+        "dev": [
+            "einops",
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "torchao",
+        ],
     },
     entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},
 )

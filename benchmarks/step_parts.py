@@ -1,10 +1,11 @@
-"""What benchmarks of the step are made of: networks, inputs, our step, the same as a CUDA graph."""
+"""What benchmarks of the step are made of: networks, inputs, our step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from meduet_fast.kernels.verify import FACTOR
 from meduet_fast.model import MeDUET, MeDUETConfig
 from meduet_fast.objectives import ObjectiveConfig, random_mix_mask
 from meduet_fast.training import OptimizerConfig
+from meduet_fast.training.graph import GraphedGradients
 from meduet_fast.training.optimizer import build_optimizer
 from meduet_fast.training.step import PretrainStep, add_gradients, update
 
@@ -61,21 +63,37 @@ class OurStep:
         student, teacher: trained in place.
         config: of the optimiser.
         objective: weights and variants of the losses.
+        graph: launch losses and gradients as one CUDA graph.
     """
 
     def __init__(
-        self, student: MeDUET, teacher: MeDUET, config: OptimizerConfig, objective: ObjectiveConfig
+        self,
+        student: MeDUET,
+        teacher: MeDUET,
+        config: OptimizerConfig,
+        objective: ObjectiveConfig,
+        graph: bool = False,
     ) -> None:
-        self._step, self._config, self._objective = PretrainStep(student, teacher), config, objective
-        self.optimizer = build_optimizer(student, config)
-        for group in self.optimizer.param_groups:
+        step = PretrainStep(student, teacher)
+        self._models, self._config, self._objective, self._graph = (
+            (student, teacher),
+            config,
+            objective,
+            graph,
+        )
+        self._gradients = GraphedGradients(step) if graph else partial(add_gradients, step)
+        self._optimizer = build_optimizer(student, config)
+        for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate
 
     def __call__(self, latents: Tensor, domain: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The losses, on the device."""
-        losses = add_gradients(self._step, latents, domain, mask, self._objective)
-        models, config = (self._step.student, self._step.teacher), self._config
-        update(*models, self.optimizer, config.clip_norm, config.teacher_momentum)
+        losses = self._gradients(latents, domain, mask, self._objective)
+        config = self._config
+        update(
+            *self._models, self._optimizer, config.clip_norm, config.teacher_momentum,
+            keep_gradients=self._graph,
+        )  # fmt: skip
         return losses
 
 
@@ -90,54 +108,18 @@ def plain_kernels() -> Iterator[None]:
         set_kernel_backend(before)
 
 
-class GraphedStep:
-    """Our step as one CUDA graph: captured once, after which inputs are copied and the graph is replayed.
-
-    Args:
-        step: does its work three times before it is captured.
-        batch: an example of the inputs; a call's must have the same shapes.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, step: OurStep, batch: Batch) -> None:
-        for group in step.optimizer.param_groups:  # nothing that the host would have to read
-            group["capturable"] = True
-            group["lr"] = torch.tensor(group["lr"], device=batch[0].device)
-        self._inputs = tuple(item.clone() for item in batch)
-        # Compilation and lazy initialisation must not be captured; off the default stream, as the graph.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UP):
-                step(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._losses = step(*self._inputs)
-
-    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        """Losses of a step; the next call overwrites them."""
-        for static, item in zip(self._inputs, batch, strict=True):
-            static.copy_(item)
-        self._graph.replay()
-        return self._losses
-
-
-def check_graph(graph: GraphedStep, step: OurStep, batch: Batch) -> None:
+def check_graph(graph: OurStep, step: OurStep, batch: Batch) -> None:
     """Hold a graph to the same steps without it.
 
     Args:
-        graph: just captured.
+        graph: not used yet.
         step: from the same weights, not used yet.
-        batch: what the graph was captured with.
+        batch: what to step on.
 
     Raises:
         AssertionError: if a loss differs by more than three roundings of bfloat16.
     """
-    for _ in range(GraphedStep.WARM_UP):
-        step(*batch)
-    for _ in range(2):
+    for _ in range(3):
         plain = step(*batch)
         for name, loss in graph(*batch).items():
             error = abs(loss.item() - plain[name].item())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-MOMENTUM = 0.98  # of the running means: about 50 batches
-# Batches watched before anything is erased: directions that are noise would only wear content down.
+from meduet_fast.kernels.precision import without_autocast
+
+MOMENTUM = 0.98  # of the running means: about 50 steps
+# Steps watched before anything is erased: directions that are noise would only wear content down.
 FIRST = 50
 
 
@@ -34,21 +38,28 @@ class DomainMeans(nn.Module):
         self.register_buffer("sums", torch.zeros(2, num_domains, width))
         self.register_buffer("shares", torch.zeros(2, num_domains))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._watched: list[Tensor] = []  # sums and shares of the batches since the last step
 
     @torch.no_grad()
     def watch(self, mixed: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
-        """Take in a batch: of mixed and of whole crops, pooled encodings (M, D) and domains (M,) int64."""
-        self.seen += 1
-        # A plain mean at first, so that the start does not count for more than its share.
-        new = torch.clamp(1 / self.seen, min=1 - MOMENTUM)
-        for sums, shares, (pooled, domain) in zip(self.sums, self.shares, (mixed, whole), strict=True):
-            weights = nn.functional.one_hot(domain, len(shares)).to(sums.dtype) / len(domain)
-            sums.lerp_(weights.T @ pooled.to(sums.dtype), new)
-            shares.lerp_(weights.sum(0), new)
+        """Look at a batch: of mixed and of whole crops, pooled encodings (M, D) and domains (M,) int64."""
+        found = []
+        for pooled, domain in (mixed, whole):
+            weights = nn.functional.one_hot(domain, self.shares.shape[1]).to(self.sums.dtype) / len(domain)
+            with without_autocast(pooled.device):  # differences of means are small beside the means
+                sums = weights.T @ pooled.to(self.sums.dtype)
+            found.append(torch.cat([sums, weights.sum(0)[:, None]], 1))
+        self._watched.append(torch.stack(found))
 
     @torch.no_grad()
-    def erase_from(self, *weights: Tensor) -> None:
-        """Project content's weights (D, D, 1) in place: then all domains seen have the same mean content."""
+    def step(self, *weights: Tensor) -> None:
+        """Take in the batches that all processes watched, and erase, once a step.
+
+        Args:
+            weights: of content's projection (D, D, 1), whole or sharded by rows. Changed in place: all
+                domains seen have the same mean content.
+        """
+        self._take_in()
         if self.seen < FIRST:
             return
         differences = []
@@ -57,5 +68,19 @@ class DomainMeans(nn.Module):
             differences.append(means[1:] - means[:1])
         directions = torch.linalg.qr(torch.cat(differences).T).Q  # orthonormal columns
         for weight in weights:
-            flat = weight.flatten(1)
+            # Rows are projected one by one: each process does its own.
+            rows = weight.to_local() if isinstance(weight, DTensor) else weight
+            flat = rows.flatten(1)
             flat -= (flat @ directions) @ directions.T
+
+    def _take_in(self) -> None:
+        new = torch.stack(self._watched).mean(0)
+        self._watched.clear()
+        if dist.is_initialized():
+            dist.all_reduce(new)
+            new /= dist.get_world_size()
+        self.seen += 1
+        # A plain mean at first, so that the start does not count for more than its share.
+        share = torch.clamp(1 / self.seen, min=1 - MOMENTUM)
+        self.sums.lerp_(new[..., :-1], share)
+        self.shares.lerp_(new[..., -1], share)

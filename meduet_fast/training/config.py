@@ -9,10 +9,12 @@ from meduet_fast.layers.attention import AttentionBackend
 from meduet_fast.model import MeDUETConfig
 from meduet_fast.objectives import ObjectiveConfig
 
+from .precision import Precision
+
 # Settings that change how fast or where a run is, and not its result.
 _FREE = (
     "accumulate", "workers", "device", "attention", "parallel", "shard_size", "recompute", "compile",
-    "timeout_s", "log_every", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
+    "cuda_graph", "timeout_s", "log_every", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
 )  # fmt: skip
 
 
@@ -66,6 +68,9 @@ class PretrainConfig:
         seed: of weights, crops, augmentation and masks.
         workers: processes that read crops; 0 reads in the main process.
         device: "auto" takes CUDA where there is one.
+        precision: of matrix products; weights stay float32. "auto" is "bfloat16" (autocast) on CUDA and
+            "float32" elsewhere; "float8" is bfloat16 with float8 products in the transformer blocks (extra
+            float8: torchao), for GPUs of compute capability 8.9 or more, and emulated on the CPU.
         attention: who computes it: "sdpa" is PyTorch's own choice; "flash2", "flash4" and "xformers" are
             optional extras for CUDA.
         parallel: how several processes share the work: "ddp" keeps all weights in each; "fsdp" gives each a
@@ -73,6 +78,7 @@ class PretrainConfig:
         shard_size: processes that share one copy in "hsdp"; 0 takes those of one machine.
         recompute: compute the student's blocks again in backward, for a third more work and much less memory.
         compile: compile the transformer blocks, which takes a minute at the start.
+        cuda_graph: launch losses and gradients as one CUDA graph; for one GPU, without torchrun.
         timeout_s: seconds to wait for another process before the run is given up.
         log_every: steps between two logged lines.
         checkpoint_every: steps between two checkpoints.
@@ -92,11 +98,13 @@ class PretrainConfig:
     seed: int = 0
     workers: int = 4
     device: str = "auto"
+    precision: Precision = "auto"
     attention: AttentionBackend = "sdpa"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     shard_size: int = 0
     recompute: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     timeout_s: int = 600
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -122,6 +130,10 @@ class PretrainConfig:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected an even number: "
                 "sample i is mixed with sample B-1-i"
+            )
+        if self.cuda_graph and self.objective.content_adversary == "erasure":
+            raise ValueError(
+                "cuda_graph is on, expected objective.content_adversary 'reversal': erasure is no part of it"
             )
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction is {self.held_out_fraction}, expected 0 <= fraction < 1")

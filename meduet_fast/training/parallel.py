@@ -18,6 +18,7 @@ from meduet_fast.model import MeDUET
 
 from .config import PretrainConfig
 from .cost import shard_count
+from .precision import low_precision, use_float8
 from .step import PretrainStep
 from .world import World
 
@@ -60,15 +61,18 @@ def _mesh(config: PretrainConfig, world: World) -> DeviceMesh:
 def parallelize(step: PretrainStep, config: PretrainConfig, world: World) -> nn.Module:
     """What to call instead of ``step``, whose student and teacher change in place.
 
-    The order matters: recomputation, compilation and sharding of each block, then of the rest. Build the
-    optimiser afterwards: sharded parameters are new ones.
+    The order matters: recomputation, float8, compilation and sharding of each block, then of the rest. Build
+    the optimiser afterwards: sharded parameters are new ones.
 
     Raises:
-        UserError: for a ``shard_size`` that does not fit.
+        UserError: for a ``shard_size`` that does not fit; for float8 where it can't be, see
+            :func:`meduet_fast.training.precision.use_float8`.
     """
     models = (step.student, step.teacher)
     if config.recompute:
         _recompute(step.student)
+    if config.precision == "float8":
+        use_float8((block for model in models for block in _blocks(model)), world.device)
     if config.compile:
         compile_blocks(*models)
     if not world.grouped:
@@ -77,17 +81,19 @@ def parallelize(step: PretrainStep, config: PretrainConfig, world: World) -> nn.
         with warnings.catch_warnings():  # the new name of broadcast_buffers is unknown before torch 2.13
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
-    _shard(step, _mesh(config, world), world.device.type == "cuda")
+    # LayerNorm on the CPU refuses bfloat16 weights for float32 tokens.
+    low = world.device.type == "cuda" and low_precision(config.precision, world.device)
+    _shard(step, _mesh(config, world), low)
     return step
 
 
-def _shard(step: PretrainStep, mesh: DeviceMesh, low_precision: bool) -> None:
+def _shard(step: PretrainStep, mesh: DeviceMesh, low: bool) -> None:
     """Each block alone, the rest together.
 
     Blocks hold most of the weights: these travel and are used in bfloat16, their gradients are reduced in
     float32. The rest stays float32, and inputs are left alone: autocast does with them as on one device.
     """
-    param, reduce = (torch.bfloat16, torch.float32) if low_precision else (None, None)
+    param, reduce = (torch.bfloat16, torch.float32) if low else (None, None)
     for block in _blocks(step.student):
         fully_shard(
             block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param, reduce, cast_forward_inputs=False)

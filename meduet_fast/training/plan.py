@@ -11,7 +11,7 @@ from meduet_fast.objectives import ObjectiveConfig
 
 from .config import PretrainConfig
 from .cost import MemoryEstimate, count_parameters, flops_per_sample, memory_estimate, shard_count
-from .pretrain import check_store
+from .resume import check_store
 from .world import launch_number
 
 # Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,30 +24,24 @@ from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.layers import set_attention_backend
 from meduet_fast.model import MeDUET
-from meduet_fast.objectives import DomainMeans, random_mix_mask
+from meduet_fast.objectives import DomainMeans, ObjectiveConfig, random_mix_mask
 from meduet_fast.progress import progress_bar
 
-from .checkpoint import (
-    CheckpointWriter,
-    Trained,
-    checkpoint_steps,
-    last_good,
-    latest_checkpoint,
-    load_checkpoint,
-    prepare_folder,
-    read_run,
-)
+from .checkpoint import CheckpointWriter, Trained, last_good, load_checkpoint, prepare_folder, read_run
 from .config import PretrainConfig
+from .graph import GraphedGradients
 from .metrics import RunLog, StepValues, non_finite, send_values
 from .optimizer import build_optimizer, learning_rate, teacher_momentum
 from .parallel import parallelize, plain_step, without_reduction
 from .prefetch import prefetch
+from .resume import check_store, data_identity, find_start
 from .step import PretrainStep, add_gradients, update
 from .stop import Agreement, StopRequest
 from .world import World, join_world
 
 RUN_FILE = "run.json"
 Batches = Iterator[dict[str, Tensor]]
+Gradients = Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -68,58 +61,29 @@ class PretrainResult:
     rank: int = 0
 
 
-def _data_identity(store: LatentStore) -> str:
-    """Changes whenever the store's latents do."""
-    text = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
-    return hashlib.sha256(text.encode()).hexdigest()
+def gradients_of(model: nn.Module, config: PretrainConfig, world: World) -> Gradients:
+    """What adds a batch's gradients and gives its losses.
 
-
-def check_store(store: LatentStore, config: PretrainConfig) -> None:
-    """Refuse a store that the configured network can't be trained on.
+    Args:
+        model: a :class:`PretrainStep`, as :func:`parallelize` left it.
 
     Raises:
-        UserError: naming the store and the setting that does not fit.
+        UserError: for a CUDA graph where there can't be one.
     """
-    if store.channels != config.model.in_channels:
+    share = 1 / config.accumulate
+    if not config.cuda_graph:
+        return partial(add_gradients, model, share=share, precision=config.precision)
+    if world.grouped or world.device.type != "cuda":
         raise UserError(
-            f"{store.path}: latents have {store.channels} channels, model.in_channels is "
-            f"{config.model.in_channels}"
+            "cuda_graph is for one GPU, without torchrun: "
+            f"found device {world.device}, {world.size} process{'es' * (world.size > 1)}"
         )
-    if len(store.domains) > config.model.num_domains:
-        raise UserError(
-            f"{store.path}: {len(store.domains)} domains ({', '.join(store.domains)}), model.num_domains is "
-            f"{config.model.num_domains}; raise it"
-        )
-
-
-def _find_start(output: Path, identity: dict[str, Any], data_identity: str, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Raises:
-        UserError: if the folder holds a run and resuming was not asked for, or was made by another setting.
-    """
-    if not checkpoint_steps(output / "checkpoints"):
-        return None
-    if not resume:
-        raise UserError(
-            f"{output}: holds a run already; continue it with --resume, or choose another --output"
-        )
-    checkpoint = latest_checkpoint(output)
-    saved = read_run(checkpoint)
-    differing = [key for key in identity if saved["config"].get(key) != identity[key]]
-    if differing:
-        first = differing[0]
-        raise UserError(
-            f"{output}: can't resume with other settings: {', '.join(differing)} differ "
-            f"({first} was {saved['config'].get(first)}, now {identity[first]})"
-        )
-    if saved["data"] != data_identity:
-        raise UserError(f"{output}: can't resume: the latent store is not the one that the run began with")
-    return checkpoint
+    return GraphedGradients(plain_step(model), share, config.precision)
 
 
 def train_step(
     model: nn.Module,
+    gradients: Gradients,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     step: int,
@@ -130,6 +94,7 @@ def train_step(
 
     Args:
         model: a :class:`PretrainStep`, as :func:`parallelize` left it.
+        gradients: of it, see :func:`gradients_of`.
         optimizer: of its student.
         batches: this process's share of the stream, at the step's place.
 
@@ -157,14 +122,15 @@ def train_step(
         mask = random_mix_mask(len(latents), config.model.num_tokens, generator, device)
         last = turn + 1 == config.accumulate
         with nullcontext() if last else without_reduction(model):
-            losses = add_gradients(model, latents, domain, mask, objective, 1 / config.accumulate)
+            losses = gradients(latents, domain, mask, objective)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss / config.accumulate
         volumes.append(batch["volume"])
     momentum = teacher_momentum(step, config.steps, config.optimizer)
     sums["grad_norm"] = update(
-        inner.student, inner.teacher, optimizer, config.optimizer.clip_norm, momentum, inner.domain_means
-    )
+        inner.student, inner.teacher, optimizer, config.optimizer.clip_norm, momentum, inner.domain_means,
+        keep_gradients=config.cuda_graph,
+    )  # fmt: skip
     sums["learning_rate"] = sums["grad_norm"].new_full((), rate)  # new_tensor would wait for the device
     return send_values(step, sums, volumes, waited)
 
@@ -189,17 +155,9 @@ def _checked(pending: StepValues, store: LatentStore, output: Path) -> dict[str,
 
 
 def _domain_means(config: PretrainConfig, world: World) -> DomainMeans | None:
-    """What erasure keeps, if it was asked for.
-
-    Raises:
-        UserError: for several processes, each of which would erase something else.
-    """
+    """What erasure keeps, if it was asked for."""
     if config.objective.content_adversary != "erasure":
         return None
-    if world.size > 1:
-        raise UserError(
-            f"objective.content_adversary 'erasure' works in one process, not in {world.size}: use 'reversal'"
-        )
     return DomainMeans(config.model.num_domains, config.model.embed_dim).to(world.device)
 
 
@@ -254,8 +212,8 @@ def _pretrain(
     store = LatentStore.open(data)
     check_store(store, config)
     folder = output / "checkpoints"
-    identity, data_identity = config.identity(world.size), _data_identity(store)
-    checkpoint = _find_start(output, identity, data_identity, resume)
+    identity, data_id = config.identity(world.size), data_identity(store)
+    checkpoint = find_start(output, identity, data_id, resume)
     start = read_run(checkpoint)["step"] if checkpoint else 0
     world.barrier()  # all have looked before anything is written
     if start >= config.steps:
@@ -267,6 +225,7 @@ def _pretrain(
     teacher = copy.deepcopy(student).requires_grad_(False)
     means = _domain_means(config, world)
     model = parallelize(PretrainStep(student, teacher, means), config, world)
+    gradients = gradients_of(model, config, world)
     optimizer = build_optimizer(student, config.optimizer)
     trained = Trained(student, teacher, optimizer, means)
     if checkpoint:
@@ -287,14 +246,14 @@ def _pretrain(
     with ExitStack() as stack:
         log = stack.enter_context(RunLog(output, start, config, world))
         bar = stack.enter_context(progress_bar("Pretraining", config.steps, "step", start, world.rank == 0))
-        settings = {"config": identity, "data": data_identity}
+        settings = {"config": identity, "data": data_id}
         writer = CheckpointWriter(folder, settings, config.keep_checkpoints, world, config.async_checkpoints)
 
         def report(values: StepValues) -> None:
             bar.update(1, log.report(values.step, _checked(values, store, output), values.waited))
 
         while done < config.steps and stopped is None:
-            values = train_step(model, optimizer, batches, done, config, world.device)
+            values = train_step(model, gradients, optimizer, batches, done, config, world.device)
             done += 1
             # The previous step's values have arrived meanwhile: reading them costs no waiting.
             if pending is not None:

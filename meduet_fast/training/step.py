@@ -15,6 +15,7 @@ from meduet_fast.model import MeDUET
 from meduet_fast.objectives import DomainMeans, ObjectiveConfig, pretraining_losses
 
 from .optimizer import update_teacher
+from .precision import Precision, low_precision
 
 
 class PretrainStep(nn.Module):
@@ -48,17 +49,19 @@ def add_gradients(
     mask: Tensor,
     objective: ObjectiveConfig,
     share: float = 1.0,
+    precision: Precision = "auto",
 ) -> dict[str, Tensor]:
-    """Losses of one batch, computed in bfloat16 on CUDA; the student's gradients grow by ``share`` of theirs.
+    """Losses of one batch; the student's gradients grow by ``share`` of theirs.
 
     Arguments and result are those of :func:`meduet_fast.objectives.pretraining_losses`.
 
     Args:
         step: a :class:`PretrainStep`, parallelized or not.
         share: of this batch in the step.
+        precision: that ``step`` was made for.
     """
-    device = latents.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    device = latents.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(precision, device)):
         losses = step(latents, domain, mask, objective)
     (losses["total"] * share).backward()
     return {name: loss.detach() for name, loss in losses.items()}
@@ -71,11 +74,13 @@ def update(
     clip_norm: float,
     momentum: float,
     domain_means: DomainMeans | None = None,
+    keep_gradients: bool = False,
 ) -> Tensor:
     """Clip the gradients, use them up, and let the teacher follow.
 
     Args:
         domain_means: what to erase from the content of both, if anything.
+        keep_gradients: zero their memory and do not free it.
 
     Returns:
         The gradient's norm before clipping, a scalar on the device.
@@ -86,10 +91,8 @@ def update(
         norm = norm.full_tensor()
     clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not keep_gradients)
     update_teacher(teacher, student, momentum)
     if domain_means is not None:
-        domain_means.erase_from(
-            *(model.disentangled_factorizer.proj_c.weight for model in (student, teacher))
-        )
+        domain_means.step(*(model.disentangled_factorizer.proj_c.weight for model in (student, teacher)))
     return norm

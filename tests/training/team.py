@@ -12,7 +12,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from meduet_fast.training import PretrainConfig
-from meduet_fast.training.metrics import METRICS_FILE
+from meduet_fast.training.metrics import LOSSES, METRICS_FILE, read_metrics
 
 # Children are forked from a server that has imported everything: starting one costs milliseconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -102,3 +102,12 @@ def train(store: Path, run: Path, config: PretrainConfig, size: int) -> str:
     with Team(store, run, config, size) as team:
         assert team.wait() == [0] * size, team.said()
         return team.said()
+
+
+def assert_same_losses(run: Path, expected: Path, rank: int = 0) -> None:
+    """Every loss of every step within 1e-5 of those of another run."""
+    records, wanted = read_metrics(run, rank), read_metrics(expected)
+    assert [record["step"] for record in records] == [record["step"] for record in wanted]
+    for name in LOSSES:
+        worst = max(abs(a[name] - b[name]) for a, b in zip(records, wanted, strict=True))
+        assert worst < 1e-5, (name, worst)
