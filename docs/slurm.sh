@@ -8,15 +8,20 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# torchrun passes SIGTERM on to its processes, which write a checkpoint and end; it kills them after 30 s.
+# Two minutes before the time is up SLURM sends SIGTERM to what srun started. torchrun passes it on to its
+# processes, which write a checkpoint and end; it kills those that take longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+# seconds (30 with torch 2.11, which does not know the variable).
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 set -euo pipefail
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${nodes%%$'\n'*}
 
-exec srun --kill-on-bad-exit=1 torchrun \
+# In SLURM 22.05 and 23.02 srun does not take over the number of CPUs by itself: all would share one of them.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}" \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:${MASTER_PORT:-29500}" \
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:${MASTER_PORT:-29500}" \
     -m meduet_fast pretrain --resume "$@"

@@ -143,8 +143,9 @@ def test_sizes_lists_the_packaged_configurations(
 
 
 @pytest.mark.slow
-def test_ctrl_c_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
-    """The program as a process, stopped like a user does it, then resumed to its end."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path, stop: signal.Signals) -> None:
+    """The program as a process, stopped like a user does it, or a scheduler."""
     import numpy as np
     import torch
 
@@ -182,9 +183,9 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path) -> None:
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the readers too
+    os.killpg(process.pid, stop)  # as a terminal or torchrun does: to the readers too
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, err
-    assert "stopped by SIGINT after step" in err
+    assert process.returncode == 128 + stop, err
+    assert f"stopped by {stop.name} after step" in err
     assert "Traceback" not in err + out
     assert next((tmp_path / "run" / "checkpoints").iterdir()).name.isdigit()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from dataclasses import dataclass
+from multiprocessing import parent_process
+from threading import Thread
 
 import numpy as np
 from torch import Tensor, from_numpy
@@ -186,9 +190,24 @@ def crop_loader(
 
 def _stand_alone(worker: int) -> None:
     """Free a reader from what a forked process inherits."""
-    # Ctrl-C reaches the whole process group; a reader must outlive it until the run has its checkpoint.
+    gc.freeze()  # to collect a process group among the garbage would hang: a fork has not its threads
+    # Ctrl-C, and SIGTERM from torchrun or a scheduler, reach the whole process group; a reader must outlive
+    # them until the run has its checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_obey_parent, daemon=True).start()
     close_inherited()
+
+
+def _obey_parent() -> None:
+    """End with the parent, and at the SIGTERM that it sends when it ends, but at no other."""
+    parent = parent_process()
+    assert parent is not None
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
 
 
 def evaluation_starts(

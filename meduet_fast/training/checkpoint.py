@@ -7,8 +7,8 @@
     RUN/checkpoints/<step>/run.json              step, settings and data: what a resumed run must have too
 
 Every process writes its part, and any number of processes can read it. Random numbers need no place: they
-are a function of the seed and of the number of a batch. ``state`` holds tensors only, but PyTorch keeps its
-index as a pickle: load checkpoints of people you trust. The safetensors files are safe.
+are a function of the seed and of the number of a batch. Checkpoints hold tensors and JSON alone, and are read
+without unpickling objects: anybody's can be loaded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.model import MeDUET, MeDUETConfig
 from meduet_fast.objectives import DomainMeans
 
+from .checkpoint_index import IndexedReader, IndexedWriter
 from .world import World, lost_contact
 
 
@@ -169,7 +171,8 @@ class CheckpointWriter:
         try:
             world.on_first(partial(_begin, temporary))
             with _one_process():
-                dcp.save(state, checkpoint_id=temporary / "state", process_group=world.writing)
+                writer = IndexedWriter(temporary / "state")
+                dcp.save(state, storage_writer=writer, process_group=world.writing)
             world.on_first(partial(self._complete, step, temporary, target, models))
         except (OSError, CheckpointException, RuntimeError) as error:
             if world.rank == 0:
@@ -221,6 +224,8 @@ def _cause(error: BaseException, world: World | None = None) -> str:
             return named + _cause(wrapped[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnpicklingError):  # PyTorch says how to load it all the same
+        return "a part is damaged, or is no tensor"
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
@@ -246,7 +251,8 @@ def load_checkpoint(checkpoint: Path, trained: Trained, world: World) -> None:
     state = trained.state()
     try:
         with _one_process():
-            dcp.load(state, checkpoint_id=checkpoint / "state", process_group=world.writing)
+            reader = IndexedReader(checkpoint / "state")
+            dcp.load(state, storage_reader=reader, process_group=world.writing)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         if lost_contact(error):
             raise
