@@ -19,9 +19,12 @@ TINY_MODEL = MeDUETConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On work this small two threads spend their time waiting for each other."""
+    """On work this small two threads spend their time waiting for each other.
+
+    For whole files, so that runs which tests share round as the tests' own do.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
