@@ -184,6 +184,7 @@ def _join(device_name: str, timeout_s: int) -> World:
             "start with torchrun"
         )
     rank, size, local_rank = (launch_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = launch_number("LOCAL_WORLD_SIZE", size)
     device = select_device(device_name)
     if device.type == "cuda" and device.index is None:
         device = select_device(f"cuda:{local_rank}")
@@ -199,7 +200,6 @@ def _join(device_name: str, timeout_s: int) -> World:
             timeout=timeout,
         )
         control, writing = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return World(device, rank, size, local_size, dist.PrefixStore("run", store), control, writing)
     except (RuntimeError, ValueError) as error:
         raise UserError(

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from meduet_fast.training import PretrainConfig
+from meduet_fast.training import PretrainConfig, pretrain
 from meduet_fast.training.metrics import LOSSES, METRICS_FILE, read_metrics
 
 # Children are forked from a server that has imported everything: starting one costs milliseconds.
@@ -86,8 +86,8 @@ class Team:
 
     def wait_for_step(self, step: int) -> None:
         """Until that step was logged."""
-        path, deadline = self.run / METRICS_FILE, time.monotonic() + PATIENCE_S
-        while not (path.exists() and path.read_text().count("\n") > step):
+        deadline = time.monotonic() + PATIENCE_S
+        while steps_done(self.run) <= step:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.01)
 
@@ -102,6 +102,18 @@ def train(store: Path, run: Path, config: PretrainConfig, size: int) -> str:
     with Team(store, run, config, size) as team:
         assert team.wait() == [0] * size, team.said()
         return team.said()
+
+
+def train_alone(store: Path, run: Path, config: PretrainConfig) -> Path:
+    """Train in this process, to the end; the run."""
+    assert pretrain(store, run, config).finished
+    return run
+
+
+def steps_done(run: Path) -> int:
+    """Steps logged so far, with ``log_every`` 1."""
+    path = run / METRICS_FILE
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def assert_same_losses(run: Path, expected: Path, rank: int = 0) -> None:

@@ -14,10 +14,10 @@ from meduet_fast.cli import CONFIGS
 from meduet_fast.data.prepare import PrepareConfig, prepare
 from meduet_fast.model import MeDUETConfig
 from meduet_fast.objectives import ObjectiveConfig, erasure
-from meduet_fast.training import OptimizerConfig, PretrainConfig, pretrain
+from meduet_fast.training import OptimizerConfig, PretrainConfig
 from meduet_fast.training.checkpoint import latest_checkpoint
 
-from .team import assert_same_losses, train
+from .team import assert_same_losses, train, train_alone
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +52,7 @@ def config() -> PretrainConfig:
 @pytest.fixture(scope="module")
 def alone(store: Path, config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    run = tmp_path_factory.mktemp("demo") / "alone"
-    assert pretrain(store, run, config).finished
-    return run
+    return train_alone(store, tmp_path_factory.mktemp("demo") / "alone", config)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])

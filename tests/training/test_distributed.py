@@ -19,7 +19,7 @@ from meduet_fast.training import PretrainConfig, pretrain
 from meduet_fast.training.checkpoint import latest_checkpoint
 from meduet_fast.training.metrics import LOSSES, read_metrics
 
-from .team import assert_same_losses, train
+from .team import assert_same_losses, train, train_alone
 
 STEPS, PER_STEP = 50, 4  # batches of a step
 
@@ -43,9 +43,7 @@ def spread(config: PretrainConfig, size: int, parallel: str = "ddp", **changes: 
 @pytest.fixture(scope="module")
 def alone(tiny_store: Path, config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    assert pretrain(tiny_store, run, config).finished
-    return run
+    return train_alone(tiny_store, tmp_path_factory.mktemp("alone") / "run", config)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meduet_fast.training import PretrainConfig, pretrain
+from meduet_fast.training import PretrainConfig
 from meduet_fast.training.checkpoint import checkpoint_steps, latest_checkpoint
 from meduet_fast.training.checkpoint_index import INDEX_FILE
-from meduet_fast.training.metrics import METRICS_FILE
 
-from .team import PATIENCE_S, assert_same_losses
+from .team import PATIENCE_S, assert_same_losses, steps_done, train_alone
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "slurm.sh"
 STEPS, SIZE = 40, 4
@@ -104,11 +103,6 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def steps_done(run: Path) -> int:
-    path = run / METRICS_FILE
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 @pytest.mark.slow
 def test_slurm_script_goes_on_where_the_time_was_up(
     tiny_store: Path, config: PretrainConfig, tmp_path: Path
@@ -136,7 +130,7 @@ def test_slurm_script_goes_on_where_the_time_was_up(
         job.wait(PATIENCE_S)
     assert job.returncode == 0, cluster.said()
     assert cluster.said().count(f"{STEPS} steps done") == 1, cluster.said()
-    assert pretrain(tiny_store, alone, replace(config, workers=0)).finished
+    train_alone(tiny_store, alone, replace(config, workers=0))
     for rank in range(SIZE):
         assert_same_losses(run, alone, rank)
     # Without --shard_size a copy is shared by the two processes of a node: so LOCAL_WORLD_SIZE was theirs.

@@ -30,7 +30,7 @@ from meduet_fast.training.precision import Precision, use_float8
 from meduet_fast.training.step import PretrainStep, add_gradients
 from meduet_fast.training.world import VARIABLES, World
 
-from .team import train
+from .team import train, train_alone
 
 CPU = torch.device("cpu")
 # Sizes that are multiples of 16, and of 6 for the positions.
@@ -53,9 +53,7 @@ def config(tiny_settings: PretrainConfig) -> PretrainConfig:
 @pytest.fixture(scope="module")
 def alone(tiny_store: Path, config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    assert pretrain(tiny_store, run, config).finished
-    return run
+    return train_alone(tiny_store, tmp_path_factory.mktemp("alone") / "run", config)
 
 
 def blocks_of(model: MeDUET) -> list[nn.Module]:
