@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from threading import Thread
+from typing import Any
 
 import numpy as np
 from torch import Tensor, from_numpy
@@ -154,6 +156,29 @@ def _start_choices(store: LatentStore, config: CropConfig) -> np.ndarray:
     return np.array(choices)
 
 
+class _ErrorsAsItems(Dataset[Any]):
+    """Hands on a user's error as an item: raised here, the loader would wrap it in a traceback."""
+
+    def __init__(self, batches: CropBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> dict[str, Tensor] | UserError:
+        try:
+            return self.batches[number]
+        except UserError as error:
+            return error
+
+
+class CropLoader(DataLoader[dict[str, Tensor]]):
+    """Batches of :class:`CropBatches`, read by other processes if asked for; see :func:`crop_loader`."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
 def crop_loader(
     store: LatentStore,
     config: CropConfig,
@@ -164,7 +189,7 @@ def crop_loader(
     total_steps: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[dict[str, Tensor]]:
+) -> CropLoader:
     """Loader over a process's share of batches ``start_step`` to ``total_steps - 1``.
 
     Processes take turns: of every ``world_size`` batches each gets one; see :class:`CropBatches`.
@@ -176,10 +201,10 @@ def crop_loader(
         pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
 
     Raises:
-        UserError: see :class:`CropBatches`.
+        UserError: see :class:`CropBatches`; while iterating, see :meth:`LatentStore.read_crops`.
     """
-    return DataLoader(
-        CropBatches(store, config),
+    return CropLoader(
+        _ErrorsAsItems(CropBatches(store, config)),
         batch_size=None,
         sampler=range(start_step + rank, total_steps, world_size),
         num_workers=workers,

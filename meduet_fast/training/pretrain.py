@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, crop_loader
-from meduet_fast.data.store import LatentStore
+from meduet_fast.data.crops import CropConfig, CropLoader, crop_loader
+from meduet_fast.data.store import LatentStore, check_file
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.layers import set_attention_backend
@@ -161,7 +161,7 @@ def _domain_means(config: PretrainConfig, world: World) -> DomainMeans | None:
     return DomainMeans(config.model.num_domains, config.model.embed_dim).to(world.device)
 
 
-def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World) -> DataLoader:
+def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World) -> CropLoader:
     """This process's share of the batches from a step on."""
     crops = CropConfig(
         config.model.latent_size, config.batch_size, config.seed, held_out_fraction=config.held_out_fraction
@@ -176,6 +176,23 @@ def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World
         total_steps=config.steps * per_step,
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
+    )
+
+
+def _reader_lost(data: Path, output: Path, error: RuntimeError) -> UserError:
+    """What to say when a reader was killed; a file cut short while it is mapped does that, too."""
+    store = LatentStore.open(data)
+    reason = "out of memory?"
+    for entry in store.entries:
+        try:
+            check_file(data, entry)
+        except UserError as damaged:
+            reason = str(damaged)
+            break
+    killed = re.search(r"killed by signal: ([^.]+)", str(error))
+    how = f" by signal: {killed[1]}" if killed else ""
+    return UserError(
+        f"{output}: a reader of latents was killed{how} ({reason}); {last_good(output / 'checkpoints')}"
     )
 
 
@@ -194,7 +211,8 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
             another number of processes to rounding.
 
     Raises:
-        UserError: for bad settings, data that do not fit, a non-finite loss, a full disk, a lost process.
+        UserError: for bad settings, data that do not fit, latents that can't be read, a non-finite loss, a
+            full disk, a lost process, a killed reader.
     """
     # The request first: a launcher that ends this process while it finds out what happened must not win.
     with StopRequest() as stop, join_world(config.device, config.timeout_s) as world:
@@ -203,6 +221,10 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
         except OSError as error:
             what = error.strerror or error
             raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise _reader_lost(data, output, error) from error
 
 
 def _pretrain(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store import LATENTS, LatentStore
 from meduet_fast.errors import UserError
 from meduet_fast.training import PretrainConfig, pretrain
 from meduet_fast.training.checkpoint import CheckpointWriter
@@ -47,6 +49,30 @@ def poison() -> None:
     LatentStore.read_crops = lambda *args: original(*args) * float("nan")  # type: ignore[method-assign]
 
 
+def lose_latents() -> None:
+    """From the next call on; what this process had open is lost as well, as on a network's disk."""
+    original = LatentStore.read_crops
+
+    def read_crops(self: LatentStore, *args: Any) -> torch.Tensor:
+        shutil.rmtree(self.path / LATENTS, ignore_errors=True)
+        self._maps.clear()
+        return original(self, *args)
+
+    LatentStore.read_crops = read_crops  # type: ignore[method-assign]
+
+
+def cut_latents() -> None:
+    """From the next call on, under the maps of whoever reads them."""
+    original = LatentStore.read_crops
+
+    def read_crops(self: LatentStore, *args: Any) -> torch.Tensor:
+        for path in (self.path / LATENTS).iterdir():
+            os.truncate(path, 100)
+        return original(self, *args)
+
+    LatentStore.read_crops = read_crops  # type: ignore[method-assign]
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
@@ -57,6 +83,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], None]]] = {
     "killed in a checkpoint": (FileSystemWriter, "write_data", die),
     "a mistake": (LatentStore, "read_crops", crash),
     "a bad batch": (LatentStore, "read_crops", poison),
+    "latents lost": (LatentStore, "read_crops", lose_latents),
+    "latents cut": (LatentStore, "read_crops", cut_latents),
+    "a reader killed": (LatentStore, "read_crops", die),
     "a full disk": (CheckpointWriter, "save", fill_disk),
     "stopped": (torch.optim.AdamW, "step", lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
@@ -70,6 +99,7 @@ def main(
     for stream in (1, 2):
         os.dup2(output, stream)
     faulthandler.enable()
+    multiprocessing.set_start_method("fork", force=True)  # readers start as they do under torchrun
     os.environ.update(env)
     torch.set_num_threads(1)
     if fault:

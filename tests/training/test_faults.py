@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -79,6 +80,38 @@ def test_one_fails_all_end_and_say_why(
     for rank in range(SIZE):
         assert re.search(own if rank == 1 else others, said[rank]), said[rank]
     assert_goes_on(tiny_store, run, config, last, whole)
+
+
+MISSING = r": \S+\.safetensors: listed in the index but missing"
+READER = r": \S+: a reader of latents was killed by signal: "
+# fault, at which call, reading processes, what one says that has it
+LATENT_FAULTS = [
+    ("latents lost", 3, 0, MISSING),
+    ("latents lost", 3, 1, MISSING),
+    ("latents cut", 3, 1, READER + r"Bus error \(\S+\.safetensors: .*truncated"),
+    ("a reader killed", 4, 1, READER + r"Killed \(out of memory\?\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "workers", "own"), LATENT_FAULTS, ids=["lost", "lost, reader", "cut", "killed"]
+)
+def test_latents_that_disappear_and_their_readers(
+    tiny_store: Path, config: PretrainConfig, whole: Path, tmp_path: Path,
+    fault: str, at: int, workers: int, own: str,
+) -> None:  # fmt: skip
+    store, run = tmp_path / "store", tmp_path / "run"
+    shutil.copytree(tiny_store, store)
+    with Team(store, run, replace(config, workers=workers), SIZE, fault, at) as team:
+        assert team.wait() == [2] * SIZE, team.said()
+        said = [team.said(rank) for rank in range(SIZE)]
+    for text in said:  # the others read the same files, and may find out by themselves
+        assert re.search(r"rank \d( of 3)?" + own, text), text
+        assert "Traceback" not in text, text
+    shutil.copytree(tiny_store, store, dirs_exist_ok=True)
+    last = checkpoint_steps(run / "checkpoints")[-1]
+    assert last in (2, 4)  # readers are up to two steps ahead
+    assert_goes_on(store, run, config, last, whole)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "hsdp"])
