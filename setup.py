@@ -43,6 +43,7 @@ setup(
             "einops",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -179,21 +179,25 @@ def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World
     )
 
 
-def _reader_lost(data: Path, output: Path, error: RuntimeError) -> UserError:
-    """What to say when a reader was killed; a file cut short while it is mapped does that, too."""
-    store = LatentStore.open(data)
+def _reader_lost(error: Exception) -> bool:
+    """Whether it says that a reader was killed, as the loader found, or while it handed over a batch."""
+    return isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)) or (
+        isinstance(error, RuntimeError)
+        and str(error).startswith(("DataLoader worker", "Pin memory thread exited"))
+    )
+
+
+def _explain_reader(data: Path, error: Exception) -> str:
+    """What killed a reader: a file that is cut short while it is mapped does that, too."""
+    signal_name = re.search(r"killed by signal: ([^.]+)", str(error))
     reason = "out of memory?"
-    for entry in store.entries:
+    for entry in LatentStore.open(data).entries:
         try:
             check_file(data, entry)
         except UserError as damaged:
             reason = str(damaged)
             break
-    killed = re.search(r"killed by signal: ([^.]+)", str(error))
-    how = f" by signal: {killed[1]}" if killed else ""
-    return UserError(
-        f"{output}: a reader of latents was killed{how} ({reason}); {last_good(output / 'checkpoints')}"
-    )
+    return f"a reader of latents was killed{f' by {signal_name[1]}' if signal_name else ''} ({reason})"
 
 
 def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = False) -> PretrainResult:
@@ -218,13 +222,15 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
     with StopRequest() as stop, join_world(config.device, config.timeout_s) as world:
         try:
             return _pretrain(data, output, config, resume, world, stop)
-        except OSError as error:
-            what = error.strerror or error
-            raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (OSError, EOFError, RuntimeError) as error:
+            if _reader_lost(error):
+                stop.ignore_children()
+                what = _explain_reader(data, error)
+            elif isinstance(error, OSError):
+                what = error.strerror or str(error)
+            else:
                 raise
-            raise _reader_lost(data, output, error) from error
+            raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
 
 
 def _pretrain(

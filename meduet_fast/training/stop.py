@@ -34,6 +34,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def ignore_children(self) -> None:
+        """Once a reader was lost: PyTorch's handler would raise for the others, wherever we are then."""
+        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if not launched():

@@ -83,13 +83,13 @@ def test_one_fails_all_end_and_say_why(
 
 
 MISSING = r": \S+\.safetensors: listed in the index but missing"
-READER = r": \S+: a reader of latents was killed by signal: "
+READER = r": \S+: a reader of latents was killed"  # the signal is not known to who was reading from it
 # fault, at which call, reading processes, what one says that has it
 LATENT_FAULTS = [
     ("latents lost", 3, 0, MISSING),
     ("latents lost", 3, 1, MISSING),
-    ("latents cut", 3, 1, READER + r"Bus error \(\S+\.safetensors: .*truncated"),
-    ("a reader killed", 4, 1, READER + r"Killed \(out of memory\?\)"),
+    ("latents cut", 3, 1, READER + r"( by Bus error)? \(\S+\.safetensors: .*truncated"),
+    ("a reader killed", 4, 1, READER + r"( by Killed)? \(out of memory\?\)"),
 ]  # fmt: skip
 
 
