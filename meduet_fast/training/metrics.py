@@ -37,6 +37,7 @@ class StepValues(NamedTuple):
         values: (len(names),) float32 on the host; valid once ``ready`` has happened.
         volumes: ids of the volumes in the step's batches.
         waited: seconds that the step waited for data.
+        sent: ``time.perf_counter()`` when the host was through with the step.
         ready: the copy's event; None where there is nothing to wait for.
     """
 
@@ -45,6 +46,7 @@ class StepValues(NamedTuple):
     values: Tensor
     volumes: list[Tensor]
     waited: float
+    sent: float
     ready: torch.cuda.Event | None
 
     def fetch(self) -> dict[str, float]:
@@ -53,17 +55,21 @@ class StepValues(NamedTuple):
             self.ready.synchronize()
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
+    def done_at(self) -> float:
+        """``time.perf_counter()`` when the step was done; to be asked right after :meth:`fetch`."""
+        return self.sent if self.ready is None else time.perf_counter()
+
 
 def send_values(step: int, values: dict[str, Tensor], volumes: list[Tensor], waited: float) -> StepValues:
     """Start the copy of scalar tensors to the host without waiting for it."""
     stacked = torch.stack([value.detach().float() for value in values.values()])
     if not stacked.is_cuda:
-        return StepValues(step, list(values), stacked, volumes, waited, None)
+        return StepValues(step, list(values), stacked, volumes, waited, time.perf_counter(), None)
     host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
     host.copy_(stacked, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record()
-    return StepValues(step, list(values), host, volumes, waited, ready)
+    return StepValues(step, list(values), host, volumes, waited, time.perf_counter(), ready)
 
 
 # Dense bfloat16 TFLOP/s by name of the device, the longer names first. Source: NVIDIA's data sheets.
@@ -158,12 +164,13 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def report(self, step: int, values: dict[str, float], waited: float) -> str | None:
+    def report(self, step: int, values: dict[str, float], waited: float, done_at: float) -> str | None:
         """Take in one step; every ``log_every`` steps average over processes and write a record.
 
         Args:
             values: losses, gradient norm and learning rate of this process.
             waited: seconds that the step waited for data.
+            done_at: ``time.perf_counter()`` when the step was done.
 
         Returns:
             Text for the progress bar when a record was written.
@@ -176,7 +183,7 @@ class RunLog:
         if (step + 1) % self._config.log_every:
             return None
         mean = dict(zip(values, self._world.mean(list(values.values())), strict=True))
-        record = {"step": step, **mean, **self._speed(step), "time": time.time()}
+        record = {"step": step, **mean, **self._speed(step, done_at), "time": time.time()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -184,10 +191,9 @@ class RunLog:
                 self._board.add_scalar(f"{'loss' if name in LOSSES else 'run'}/{name}", record[name], step)
         return summary_line(record)
 
-    def _speed(self, step: int) -> dict[str, float]:
+    def _speed(self, step: int, done_at: float) -> dict[str, float]:
         """Of this process's device since the last record."""
-        now = time.perf_counter()
-        elapsed = max(now - self._last, 1e-9)
+        elapsed = max(done_at - self._last, 1e-9)
         config = self._config
         rate = self._steps * config.batch_size * config.accumulate / elapsed
         speed = {
@@ -200,7 +206,7 @@ class RunLog:
             speed["tflops_per_s"] = rate * self._flops[config.objective_at(step)] / 1e12
             if self._peak is not None:
                 speed["mfu_percent"] = 100 * speed["tflops_per_s"] / self._peak
-        self._steps, self._waited, self._last = 0, 0.0, now
+        self._steps, self._waited, self._last = 0, 0.0, done_at
         return speed
 
 

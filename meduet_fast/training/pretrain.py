@@ -278,7 +278,8 @@ def _pretrain(
         writer = CheckpointWriter(folder, settings, config.keep_checkpoints, world, config.async_checkpoints)
 
         def report(values: StepValues) -> None:
-            bar.update(1, log.report(values.step, _checked(values, store, output), values.waited))
+            checked = _checked(values, store, output)
+            bar.update(1, log.report(values.step, checked, values.waited, values.done_at()))
 
         while done < config.steps and stopped is None:
             values = train_step(model, gradients, optimizer, batches, done, config, world.device)
