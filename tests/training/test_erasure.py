@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def test_content_loses_directions_and_a_resumed_run_loses_the_same(
 
     original = RunLog.report
 
-    def report_then_stop(self: RunLog, step: int, values: dict[str, float], waited: float) -> str | None:
+    def report_then_stop(self: RunLog, step: int, *rest: Any) -> str | None:
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step, values, waited)
+        return original(self, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "report", report_then_stop)

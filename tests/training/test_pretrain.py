@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,10 +70,10 @@ def test_resume_is_exact(
     config = replace(tiny_config, workers=workers)
     original = RunLog.report
 
-    def report_then_stop(self: RunLog, step: int, values: dict[str, float], waited: float) -> str | None:
+    def report_then_stop(self: RunLog, step: int, *rest: Any) -> str | None:
         if step == stop_at - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step, values, waited)
+        return original(self, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "report", report_then_stop)
