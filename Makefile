@@ -17,7 +17,7 @@ demo: $(READY)
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
 # Two workers of one thread each: on two cores under 10 minutes, half of what one worker takes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --benchmark-disable
 
 # The type checker sees the installed layout, in which `kernels` is `meduet_fast.kernels`.
 lint: $(READY)
