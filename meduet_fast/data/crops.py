@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meduet_fast.connections import close_inherited
 from meduet_fast.data.split import held_out_start
-from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store import LatentStore, check_file, read_index
 from meduet_fast.errors import UserError
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
@@ -211,6 +213,31 @@ def crop_loader(
         pin_memory=pin_memory,
         worker_init_fn=_stand_alone,
     )
+
+
+def lost_reader(store: Path, error: Exception) -> str | None:
+    """What to say of an error if a killed reader is behind it, else None.
+
+    PyTorch raises when it finds a reader dead, wherever the main thread is then; whoever is being handed a
+    batch sees the connection break. A file that is cut short while it is mapped kills its readers, too.
+
+    Raises:
+        UserError: the store has no readable index any more.
+    """
+    died = isinstance(error, RuntimeError) and str(error).startswith(
+        ("DataLoader worker", "Pin memory thread exited")
+    )
+    if not died and not isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
+        return None
+    number = re.search(r"killed by signal: ([^.]+)", str(error))
+    reason = "out of memory?"
+    for entry in read_index(store).entries:
+        try:
+            check_file(store, entry)
+        except UserError as damaged:
+            reason = str(damaged)
+            break
+    return f"a reader of latents was killed{f' by {number[1]}' if number else ''} ({reason})"
 
 
 def _stand_alone(worker: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, CropLoader, crop_loader
-from meduet_fast.data.store import LatentStore, check_file
+from meduet_fast.data.crops import CropConfig, CropLoader, crop_loader, lost_reader
+from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.layers import set_attention_backend
@@ -179,27 +178,6 @@ def _loader(store: LatentStore, config: PretrainConfig, start: int, world: World
     )
 
 
-def _reader_lost(error: Exception) -> bool:
-    """Whether it says that a reader was killed, as the loader found, or while it handed over a batch."""
-    return isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)) or (
-        isinstance(error, RuntimeError)
-        and str(error).startswith(("DataLoader worker", "Pin memory thread exited"))
-    )
-
-
-def _explain_reader(data: Path, error: Exception) -> str:
-    """What killed a reader: a file that is cut short while it is mapped does that, too."""
-    signal_name = re.search(r"killed by signal: ([^.]+)", str(error))
-    reason = "out of memory?"
-    for entry in LatentStore.open(data).entries:
-        try:
-            check_file(data, entry)
-        except UserError as damaged:
-            reason = str(damaged)
-            break
-    return f"a reader of latents was killed{f' by {signal_name[1]}' if signal_name else ''} ({reason})"
-
-
 def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = False) -> PretrainResult:
     """Pretrain on a latent store.
 
@@ -223,12 +201,11 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
         try:
             return _pretrain(data, output, config, resume, world, stop)
         except (OSError, EOFError, RuntimeError) as error:
-            if _reader_lost(error):
-                stop.ignore_children()
-                what = _explain_reader(data, error)
-            elif isinstance(error, OSError):
+            stop.ignore_children()
+            what = lost_reader(data, error)
+            if what is None and isinstance(error, OSError):
                 what = error.strerror or str(error)
-            else:
+            if what is None:
                 raise
             raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
 
