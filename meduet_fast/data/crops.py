@@ -237,7 +237,7 @@ def lost_reader(store: Path, error: Exception) -> str | None:
         except UserError as damaged:
             reason = str(damaged)
             break
-    return f"a reader of latents was killed{f' by {number[1]}' if number else ''} ({reason})"
+    return f"a reader of latents was killed{f' by signal {number[1]}' if number else ''} ({reason})"
 
 
 def _stand_alone(worker: int) -> None:

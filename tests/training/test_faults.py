@@ -88,8 +88,8 @@ READER = r": \S+: a reader of latents was killed"  # the signal is not known to 
 LATENT_FAULTS = [
     ("latents lost", 3, 0, MISSING),
     ("latents lost", 3, 1, MISSING),
-    ("latents cut", 3, 1, READER + r"( by Bus error)? \(\S+\.safetensors: .*truncated"),
-    ("a reader killed", 4, 1, READER + r"( by Killed)? \(out of memory\?\)"),
+    ("latents cut", 3, 1, READER + r"( by signal Bus error)? \(\S+\.safetensors: .*truncated"),
+    ("a reader killed", 4, 1, READER + r"( by signal Killed)? \(out of memory\?\)"),
 ]  # fmt: skip
 
 
