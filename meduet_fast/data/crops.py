@@ -24,6 +24,7 @@ from meduet_fast.errors import UserError
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
 _TRAINING, _EVALUATION = 1, 2
+READER = "DataLoader worker"  # so PyTorch's errors call a reader
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,17 @@ class CropLoader(DataLoader[dict[str, Tensor]]):
     """Batches of :class:`CropBatches`, read by other processes if asked for; see :func:`crop_loader`."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        for batch in super().__iter__():
+        return self._raise_errors(super().__iter__())  # readers start now, and not at the first batch
+
+    @staticmethod
+    def _raise_errors(items: Iterator[dict[str, Tensor] | UserError]) -> Iterator[dict[str, Tensor]]:
+        while True:
+            try:
+                batch = next(items)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:  # killed while it handed over a batch
+                raise RuntimeError(f"{READER} broke off: {error}") from error
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -218,18 +229,15 @@ def crop_loader(
 def lost_reader(store: Path, error: Exception) -> str | None:
     """What to say of an error if a killed reader is behind it, else None.
 
-    PyTorch raises when it finds a reader dead, wherever the main thread is then; whoever is being handed a
-    batch sees the connection break. A file that is cut short while it is mapped kills its readers, too.
+    PyTorch raises when it finds a reader dead, wherever the main thread is then: in a checkpoint, too. A file
+    that is cut short while it is mapped kills its readers.
 
     Raises:
         UserError: the store has no readable index any more.
     """
-    died = isinstance(error, RuntimeError) and str(error).startswith(
-        ("DataLoader worker", "Pin memory thread exited")
-    )
-    if not died and not isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
+    if READER not in str(error):
         return None
-    number = re.search(r"killed by signal: ([^.]+)", str(error))
+    killed = re.search(r"killed by signal: ([^.]+)", str(error))
     reason = "out of memory?"
     for entry in read_index(store).entries:
         try:
@@ -237,7 +245,8 @@ def lost_reader(store: Path, error: Exception) -> str | None:
         except UserError as damaged:
             reason = str(damaged)
             break
-    return f"a reader of latents was killed{f' by signal {number[1]}' if number else ''} ({reason})"
+    how = f"was killed by signal {killed[1]}" if killed else "ended without a word"
+    return f"a reader of latents {how} ({reason})"
 
 
 def _stand_alone(worker: int) -> None:
@@ -246,6 +255,7 @@ def _stand_alone(worker: int) -> None:
     # Ctrl-C, and SIGTERM from torchrun or a scheduler, reach the whole process group; a reader must outlive
     # them until the run has its checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would speak of shared memory
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_obey_parent, daemon=True).start()
     close_inherited()

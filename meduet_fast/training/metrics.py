@@ -8,9 +8,9 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ METRICS_FILE = "metrics.jsonl"
 LOSSES = ("reconstruction", "domain_content", "domain_style", "mftd", "siqc", "total")
 
 
-class StepValues(NamedTuple):
+@dataclass
+class StepValues:
     """Values of one step, on their way from the device.
 
     Attributes:
@@ -37,7 +38,8 @@ class StepValues(NamedTuple):
         values: (len(names),) float32 on the host; valid once ``ready`` has happened.
         volumes: ids of the volumes in the step's batches.
         waited: seconds that the step waited for data.
-        sent: ``time.perf_counter()`` when the host was through with the step.
+        done_at: ``time.perf_counter()`` when the host was through with the step; when the device was, if it
+            was found to be still at it.
         ready: the copy's event; None where there is nothing to wait for.
     """
 
@@ -46,18 +48,15 @@ class StepValues(NamedTuple):
     values: Tensor
     volumes: list[Tensor]
     waited: float
-    sent: float
+    done_at: float
     ready: torch.cuda.Event | None
 
     def fetch(self) -> dict[str, float]:
         """The values; waits for the copy, which is long over a step later."""
-        if self.ready is not None:
+        if self.ready is not None and not self.ready.query():
             self.ready.synchronize()
+            self.done_at = time.perf_counter()
         return dict(zip(self.names, self.values.tolist(), strict=True))
-
-    def done_at(self) -> float:
-        """``time.perf_counter()`` when the step was done; to be asked right after :meth:`fetch`."""
-        return self.sent if self.ready is None else time.perf_counter()
 
 
 def send_values(step: int, values: dict[str, Tensor], volumes: list[Tensor], waited: float) -> StepValues:

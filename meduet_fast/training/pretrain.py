@@ -200,7 +200,7 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
     with StopRequest() as stop, join_world(config.device, config.timeout_s) as world:
         try:
             return _pretrain(data, output, config, resume, world, stop)
-        except (OSError, EOFError, RuntimeError) as error:
+        except Exception as error:
             stop.ignore_children()
             what = lost_reader(data, error)
             if what is None and isinstance(error, OSError):
@@ -256,7 +256,7 @@ def _pretrain(
 
         def report(values: StepValues) -> None:
             checked = _checked(values, store, output)
-            bar.update(1, log.report(values.step, checked, values.waited, values.done_at()))
+            bar.update(1, log.report(values.step, checked, values.waited, values.done_at))
 
         while done < config.steps and stopped is None:
             values = train_step(model, gradients, optimizer, batches, done, config, world.device)

@@ -35,7 +35,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def ignore_children(self) -> None:
-        """The run has failed: for each lost reader PyTorch's handler would raise, wherever we are then."""
+        """The run has failed: for a reader lost now PyTorch's handler would raise, wherever we are then."""
         self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _request(self, number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meduet_fast.data.crops import CropBatches, CropConfig, crop_loader, evaluation_starts, sample_crops
+from meduet_fast.data.crops import (
+    CropBatches,
+    CropConfig,
+    crop_loader,
+    evaluation_starts,
+    lost_reader,
+    sample_crops,
+)
 from meduet_fast.data.split import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
@@ -194,3 +202,32 @@ def test_crops_at_given_corners(make_store: MakeStore) -> None:
     crops = sample_crops(store, 3, [(0, 0, 0), (10, 4, 2)], 4)
     assert torch.equal(crops[0], latents["b0"][:, :4, :4, :4])
     assert torch.equal(crops[1], latents["b0"][:, 10:14, 4:8, 2:6])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "was killed by signal Killed (out",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "ended without a word (out of memory?)",
+        ),
+        (
+            UserError("checkpoint not written: DataLoader worker (pid 7) is killed by signal: Bus error. It"),
+            "Bus error (out",
+        ),
+    ],
+)
+def test_a_killed_reader_is_told_from_other_errors(
+    make_store: MakeStore, error: Exception, said: str
+) -> None:
+    store, _ = make_store(THREE_DOMAINS)
+    assert said in str(lost_reader(store.path, error))
+    assert lost_reader(store.path, RuntimeError("something else")) is None
+    assert lost_reader(store.path, BrokenPipeError()) is None
+    damaged = store.path / store.entries[0].file
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert re.search(rf"\({re.escape(str(damaged))}: .*truncated", str(lost_reader(store.path, error)))

@@ -83,13 +83,13 @@ def test_one_fails_all_end_and_say_why(
 
 
 MISSING = r": \S+\.safetensors: listed in the index but missing"
-READER = r": \S+: a reader of latents was killed"  # the signal is not known to who was reading from it
+READER = r": \S+: a reader of latents (was killed by signal|ended)"  # who was reading from it can't say
 # fault, at which call, reading processes, what one says that has it
 LATENT_FAULTS = [
     ("latents lost", 3, 0, MISSING),
     ("latents lost", 3, 1, MISSING),
-    ("latents cut", 3, 1, READER + r"( by signal Bus error)? \(\S+\.safetensors: .*truncated"),
-    ("a reader killed", 4, 1, READER + r"( by signal Killed)? \(out of memory\?\)"),
+    ("latents cut", 3, 1, READER + r".* \(\S+\.safetensors: .*truncated"),
+    ("a reader killed", 4, 1, READER + r".* \(out of memory\?\)"),
 ]  # fmt: skip
 
 
@@ -105,9 +105,11 @@ def test_latents_that_disappear_and_their_readers(
     with Team(store, run, replace(config, workers=workers), SIZE, fault, at) as team:
         assert team.wait() == [2] * SIZE, team.said()
         said = [team.said(rank) for rank in range(SIZE)]
+    assert re.search(r"rank 1 of 3" + own, said[1]), said[1]
     for text in said:  # the others read the same files, and may find out by themselves
-        assert re.search(r"rank \d( of 3)?" + own, text), text
+        assert re.search(r"rank \d( of 3)?(" + own + r"|: \S+\.safetensors: .*truncated)", text), text
         assert "Traceback" not in text, text
+        assert "shared memory" not in text, text
     shutil.copytree(tiny_store, store, dirs_exist_ok=True)
     last = checkpoint_steps(run / "checkpoints")[-1]
     assert last in (2, 4)  # readers are up to two steps ahead
