@@ -25,6 +25,7 @@ from meduet_fast.errors import UserError
 # Streams of the counter-based generator; two uses of one seed never share numbers.
 _TRAINING, _EVALUATION = 1, 2
 READER = "DataLoader worker"  # so PyTorch's errors call a reader
+PINNING = "Pin memory thread exited"  # it is who takes over what readers hand over, on CUDA
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def lost_reader(store: Path, error: Exception) -> str | None:
     Raises:
         UserError: the store has no readable index any more.
     """
-    if READER not in str(error):
+    if READER not in str(error) and PINNING not in str(error):
         return None
     killed = re.search(r"killed by signal: ([^.]+)", str(error))
     reason = "out of memory?"

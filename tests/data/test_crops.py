@@ -211,6 +211,7 @@ def test_crops_at_given_corners(make_store: MakeStore) -> None:
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "was killed by signal Killed (out",
         ),
+        (RuntimeError("Pin memory thread exited unexpectedly"), "ended without a word (out of memory?)"),
         (
             RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
             "ended without a word (out of memory?)",

@@ -107,7 +107,8 @@ def test_latents_that_disappear_and_their_readers(
         said = [team.said(rank) for rank in range(SIZE)]
     assert re.search(r"rank 1 of 3" + own, said[1]), said[1]
     for text in said:  # the others read the same files, and may find out by themselves
-        assert re.search(r"rank \d( of 3)?(" + own + r"|: \S+\.safetensors: .*truncated)", text), text
+        late = r"|: \S+\.safetensors: .*truncated" if fault == "latents cut" else ""  # not mapped until then
+        assert re.search(rf"rank \d( of 3)?({own}{late})", text), text
         assert "Traceback" not in text, text
         assert "shared memory" not in text, text
     shutil.copytree(tiny_store, store, dirs_exist_ok=True)
