@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +50,27 @@ def poison() -> None:
     LatentStore.read_crops = lambda *args: original(*args) * float("nan")  # type: ignore[method-assign]
 
 
-def lose_latents() -> None:
-    """From the next call on; what this process had open is lost as well, as on a network's disk."""
+def before_reads(spoil: Callable[[LatentStore], None]) -> None:
+    """From the next call on."""
     original = LatentStore.read_crops
 
     def read_crops(self: LatentStore, *args: Any) -> torch.Tensor:
-        shutil.rmtree(self.path / LATENTS, ignore_errors=True)
-        self._maps.clear()
+        spoil(self)
         return original(self, *args)
 
     LatentStore.read_crops = read_crops  # type: ignore[method-assign]
 
 
-def cut_latents() -> None:
-    """From the next call on, under the maps of whoever reads them."""
-    original = LatentStore.read_crops
+def lose_latents(store: LatentStore) -> None:
+    """What this process had open is lost as well, as on a network's disk."""
+    shutil.rmtree(store.path / LATENTS, ignore_errors=True)
+    store._maps.clear()
 
-    def read_crops(self: LatentStore, *args: Any) -> torch.Tensor:
-        for path in (self.path / LATENTS).iterdir():
-            os.truncate(path, 100)
-        return original(self, *args)
 
-    LatentStore.read_crops = read_crops  # type: ignore[method-assign]
+def cut_latents(store: LatentStore) -> None:
+    """Under the maps of whoever reads them."""
+    for path in (store.path / LATENTS).iterdir():
+        os.truncate(path, 100)
 
 
 def fill_disk() -> None:
@@ -83,8 +83,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], None]]] = {
     "killed in a checkpoint": (FileSystemWriter, "write_data", die),
     "a mistake": (LatentStore, "read_crops", crash),
     "a bad batch": (LatentStore, "read_crops", poison),
-    "latents lost": (LatentStore, "read_crops", lose_latents),
-    "latents cut": (LatentStore, "read_crops", cut_latents),
+    "latents lost": (LatentStore, "read_crops", partial(before_reads, lose_latents)),
+    "latents cut": (LatentStore, "read_crops", partial(before_reads, cut_latents)),
     "a reader killed": (LatentStore, "read_crops", die),
     "a full disk": (CheckpointWriter, "save", fill_disk),
     "stopped": (torch.optim.AdamW, "step", lambda: os.kill(os.getpid(), signal.SIGSTOP)),
