@@ -14,16 +14,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """Return whether a kind of device has autocast; before torch 2.12 Dynamo can't trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it matrix products keep their inputs' dtype; some devices have no autocast to turn off."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts matrix products on the device of ``x``; None while it is off."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

@@ -195,7 +195,9 @@ def check_mask(mask: Tensor, check_values: bool = True) -> None:
 
 def packed(mask: Tensor) -> Tensor:
     """A mask of 0 and 1, of any dtype, as the kernels read it: contiguous bytes."""
-    return mask.bool().contiguous().view(torch.uint8)
+    marks = mask.bool().contiguous()
+    # Before torch 2.12 Inductor can't view bools as bytes: it casts them, in one pass.
+    return marks.to(torch.uint8) if torch.compiler.is_compiling() else marks.view(torch.uint8)
 
 
 def mix_tables(mask: Tensor) -> MixTables:
