@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import tempfile
@@ -28,15 +29,16 @@ import torch
 from meduet_fast.data.augment import augment
 from meduet_fast.data.crops import CropConfig, crop_loader
 from meduet_fast.objectives import ObjectiveConfig, pretraining_losses, random_mix_mask
-from meduet_fast.training import OptimizerConfig
-from meduet_fast.training.cost import flops_per_sample
+from meduet_fast.training import OptimizerConfig, PretrainConfig
+from meduet_fast.training.cost import flops_per_sample, memory_estimate
+from meduet_fast.training.metrics import peak_tflops
 from meduet_fast.training.parallel import compile_blocks
 
 from .command import command
 from .harness import Case, Variant, not_importable, time_case
 from .published_step import Gate, Losses, PublishedStep, published_losses
 from .reference_peer import ReferencePeer, checkout
-from .results import Row, device_name
+from .results import Row
 from .step_parts import (
     SMALL,
     VIT_BASE,
@@ -68,7 +70,6 @@ STAGES = {
 }
 GATE_BATCH = 2  # samples; in float32, for which large batches have neither memory nor time
 ROUNDS_S = 2.0  # seconds of timed rounds of a case, where three rounds do not take longer
-DATA_SHEET = {"H100": 989e12}  # FLOP/s, dense bfloat16 (SXM)
 
 
 def variants(
@@ -122,15 +123,6 @@ def variants(
         step = OurStep(*models, optimizer, objective)
         return Variant(name, lambda: step(*inputs), lambda: gate.check(losses_of, *models, low))
 
-    def graphed() -> Variant:
-        """Captured at the first call, its check's: what goes wrong is the reason why it is not timed."""
-        step = OurStep(*copies(compiled=True), optimizer, objective, graph=True)
-
-        def check() -> None:
-            check_graph(step, OurStep(*copies(compiled=True), optimizer, objective), inputs)
-
-        return Variant(GRAPH, lambda: step(*inputs), check)
-
     found = [ours(OURS, compiled=True), published(PUBLISHED, published_amp)]
     found.append(published(f"{PUBLISHED}, compiled" + " bf16" * gpu, low, compiled=True))
     if peer:
@@ -143,9 +135,26 @@ def variants(
             published(NO_REDUNDANCY, published_amp, losses_of, plain=True),
             published(FUSED, published_amp, losses_of),
             ours(BFLOAT16, compiled=False),
-            graphed(),
         ]
     return found
+
+
+def graph_variants(setting: Setting, batch: int, mftd: bool, device: torch.device) -> list[Variant]:
+    """Ours with a CUDA graph and without. Alone: a graph keeps its memory as long as it is there."""
+    base = make_models(setting.model, device)
+    inputs = make_batch(setting.model, batch, device)
+
+    def step(graph: bool) -> OurStep:
+        models = [copy.deepcopy(model) for model in base]
+        compile_blocks(*models)
+        return OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=mftd), graph)
+
+    # Captured at the first call, its check's: what goes wrong is the reason why it is not timed.
+    plain, graphed = step(False), step(True)
+    return [
+        Variant(OURS, lambda: plain(*inputs)),
+        Variant(GRAPH, lambda: graphed(*inputs), lambda: check_graph(graphed, step(False), inputs)),
+    ]
 
 
 def _reference(folder: Path, models: Models, batch: Batch, mftd: bool) -> Variant:
@@ -227,26 +236,51 @@ def ablation(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def does_not_fit(setting: Setting, batch: int, device: torch.device) -> str:
+    """Why a batch is not tried on a GPU: its step takes more memory than there is; or ""."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    needed = memory_estimate(PretrainConfig(model=setting.model, batch_size=batch)).total
+    return f"takes about {needed / 1e9:.0f} GB of {total / 1e9:.0f}" if needed > total else ""
+
+
+def graph_rows(setting: Setting, batch: int, device: torch.device) -> list[Row]:
+    """Our step as a CUDA graph, beside itself; its memory lies in a pool that is not counted."""
+    case = step_case(setting, batch, True, device, stages=False)
+    build = partial(graph_variants, setting, batch, True, device)
+    timed = time_case(replace(case, name=f"{case.name}, graph", build=build), device, ROUNDS_S)
+    return [replace(row, peak_memory=None) if row.variant == GRAPH else row for row in timed]
+
+
 # Blocks differ in size, in precision and in need of a gradient: eight forms, all that the default allows.
 @torch._dynamo.config.patch(recompile_limit=32)
 def rows(device: torch.device, quick: bool, peer: Path | None = None) -> list[Row]:
     """Batches with and without MFTD, the ablation, loading: ViT-B on CUDA, a small network on the CPU."""
     gpu = device.type == "cuda"
     setting, middle = (VIT_BASE, 64) if gpu else (SMALL, 8)
-    batches = [middle] if quick else [32, 64, 128, 192, 256] if gpu else [4, 8, 16]
+    # What matters most first.
+    batches = [middle] if quick else [64, 128, 32, 192, 256] if gpu else [4, 8, 16]
     found: list[Row] = []
-    for mftd in (True, False):
-        for batch in batches:
+    for batch in batches:
+        for mftd in (True, False):
             stages = mftd and batch == middle
-            timed = time_case(step_case(setting, batch, mftd, device, stages, peer), device, ROUNDS_S)
-            found += timed + ablation(timed) * stages
+            case = step_case(setting, batch, mftd, device, stages, peer)
+            reason = does_not_fit(setting, batch, device) if gpu else ""
+            if reason:
+                found.append(case.row(OURS, unavailable=reason))
+                continue
+            timed = time_case(case, device, ROUNDS_S)
+            graphed = graph_rows(setting, batch, device) if gpu and stages else []
+            found += [*timed, *graphed]
+            if stages:
+                found += ablation([*timed, *(replace(row, case=case.name) for row in graphed[1:])])
             if gpu:
+                gc.collect()  # compiled blocks are in cycles with themselves
                 torch.cuda.empty_cache()
     found += loading_rows(setting, middle, device)
-    sheet = next((rate for name, rate in DATA_SHEET.items() if name in device_name(device)), None)
+    peak = peak_tflops(device)
     return [
-        _with(row, mfu_percent_of_data_sheet=1e8 * row.flops / row.median_us / sheet)
-        if sheet and row.flops and row.median_us
+        _with(row, mfu_percent_of_data_sheet=1e-4 * row.flops / row.median_us / peak)
+        if peak and row.flops and row.median_us
         else row
         for row in found
     ]

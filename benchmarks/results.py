@@ -150,13 +150,19 @@ def device_folder(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def _output(*command: str) -> str:
+    """Return what a command prints, in the folder of this file; nothing where it is not installed."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
 def commit() -> str:
     """Commit of the code, with "-dirty" if something was changed since; MEDUET_COMMIT where git is not."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
-    return done.stdout.strip() or os.environ.get("MEDUET_COMMIT", "unknown")
+    described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or os.environ.get("MEDUET_COMMIT", "unknown")
 
 
 def device_name(device: torch.device) -> str:
@@ -185,13 +191,14 @@ def provenance(device: torch.device) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        query = [
-            "nvidia-smi",
-            "--query-gpu=driver_version,clocks.max.sm,power.limit",
-            "--format=csv,noheader",
-        ]
-        done = subprocess.run(query, capture_output=True, text=True)
-        found["driver, clock, power"] = done.stdout.strip() or "unknown"
+        found["driver, clock, power"] = (
+            _output(
+                "nvidia-smi",
+                "--query-gpu=driver_version,clocks.max.sm,power.limit",
+                "--format=csv,noheader",
+            )
+            or "unknown"
+        )
         found["cuda"] = torch.version.cuda or "none"
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found

@@ -1,6 +1,6 @@
 """All benchmarks that suit a machine, one file of results, tables at the end.
 
-``python -m benchmarks.run [--set cpu|gpu] [--only BENCH ...] [--output FOLDER]``
+``python -m benchmarks.run [--set cpu|gpu] [--only BENCH ...] [--seconds S] [--output FOLDER]``
 
 The set "cpu" is made to take under 10 minutes on two cores and writes to ``benchmarks/results/<device>``.
 "gpu" is made to take under 8 minutes on an H100; of packages, only torch and triton must be there. With
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .command import print_table, report_failures
-from .harness import WRONG, first_line, measure_peaks, not_importable, time_cases
+from .harness import OUT_OF_TIME, WRONG, first_line, measure_peaks, not_importable, time_cases
 from .report import write_folder
 from .results import Results, Row, provenance
 from .tables import OURS
@@ -53,7 +53,7 @@ SETS = {
         Share("tokenize", 40),
         Share("demix", 40),
         Share("pool", 30),
-        Share("model"),
+        Share("model", 90),
         Share("tokenizer"),
         Share("reconstruction", 15),
         Share("group_norm", 15),
@@ -67,29 +67,33 @@ SETS = {
         Share("pool", 35),
         Share("attention", 40),
         Share("contrast", 75),
-        Share("model"),
-        Share("tokenizer"),
+        Share("model", 60),
         Share("reconstruction", 30),
         Share("group_norm", 35),
         Share("accelerate", 30),
+        Share("tokenizer"),
         Share("loader"),
     ),
 }
 LIMITS = {"cpu": 570.0, "gpu": 450.0}  # seconds, of all that do not limit themselves
 
 
-def measure(module: ModuleType, device: torch.device, quick: bool, seconds: float) -> list[Row]:
-    """Rows of one benchmark, from its cases or as it makes them itself."""
+def measure(module: ModuleType, device: torch.device, quick: bool, seconds: float, left: float) -> list[Row]:
+    """Rows of one benchmark, from its cases or as it makes them itself, if any time is left."""
     if hasattr(module, "cases"):
         return time_cases(module.cases(device, quick), device, seconds)
+    if left <= 0:
+        return [Row(module.__name__.rpartition("bench_")[2], "all", OURS, unavailable=OUT_OF_TIME)]
     return module.rows(device, quick)
 
 
-def measure_or_say_why(share: Share, device: torch.device, quick: bool, left: float) -> list[Row]:
+def measure_or_say_why(
+    share: Share, device: torch.device, quick: bool, seconds: float, left: float
+) -> list[Row]:
     """A benchmark that fails must not take the others with it."""
     try:
         module = importlib.import_module(f".bench_{share.name}", __package__)
-        return measure(module, device, quick, min(share.seconds, left))
+        return measure(module, device, quick, seconds, left)
     except ImportError as error:
         reason = not_importable(error)
     except Exception as error:
@@ -104,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     parser.add_argument("--set", choices=SETS, default="gpu" if gpu else "cpu", help="default: what fits")
     parser.add_argument("--only", nargs="+", default=[], metavar="BENCH", help="these benchmarks alone")
+    parser.add_argument("--seconds", type=float, help="for all of it; shares shrink, default 570 (cpu), 450")
     parser.add_argument("--output", type=Path, help="write a folder: results, tables, pictures")
     options = parser.parse_args(arguments)
     shares = SETS[options.set]
@@ -116,12 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if options.set == "gpu" else "cpu")
     begin = time.perf_counter()
     results = Results(provenance(device), measure_peaks(device), [])
-    for share in shares:
-        if options.only and share.name not in options.only:
-            continue
+    limit = options.seconds or LIMITS[options.set]
+    chosen = [share for share in shares if not options.only or share.name in options.only]
+    for number, share in enumerate(chosen):
         started = time.perf_counter()
-        left = LIMITS[options.set] - (started - begin)
-        results.rows.extend(measure_or_say_why(share, device, options.set == "cpu", left))
+        left = limit - (started - begin)
+        wanted = sum(other.seconds for other in chosen[number:])
+        seconds = share.seconds * min(1.0, max(left, 0.0) / wanted) if wanted else 0.0
+        results.rows.extend(measure_or_say_why(share, device, options.set == "cpu", seconds, left))
         print(f"{share.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.output:  # so that a crash of the device leaves what was measured
             results.save(options.output / UNFINISHED)

@@ -172,19 +172,19 @@ def _launch_forward(
     position: Tensor | None,
     mask: Tensor | None,
     prefix: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    out = _fake_forward(blocks, weight, bias, position, mask, prefix, dtype)
+    out = _fake_forward(blocks, weight, bias, position, mask, prefix)
     batch, rows, width = out.shape
     plan, strides, walk = _walk(blocks, width)
-    factor = _flat(weight, plan, dtype)
-    options = _options("patch_embed_forward", dtype, blocks.device)
-    tile = _tile(options, dtype, batch * rows, width, factor.shape[1])
+    factor = _flat(weight, plan, blocks.dtype)
+    options = _options("patch_embed_forward", blocks.dtype, blocks.device)
+    tile = _tile(options, blocks.dtype, batch * rows, width, factor.shape[1])
     launch(
         patch_embed_forward_kernel,
         (triton.cdiv(batch * rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
         (
-            blocks, factor, None if bias is None else bias.contiguous(), position, _marks(mask, dtype), out,
+            blocks, factor, None if bias is None else bias.contiguous(), position, _marks(mask, blocks.dtype),
+            out,
             batch, rows - prefix, prefix, factor.shape[1], blocks.shape[4], blocks.shape[6], *strides,
             *((0, 0) if position is None else position.stride()),
         ),
@@ -202,10 +202,9 @@ def _fake_forward(
     position: Tensor | None,
     mask: Tensor | None,
     prefix: int,
-    dtype: torch.dtype,
 ) -> Tensor:
     batch, _, x, _, y, _, z, _ = blocks.shape
-    return blocks.new_empty((batch, prefix + x * y * z, weight.shape[0]), dtype=dtype)
+    return blocks.new_empty((batch, prefix + x * y * z, weight.shape[0]))
 
 
 def _launch_grad_x(grad: Tensor, blocks: Tensor, weight: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
@@ -278,7 +277,7 @@ def _fake_grad_weight(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    blocks, weight, bias, position, mask, ctx.prefix, _ = inputs
+    blocks, weight, bias, position, mask, ctx.prefix = inputs
     ctx.save_for_backward(blocks, weight, mask)
     ctx.dtypes = [None if item is None else item.dtype for item in (bias, position)]
 
@@ -298,12 +297,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bias = sums if with_bias else bias
     bias = bias.to(ctx.dtypes[0]) if for_bias and bias is not None else None
     position = position.to(ctx.dtypes[1]) if for_position and position is not None else None
-    return grad_x, grad_weight, bias, position, None, None, None
+    return grad_x, grad_weight, bias, position, None, None
 
 
 _patch_embed = register(
-    "patch_embed(Tensor blocks, Tensor weight, Tensor? bias, Tensor? position, Tensor? mask, int prefix, "
-    "ScalarType dtype) -> Tensor",
+    "patch_embed(Tensor blocks, Tensor weight, Tensor? bias, Tensor? position, Tensor? mask, int prefix) -> "
+    "Tensor",
     _launch_forward,
     _fake_forward,
     _setup_context,
@@ -410,7 +409,8 @@ def patch_embed_3d(
     if not use_triton(x) or x.numel() == 0 or weight.numel() == 0:
         return patch_embed_3d_reference(x, weight, bias, position, source_mask, num_prefix_tokens)
     mask = None if source_mask is None else packed(source_mask)
-    return _patch_embed(_volume_blocks(x, weight), weight, bias, position, mask, num_prefix_tokens, dtype)
+    blocks = _volume_blocks(x.to(dtype), weight)
+    return _patch_embed(blocks, weight, bias, position, mask, num_prefix_tokens)
 
 
 def patch_embed_tokens(
@@ -447,7 +447,8 @@ def patch_embed_tokens(
     dtype = _product_dtype("tokens", tokens, weight)
     if not use_triton(tokens) or tokens.numel() == 0 or weight.numel() == 0:
         return patch_embed_tokens_reference(tokens, weight, bias, position, num_prefix_tokens)
-    return _patch_embed(_token_blocks(tokens, weight), weight, bias, position, None, num_prefix_tokens, dtype)
+    blocks = _token_blocks(tokens.to(dtype), weight)
+    return _patch_embed(blocks, weight, bias, position, None, num_prefix_tokens)
 
 
 # 5. Standard workloads
@@ -475,9 +476,9 @@ def _workload(
         blocks = (
             _volume_blocks(values["x"], weight) if "x" in values else _token_blocks(values["tokens"], weight)
         )
+        blocks = blocks.to(autocast or blocks.dtype)
         bias, position, prefix = values["bias"], values["position"], num_prefix_tokens
-        dtype = autocast or blocks.dtype
-        grad = _launch_forward(blocks, weight, bias, position, marks, prefix, dtype)
+        grad = _launch_forward(blocks, weight, bias, position, marks, prefix)
         _launch_grad_weight(grad, blocks, weight, marks, prefix, bias is not None)
         if blocks.requires_grad:
             _launch_grad_x(grad, blocks, weight, marks, prefix)

@@ -114,16 +114,18 @@ def patch_embed_grad_x_kernel(
     for first in range(0, width, BLOCK_K):
         d = first + tl.arange(0, BLOCK_K)
         valid, step = d < WIDTH, d.to(tl.int64) * grad_d
-        tile = tl.load(grad + (at[:, None] + step[None, :]), mask=own[:, None] & valid[None, :], other=0.0)
-        if mask is not None:
-            inside = shown[:, None] & valid[None, :]
-            other = tl.load(grad + (partner_at[:, None] + step[None, :]), mask=inside, other=0.0)
-            tile = tile.to(ACC) + other.to(ACC)
         inside = valid[:, None]
         if DEPTH % BLOCK_N:
             inside = inside & (k < DEPTH)[None, :]
         factor = tl.load(weight + d.to(tl.int64)[:, None] * DEPTH, mask=inside, other=0.0).to(DOT)
+        tile = tl.load(grad + (at[:, None] + step[None, :]), mask=own[:, None] & valid[None, :], other=0.0)
         sums = tl.dot(tile.to(DOT), factor, sums, input_precision="ieee", out_dtype=ACC)
+        if mask is not None:
+            # A product of its own: a sum of both would be made in registers, and a product that reads its
+            # left factor from registers must not overlap with the next one's (see inspect.py).
+            inside = shown[:, None] & valid[None, :]
+            other = tl.load(grad + (partner_at[:, None] + step[None, :]), mask=inside, other=0.0)
+            sums = tl.dot(other.to(DOT), factor, sums, input_precision="ieee", out_dtype=ACC)
     starts = _patch_starts(token, grid_y, grid_z, stride_x, stride_y, stride_z, VECTOR)
     starts = tl.multiple_of(starts + sample * stride_b, VECTOR)
     offsets = _within_patch(k, stride_0, stride_1, stride_2, stride_3, EXTENT_1, EXTENT_2, EXTENT_3, VECTOR)

@@ -48,6 +48,16 @@ _PACKAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], tuple[torch.dt
 }
 
 
+def _try_out(function: Callable[..., Any], device: str) -> None:
+    """Attend once: some packages import although what they compiled is for another torch or GPU.
+
+    Raises:
+        RuntimeError: or one of its kinds, from the package.
+    """
+    heads = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=device)  # (B, N, H, d)
+    function(heads, heads, heads)
+
+
 def attention_backend(name: AttentionBackend) -> Attend:
     """The function of a backend: (B, H, N, d) each -> (B, H, N, d), without dropout or a mask.
 
@@ -57,8 +67,8 @@ def attention_backend(name: AttentionBackend) -> Attend:
 
     Raises:
         ValueError: for another name.
-        UserError: if the package is not installed or can't be imported. The function itself raises it for
-            tensors that the package can't take.
+        UserError: if the package is not installed, can't be imported or, where there is a GPU, can't compute
+            on it. The function itself raises it for tensors that the package can't take.
     """
     if name == "sdpa":
         return F.scaled_dot_product_attention
@@ -66,13 +76,22 @@ def attention_backend(name: AttentionBackend) -> Attend:
         known = ", ".join(repr(item) for item in get_args(AttentionBackend))
         raise ValueError(f"attention is {name!r}, expected one of {known}")
     package, load, dtypes = _PACKAGES[name]
+    advice = f"pip install 'meduet-fast[{name}]', or take attention 'sdpa'"
     try:
         function = load()
     except (ImportError, OSError, RuntimeError) as error:  # the latter two: built for another torch or CUDA
         raise UserError(
-            f"attention {name!r} needs the package {package}, which can't be imported ({error}): "
-            f"pip install 'meduet-fast[{name}]', or take attention 'sdpa'"
+            f"attention {name!r} needs the package {package}, which can't be imported ({error}): {advice}"
         ) from error
+    if torch.cuda.is_available():
+        try:
+            _try_out(function, "cuda")
+        except RuntimeError as error:  # NotImplementedError is one
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"attention {name!r}: the installed {package} can't compute on this GPU with torch "
+                f"{torch.__version__} ({reason}): {advice}"
+            ) from error
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.is_meta:  # shapes alone, as when FLOPs are counted

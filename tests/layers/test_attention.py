@@ -49,6 +49,20 @@ def test_the_default_is_pytorchs_own_function() -> None:
     assert attention.attend is F.scaled_dot_product_attention
 
 
+def test_a_package_that_imports_but_cannot_compute_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers imports where its compiled part is for another torch, and then has no operator."""
+
+    def attend(*heads: Tensor) -> Tensor:
+        raise NotImplementedError("No operator found for inputs:\n   not built with CUDA support")
+
+    _install(monkeypatch, [])
+    monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", attend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_try_out", lambda function, device: function())
+    with pytest.raises(UserError, match=r"installed xformers can't compute .* \(not built with CUDA supp"):
+        set_attention_backend("xformers")
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_absent_package_is_named_with_its_extra(
     name: AttentionBackend, monkeypatch: pytest.MonkeyPatch

@@ -199,11 +199,11 @@ def test_gradcheck_and_opcheck() -> None:
     mask = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
 
     def run(blocks: Tensor, weight: Tensor, bias: Tensor, position: Tensor) -> Tensor:
-        return tokenize._patch_embed(blocks, weight, bias, position, mask, 1, torch.float64)
+        return tokenize._patch_embed(blocks, weight, bias, position, mask, 1)
 
     assert torch.autograd.gradcheck(run, (blocks, weight, bias, position))
-    torch.library.opcheck(tokenize._patch_embed, (blocks, weight, bias, position, mask, 1, torch.float64))
-    torch.library.opcheck(tokenize._patch_embed, (blocks, weight, None, None, None, 0, torch.bfloat16))
+    torch.library.opcheck(tokenize._patch_embed, (blocks, weight, bias, position, mask, 1))
+    torch.library.opcheck(tokenize._patch_embed, (blocks, weight, None, None, None, 0))
     plain = torch.randn(2, 3, 3, dtype=torch.float64), blocks.detach(), weight.detach()
     torch.library.opcheck(tokenize._grad_x, (*plain, mask, 1))
     torch.library.opcheck(tokenize._grad_weight, (*plain, mask, 1, True))
