@@ -32,11 +32,11 @@ def _scale(log_scale, MIN: tl.constexpr, MAX: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _agree(query, key, logits, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    # Added outside of the product: tensor cores truncate as they accumulate, and over a whole row that bias
-    # is more than PyTorch's own error in the slope of the scale.
+def _disagree(query, key, negative, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    # Subtracted outside of the product: tensor cores truncate what they accumulate, and over a whole row that
+    # bias is more than PyTorch's own error in the slope of the scale. Triton would take a sum back inside.
     key = tl.trans(key.to(DOT))
-    return logits + tl.dot(query.to(DOT), key, input_precision=PRECISION, out_dtype=ACC)
+    return negative - tl.dot(query.to(DOT), key, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -138,16 +138,16 @@ def contrast_rows_kernel(
         if not WHOLE:
             origin = tl.minimum(column, key_rows - 1)
         lengths = tl.zeros((BLOCK_N,), ACC)
-        logits = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        negative = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # of the products of queries and keys
         if HELD:
             key0 = _tile(keys, origin, outer, width, stride_kn, stride_kd, EVEN)
-            logits = _agree(query0, key0, logits, DOT, PRECISION, ACC)
+            negative = _disagree(query0, key0, negative, DOT, PRECISION, ACC)
             if SLICES > 1:
                 key1 = _tile(keys, origin, outer + SLICE, width, stride_kn, stride_kd, EVEN)
-                logits = _agree(query1, key1, logits, DOT, PRECISION, ACC)
+                negative = _disagree(query1, key1, negative, DOT, PRECISION, ACC)
             if SLICES > 2:
                 key2 = _tile(keys, origin, outer + 2 * SLICE, width, stride_kn, stride_kd, EVEN)
-                logits = _agree(query2, key2, logits, DOT, PRECISION, ACC)
+                negative = _disagree(query2, key2, negative, DOT, PRECISION, ACC)
             if key_inverse is None:
                 lengths = _squares(key0, ACC)
                 if SLICES > 1:
@@ -158,14 +158,14 @@ def contrast_rows_kernel(
             for first in range(0, width, CHUNK):
                 query = _tile(queries, source, first + inner, width, stride_qn, stride_qd, EVEN)
                 key = _tile(keys, origin, first + inner, width, stride_kn, stride_kd, EVEN)
-                logits = _agree(query, key, logits, DOT, PRECISION, ACC)
+                negative = _disagree(query, key, negative, DOT, PRECISION, ACC)
                 if key_inverse is None:
                     lengths += _squares(key, ACC)
         if key_inverse is None:  # noqa: SIM108
             inverse = 1.0 / (tl.sqrt(lengths) + EPS)
         else:
             inverse = tl.load(key_inverse + origin)
-        logits = logits * factor[:, None] * inverse[None, :]
+        logits = negative * -factor[:, None] * inverse[None, :]
         taken = column[None, :] != itself[:, None]
         if not WHOLE:
             taken = taken & (column < last)[None, :]
