@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["meduet_fast", "meduet_fast.*"]), "meduet_fast.kernels"],
     package_dir={"meduet_fast.kernels": "kernels"},
     package_data={
-        "meduet_fast": ["py.typed", "configs/*.yaml", "tokenizer/weights/*.safetensors"],
+        "meduet_fast": ["py.typed", "configs/*.yaml", "autoencoder/*.safetensors"],
         "meduet_fast.kernels": ["configs.json"],
     },
     install_requires=[
@@ -38,7 +38,7 @@ setup(
         "flash2": ["flash-attn>=2.8"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "xformers": ["xformers>=0.0.35"],
-        "float8": ["torchao>=0.18"],  # see meduet_fast/training/precision.py
+        "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
             "einops",
             "pytest",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meduet_fast.kernels.verify import FACTOR
-from meduet_fast.model import MeDUET
-from meduet_fast.model.vit import Block
+from meduet_fast.models import MeDUET
+from meduet_fast.models.blocks import Block
 
 from .command import cases_command
 from .harness import Case, Variant, not_importable

@@ -28,11 +28,16 @@ import torch
 
 from meduet_fast.data.augment import augment
 from meduet_fast.data.crops import CropConfig, crop_loader
-from meduet_fast.objectives import ObjectiveConfig, pretraining_losses, random_mix_mask
-from meduet_fast.training import OptimizerConfig, PretrainConfig
-from meduet_fast.training.cost import flops_per_sample, memory_estimate
-from meduet_fast.training.metrics import peak_tflops
-from meduet_fast.training.parallel import compile_blocks
+from meduet_fast.engine.metrics import peak_tflops
+from meduet_fast.engine.parallel import compile_blocks
+from meduet_fast.pretraining import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    pretraining_losses,
+    random_mix_mask,
+)
+from meduet_fast.pretraining.cost import flops_per_sample, memory_estimate
 
 from .command import command
 from .harness import Case, Variant, not_importable, time_case
@@ -145,9 +150,9 @@ def graph_variants(setting: Setting, batch: int, mftd: bool, device: torch.devic
     inputs = make_batch(setting.model, batch, device)
 
     def step(graph: bool) -> OurStep:
-        models = [copy.deepcopy(model) for model in base]
-        compile_blocks(*models)
-        return OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=mftd), graph)
+        student, teacher = (copy.deepcopy(model) for model in base)
+        compile_blocks(student, teacher)
+        return OurStep(student, teacher, OptimizerConfig(), ObjectiveConfig(mftd=mftd), graph)
 
     # Captured at the first call, its check's: what goes wrong is the reason why it is not timed.
     plain, graphed = step(False), step(True)

@@ -18,9 +18,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from meduet_fast.objectives import ObjectiveConfig
-from meduet_fast.training import OptimizerConfig
-from meduet_fast.training.parallel import compile_blocks
+from meduet_fast.engine.parallel import compile_blocks
+from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig
 
 from .command import device_argument
 from .harness import synchronize

@@ -5,7 +5,7 @@ on its own, sources compacted by ``masked_select``, straight and exchanged style
 and decoded again for the distillation, predicted volumes put together and cut into patches again, the
 teacher's pass on the flipped batch, its average in a Python loop, a loss fetched in every step.
 
-Weights are held by :class:`meduet_fast.model.MeDUET`, whose names are the published ones; of its code only
+Weights are held by :class:`meduet_fast.models.MeDUET`, whose names are the published ones; of its code only
 the transformer blocks are used.
 """
 
@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.kernels import at_least_float32, unpatchify_3d
 from meduet_fast.kernels.contrast_eager import IDENTITIES, quadruplet_contrast_reference
 from meduet_fast.kernels.reconstruction import dual_reconstruction_loss_reference
 from meduet_fast.kernels.verify import FACTOR
-from meduet_fast.model import MeDUET
-from meduet_fast.model.meduet import reverse_gradient
-from meduet_fast.objectives import ObjectiveConfig
-from meduet_fast.training.config import OptimizerConfig
-from meduet_fast.training.optimizer import build_optimizer
+from meduet_fast.models import MeDUET
+from meduet_fast.models.meduet import reverse_gradient
+from meduet_fast.pretraining import ObjectiveConfig
+from meduet_fast.pretraining.config import OptimizerConfig
 
 TOLERANCE = 1e-4  # of losses and gradients in float32, relative; the same as on the published tensors
 Pair = tuple[Tensor, Tensor]

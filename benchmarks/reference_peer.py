@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from meduet_fast.objectives import ObjectiveConfig
+from meduet_fast.pretraining import ObjectiveConfig
 
 from .published_step import TOLERANCE, published_losses
 from .step_parts import Batch, Models

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from meduet_fast.model import MeDUET, MeDUETConfig
+from meduet_fast.models import MeDUET, MeDUETConfig
 
 from .results import Results, Row
 from .tables import OURS, Table, duration, markdown, si, three, without_batch

@@ -10,14 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from meduet_fast.engine.cuda_graph import GraphedGradients
+from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.kernels import kernel_backend, set_kernel_backend
 from meduet_fast.kernels.verify import FACTOR
-from meduet_fast.model import MeDUET, MeDUETConfig
-from meduet_fast.objectives import ObjectiveConfig, random_mix_mask
-from meduet_fast.training import OptimizerConfig
-from meduet_fast.training.graph import GraphedGradients
-from meduet_fast.training.optimizer import build_optimizer
-from meduet_fast.training.step import PretrainStep, add_gradients, update
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, random_mix_mask
+from meduet_fast.pretraining.task import PretrainStep, add_gradients, update
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Models = tuple[MeDUET, MeDUET]

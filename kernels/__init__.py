@@ -3,16 +3,16 @@
 from .backend import kernel_backend, set_kernel_backend
 from .contrast import quadruplet_contrast, supervised_contrast
 from .contrast_eager import quadruplet_identities
-from .demix import assemble_streams
+from .decoder_streams import assemble_streams
+from .dtypes import at_least_float32, autocast_dtype
 from .group_norm import group_norm_silu
-from .mixing import demix_tokens, mix_tokens, remix_tokens
-from .patches import patch_grid, patchify_3d, unpatchify_3d
+from .mix_index import MixTables, check_mask, mix_tables
+from .patch_embed import patch_embed_3d, patch_embed_tokens
+from .patchify import patch_grid, patchify_3d, unpatchify_3d
 from .pool import pooled_layer_norm, token_mean
-from .precision import at_least_float32, autocast_dtype
 from .reconstruction import dual_reconstruction_loss
-from .style import style_convolution
-from .tables import MixTables, check_mask, mix_tables
-from .tokenize import patch_embed_3d, patch_embed_tokens
+from .style_conv import style_convolution
+from .token_mixing import demix_tokens, mix_tokens, remix_tokens
 
 __all__ = [
     "MixTables",

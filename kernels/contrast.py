@@ -31,8 +31,8 @@ from .contrast_eager import (
     quadruplet_contrast_eager,
     supervised_contrast_eager,
 )
+from .dtypes import accumulator, at_least_float32
 from .launch import Cost, Workload, config, launch
-from .precision import accumulator, at_least_float32
 from .registration import register
 
 if triton is not None:

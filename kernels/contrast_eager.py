@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .precision import at_least_float32, without_autocast
+from .dtypes import at_least_float32, without_autocast
 from .registration import register
 
 Identity = Literal["content", "style"]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton, use_triton
+from .dtypes import accumulator, at_least_float32, without_autocast
 from .launch import Cost, Workload, config, launch
-from .precision import accumulator, at_least_float32, without_autocast
 from .registration import register
 
 # 1. Reference

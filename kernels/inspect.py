@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .catalogue import workloads
 from .launch import Launch, Workload, record_launches
+from .workloads import workloads
 
 DTYPE = torch.bfloat16
 # Bytes/s of memory, dense bf16 FLOP/s, shared memory of a program in bytes (vendor data sheets).

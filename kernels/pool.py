@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton, use_triton
+from .dtypes import accumulator, at_least_float32
 from .launch import Cost, Workload, config, launch
-from .precision import accumulator, at_least_float32
+from .mix_index import balanced_mask, packed
 from .registration import register
-from .tables import balanced_mask, packed
 
 if triton is not None:
     import triton.language as tl

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .backend import triton, use_triton
+from .dtypes import accumulator, at_least_float32
 from .launch import Cost, Workload, config, launch
-from .precision import accumulator, at_least_float32
+from .mix_index import balanced_mask, packed
+from .patch_embed import Triple, patch_grid, patchify_3d
 from .registration import register
-from .tables import balanced_mask, packed
-from .tokenize import Triple, patch_grid, patchify_3d
 
 if triton is not None:
     import triton.language as tl

@@ -12,7 +12,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import meduet_fast
-from meduet_fast.errors import UserError
+
+from .errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -69,14 +70,14 @@ def _sample_data(arguments: Namespace) -> int:
 
 
 def _summarise(summary: Any) -> int:
-    from meduet_fast.data.update import format_summary
+    from meduet_fast.prepare.update import format_summary
 
     print(format_summary(summary))
     return EXIT_FAILED if summary.failed else 0
 
 
 def _prepare_arguments(parser: ArgumentParser) -> None:
-    from meduet_fast.data.prepare import PrepareConfig
+    from meduet_fast.prepare.prepare import PrepareConfig
 
     parser.add_argument(
         "--input",
@@ -89,7 +90,7 @@ def _prepare_arguments(parser: ArgumentParser) -> None:
 
 
 def _prepare(arguments: Namespace) -> int:
-    from meduet_fast.data.prepare import PrepareConfig, prepare
+    from meduet_fast.prepare.prepare import PrepareConfig, prepare
 
     return _summarise(prepare(arguments.input, arguments.output, _built(PrepareConfig, arguments)))
 
@@ -103,13 +104,13 @@ def _import_arguments(parser: ArgumentParser) -> None:
 
 
 def _import_cache(arguments: Namespace) -> int:
-    from meduet_fast.data.reference_cache import import_reference_cache
+    from meduet_fast.prepare.import_cache import import_reference_cache
 
     return _summarise(import_reference_cache(arguments.folder, arguments.output, arguments.domain_names))
 
 
 def _pretrain_arguments(parser: ArgumentParser) -> None:
-    from meduet_fast.training import PretrainConfig
+    from .pretraining import PretrainConfig
 
     parser.add_argument("--data", type=Path, help="latent store (required, unless with --dry-run)")
     parser.add_argument("--output", type=Path, help="folder of the run (required, unless with --dry-run)")
@@ -125,8 +126,9 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 
 def _pretrain(arguments: Namespace) -> int:
-    from meduet_fast.training import PretrainConfig, pretrain
-    from meduet_fast.training.plan import print_plan
+    from meduet_fast.pretraining.dry_run import print_plan
+
+    from .pretraining import PretrainConfig, pretrain
 
     config = _built(PretrainConfig, arguments)
     if arguments.dry_run:
@@ -150,8 +152,9 @@ def _pretrain(arguments: Namespace) -> int:
 
 
 def _sizes(_: Namespace) -> int:
-    from meduet_fast.training import PretrainConfig
-    from meduet_fast.training.plan import format_sizes
+    from meduet_fast.pretraining.dry_run import format_sizes
+
+    from .pretraining import PretrainConfig
 
     parsed = {name: _parse("pretrain", ["--config", name]) for name in sorted(_packaged())}
     print(format_sizes({name: _built(PretrainConfig, arguments) for name, arguments in parsed.items()}))
@@ -159,8 +162,8 @@ def _sizes(_: Namespace) -> int:
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
-    from meduet_fast.model.export import ExportFormat
-    from meduet_fast.training.export import Weights
+    from meduet_fast.models.export import ExportFormat
+    from meduet_fast.pretraining.export import Weights
 
     parser.add_argument("run", type=Path, help="folder of a run that `pretrain` wrote")
     parser.add_argument(
@@ -180,7 +183,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
 
 
 def _export(arguments: Namespace) -> int:
-    from meduet_fast.training.export import export_run
+    from meduet_fast.pretraining.export import export_run
 
     for path in export_run(arguments.run, arguments.output, arguments.format, arguments.weights):
         print(f"{path}: written")
@@ -193,14 +196,14 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(arguments: Namespace) -> int:
-    from meduet_fast.report import write_report
+    from .report import write_report
 
     print(f"{write_report(arguments.run, arguments.data)}: open it in a browser")
     return 0
 
 
 def _train_tokenizer_arguments(parser: ArgumentParser) -> None:
-    from meduet_fast.tokenizer.train import TokenizerTrainingConfig
+    from meduet_fast.autoencoder.train import TokenizerTrainingConfig
 
     parser.add_argument("--input", type=Path, required=True, help="volumes, as `prepare` takes them")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
@@ -208,7 +211,7 @@ def _train_tokenizer_arguments(parser: ArgumentParser) -> None:
 
 
 def _train_tokenizer(arguments: Namespace) -> int:
-    from meduet_fast.tokenizer.train import TokenizerTrainingConfig, format_metrics, train_tokenizer
+    from meduet_fast.autoencoder.train import TokenizerTrainingConfig, format_metrics, train_tokenizer
 
     config = _built(TokenizerTrainingConfig, arguments)
     print(format_metrics(train_tokenizer(arguments.input, arguments.output, config)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meduet_fast.errors import UserError
+from .errors import UserError
 
 
 def select_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ import yaml
 
 from meduet_fast import cli
 from meduet_fast.cli import COMMANDS, CONFIGS, _parse, main
-from meduet_fast.training import PretrainConfig
+from meduet_fast.pretraining import PretrainConfig
 
 PRETRAIN = ["pretrain", "--config", "demo", "--data", "nowhere", "--output", "run"]
 
@@ -107,7 +107,7 @@ def test_vit_base_is_the_published_setting() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("vit_*.yaml")))
 def test_sizes_are_the_published_setting_and_fit_80_gb(name: str) -> None:
-    from meduet_fast.training.cost import memory_estimate
+    from meduet_fast.pretraining.cost import memory_estimate
 
     config = _config(name)
     assert config.batch_size * config.accumulate == 64

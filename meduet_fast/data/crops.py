@@ -18,9 +18,10 @@ from torch import Tensor, from_numpy
 from torch.utils.data import DataLoader, Dataset
 
 from meduet_fast.connections import close_inherited
-from meduet_fast.data.split import held_out_start
-from meduet_fast.data.store import LatentStore, check_file, read_index
 from meduet_fast.errors import UserError
+
+from .held_out import held_out_start
+from .store import LatentStore, check_file, read_index
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
 _TRAINING, _EVALUATION = 1, 2

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from meduet_fast.data.store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
+
+from .store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
 
 PREVIEWS = "previews"
 INDEX_INTERVAL_S = 1.0  # rewriting the index after each of thousands of quick volumes would be quadratic

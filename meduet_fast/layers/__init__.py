@@ -3,9 +3,9 @@
 from .accelerate import Swap, accelerate
 from .attention import set_attention_backend
 from .contrast import QuadrupletContrast
-from .mixing import TokenMixer
 from .patch_embed import PatchEmbed3d
 from .positions import sincos_positions_3d
+from .token_mixing import TokenMixer
 
 __all__ = [
     "PatchEmbed3d",

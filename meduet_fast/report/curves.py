@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import COLORS, GREY, styled, subplots
+from .plotting import COLORS, GREY, styled, subplots
 
 Records = Sequence[dict[str, float]]
 

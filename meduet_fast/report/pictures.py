@@ -14,17 +14,17 @@ import torch
 from matplotlib.figure import Figure, FigureBase, SubFigure
 from torch import Tensor
 
-from meduet_fast.analysis import EvaluationPlan, exchange_styles, far_start, structured_starts
-from meduet_fast.analysis.evaluation import Start, holds_both
+from meduet_fast.autoencoder import Tokenizer
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.sources import IntensityRule, VolumeEntry
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.volumes import TransformConfig, content_key, load_volume
+from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.errors import UserError
-from meduet_fast.model import MeDUET
-from meduet_fast.tokenizer import Tokenizer
+from meduet_fast.models import MeDUET
+from meduet_fast.probing import EvaluationPlan, exchange_styles, far_start, structured_starts
+from meduet_fast.probing.crops import Start, holds_both
 
-from .style import GREY, WIDTH, new_figure, styled
+from .plotting import GREY, WIDTH, new_figure, styled
 
 SAME_ANATOMY_PAIRS = 3
 OTHER_PAIRS = 2

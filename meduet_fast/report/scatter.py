@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from meduet_fast.analysis import FactorTable, Separation
+from meduet_fast.probing import FactorTable, Separation
 
-from .style import COLORS, MARKERS, styled, subplots
+from .plotting import COLORS, MARKERS, styled, subplots
 
 
 @styled

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 import meduet_fast
-from meduet_fast.analysis import FactorScores, Separation
+from meduet_fast.probing import FactorScores, Separation
 
-from .material import NETWORK, Findings, Material
+from .inputs import NETWORK, Findings, Material
 from .page import Section, details, figure, paragraph, table
 from .pictures import Side
 

@@ -13,11 +13,11 @@ from meduet_fast.progress import progress_bar
 
 from . import sections
 from .curves import draw_losses, draw_speed
-from .material import NETWORK, Findings, Material, investigate, open_run
+from .inputs import NETWORK, Findings, Material, investigate, open_run
 from .page import page
 from .pictures import draw_pair
+from .plotting import save_png
 from .scatter import draw_scatter
-from .style import save_png
 
 FOLDER, PAGE, NUMBERS = "report", "index.html", "separation.json"
 
@@ -34,7 +34,7 @@ def write_report(run: Path, data: Path | None = None) -> Path:
         ``separation.json`` with all numbers.
 
     Raises:
-        UserError: see :func:`~meduet_fast.report.material.open_run`; or the report cannot be written.
+        UserError: see :func:`~meduet_fast.report.inputs.open_run`; or the report cannot be written.
     """
     material = open_run(run, data)
     folder = run / FOLDER

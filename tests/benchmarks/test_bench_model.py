@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import bench_model
 from benchmarks.harness import time_case
 from benchmarks.step_parts import Setting
-from meduet_fast.model import MeDUETConfig
+from meduet_fast.models import MeDUETConfig
 
 CPU = torch.device("cpu")
 TINY = Setting(

@@ -14,9 +14,9 @@ from benchmarks.harness import time_case
 from benchmarks.profile_step import Usage, usage
 from benchmarks.step_parts import Setting
 from meduet_fast.kernels import kernel_backend
-from meduet_fast.model import MeDUETConfig
-from meduet_fast.objectives import ObjectiveConfig
-from meduet_fast.training.cost import flops_per_sample
+from meduet_fast.models import MeDUETConfig
+from meduet_fast.pretraining import ObjectiveConfig
+from meduet_fast.pretraining.cost import flops_per_sample
 
 CPU = torch.device("cpu")
 TINY = Setting(

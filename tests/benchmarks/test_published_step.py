@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import published_step
 from benchmarks.published_step import Gate, Losses, PublishedStep, losses_and_gradients, published_losses
 from benchmarks.step_parts import make_batch
-from meduet_fast.model import MeDUET, MeDUETConfig
-from meduet_fast.objectives import ObjectiveConfig, pretraining_losses
-from meduet_fast.training import OptimizerConfig
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, pretraining_losses
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "meduet_reference_tiny.safetensors"
 Case = tuple[MeDUET, MeDUET, tuple[Tensor, Tensor, Tensor]]

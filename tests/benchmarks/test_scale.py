@@ -20,7 +20,7 @@ from benchmarks.scale import (
     plans,
     step_seconds,
 )
-from meduet_fast.model import MeDUET, MeDUETConfig
+from meduet_fast.models import MeDUET, MeDUETConfig
 
 from .made_up import make_results, timed
 

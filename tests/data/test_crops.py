@@ -21,7 +21,7 @@ from meduet_fast.data.crops import (
     lost_reader,
     sample_crops,
 )
-from meduet_fast.data.split import held_out_start
+from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
 

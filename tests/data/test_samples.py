@@ -17,7 +17,7 @@ import pytest
 from meduet_fast.data import samples
 from meduet_fast.data.samples import fetch_samples
 from meduet_fast.data.sources import CT, MR, find_volumes
-from meduet_fast.data.volumes import PreparedVolume, TransformConfig, load_volume
+from meduet_fast.data.transforms import PreparedVolume, TransformConfig, load_volume
 from meduet_fast.errors import UserError
 
 DOMAINS = ["ct", "ct_shifted", "ct_soft", "ct_thick", "mr_head", "mr_t1"]

@@ -10,17 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meduet_fast.model import MeDUET, MeDUETConfig
-from meduet_fast.objectives import random_mix_mask
-from meduet_fast.training import OptimizerConfig, PretrainConfig
-from meduet_fast.training.metrics import StepValues
-from meduet_fast.training.optimizer import build_optimizer
-from meduet_fast.training.parallel import parallelize
-from meduet_fast.training.precision import Precision
-from meduet_fast.training.prefetch import prefetch
-from meduet_fast.training.pretrain import gradients_of, train_step
-from meduet_fast.training.step import PretrainStep, add_gradients
-from meduet_fast.training.world import World
+from meduet_fast.engine.distributed import World
+from meduet_fast.engine.metrics import StepValues
+from meduet_fast.engine.optimizer import build_optimizer
+from meduet_fast.engine.parallel import parallelize
+from meduet_fast.engine.precision import Precision
+from meduet_fast.engine.prefetch import prefetch
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.pretraining import OptimizerConfig, PretrainConfig, random_mix_mask
+from meduet_fast.pretraining.task import PretrainStep, add_gradients
+from meduet_fast.pretraining.train import gradients_of, train_step
 
 DEVICE = torch.device("cuda")
 MODEL = MeDUETConfig(

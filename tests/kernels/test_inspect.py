@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from meduet_fast.kernels import inspect, pool
-from meduet_fast.kernels.catalogue import workloads
 from meduet_fast.kernels.inspect import Compiled, compile_workload, floors, main
 from meduet_fast.kernels.launch import record_launches
+from meduet_fast.kernels.workloads import workloads
 
 GOOD = Compiled("op", "sizes", "kernel", "config", 90, 100, 0, 1024, 4, 2, True, "")
 

@@ -24,7 +24,7 @@ from meduet_fast.kernels import (
     token_mean,
     unpatchify_3d,
 )
-from meduet_fast.objectives import random_mix_mask
+from meduet_fast.pretraining import random_mix_mask
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from meduet_fast.errors import UserError
 from meduet_fast.layers import attention, set_attention_backend
 from meduet_fast.layers.attention import AttentionBackend
-from meduet_fast.model.vit import Attention
+from meduet_fast.models.blocks import Attention
 
 PACKAGES = {"flash2": "flash_attn", "flash4": "flash_attn", "xformers": "xformers"}
 OTHERS: tuple[AttentionBackend, ...] = ("flash2", "flash4", "xformers")

@@ -10,7 +10,7 @@ from torch import nn
 
 from meduet_fast.kernels import mix_tokens, quadruplet_contrast
 from meduet_fast.layers import PatchEmbed3d, QuadrupletContrast, TokenMixer, sincos_positions_3d
-from meduet_fast.model.vit import sincos_positions
+from meduet_fast.models.blocks import sincos_positions
 
 
 def test_patch_embedding_loads_a_convolution() -> None:

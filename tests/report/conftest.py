@@ -12,12 +12,12 @@ import pytest
 import torch
 from nibabel.nifti1 import Nifti1Image, save
 
-from meduet_fast.data.prepare import PrepareConfig, prepare
+from meduet_fast.autoencoder.autoencoder import Architecture
+from meduet_fast.autoencoder.weights import save_safetensors
 from meduet_fast.data.store import LatentStore
-from meduet_fast.model import MeDUETConfig
-from meduet_fast.tokenizer.autoencoder import Architecture
-from meduet_fast.tokenizer.checkpoint import save_safetensors
-from meduet_fast.training import OptimizerConfig, PretrainConfig, pretrain
+from meduet_fast.models import MeDUETConfig
+from meduet_fast.prepare.prepare import PrepareConfig, prepare
+from meduet_fast.pretraining import OptimizerConfig, PretrainConfig, pretrain
 
 MODEL = MeDUETConfig(
     latent_size=8, patch_size=2, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meduet_fast.kernels import group_norm, group_norm_silu
+from meduet_fast.kernels.dtypes import accumulator
 from meduet_fast.kernels.launch import override_config
-from meduet_fast.kernels.precision import accumulator
 from meduet_fast.kernels.verify import require
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -27,17 +27,17 @@ from meduet_fast import kernels
 from meduet_fast.kernels import (
     contrast,
     contrast_eager,
-    demix,
+    decoder_streams,
     group_norm,
-    mixing,
+    mix_index,
+    patch_embed,
     pool,
     reconstruction,
-    style,
-    tables,
-    tokenize,
+    style_conv,
+    token_mixing,
 )
 from meduet_fast.kernels.launch import CONFIG_FILE, override_config
-from meduet_fast.kernels.tables import MixTables
+from meduet_fast.kernels.mix_index import MixTables
 from meduet_fast.kernels.verify import require
 
 GUARD = 1 << 20  # bytes on either side of a storage
@@ -259,7 +259,7 @@ def _mask(batch: int, length: int, num_second: int) -> Tensor:
 
 
 def _tables(batch: int, length: int) -> MixTables:
-    return tables.mix_tables_reference(_mask(batch, length, length // 2))
+    return mix_index.mix_tables_reference(_mask(batch, length, length // 2))
 
 
 def _index_tables(mask: Tensor) -> Case:
@@ -267,19 +267,19 @@ def _index_tables(mask: Tensor) -> Case:
         return lambda mask: tuple(table.double() for table in function(mask))
 
     names = ("token_order_kernel", "mix_tables_kernel")
-    return Case(floats(kernels.mix_tables), floats(tables.mix_tables_reference), {"mask": mask}, names)
+    return Case(floats(kernels.mix_tables), floats(mix_index.mix_tables_reference), {"mask": mask}, names)
 
 
 def _mixing() -> Case:
     inputs = {"x": _tokens(3, 13, 9), "mask": _mask(3, 13, 5)}
-    return Case(kernels.mix_tokens, mixing.mix_tokens_reference, inputs, ("mix_tokens_kernel",))
+    return Case(kernels.mix_tokens, token_mixing.mix_tokens_reference, inputs, ("mix_tokens_kernel",))
 
 
 def _halves(inputs: dict[str, Any]) -> Case:
     run, reference = (
-        (kernels.demix_tokens, mixing.demix_tokens_reference)
+        (kernels.demix_tokens, token_mixing.demix_tokens_reference)
         if "x" in inputs
-        else (kernels.remix_tokens, mixing.remix_tokens_reference)
+        else (kernels.remix_tokens, token_mixing.remix_tokens_reference)
     )
     return Case(run, reference, inputs, ("token_order_kernel", "token_halves_kernel"))
 
@@ -291,7 +291,7 @@ def _style(mixed: bool) -> Case:
         "tables": _tables(2, 14) if mixed else None,
     }
     names = ("style_forward_kernel", "style_backward_kernel")
-    return Case(kernels.style_convolution, style.style_convolution_reference, inputs, names)
+    return Case(kernels.style_convolution, style_conv.style_convolution_reference, inputs, names)
 
 
 def _streams(straight: bool, swapped: bool, prefixes: int) -> Case:
@@ -306,7 +306,7 @@ def _streams(straight: bool, swapped: bool, prefixes: int) -> Case:
         "swapped": swapped,
     }
     names = ("streams_forward_kernel", "streams_backward_kernel")
-    return Case(kernels.assemble_streams, demix.assemble_streams_reference, inputs, names)
+    return Case(kernels.assemble_streams, decoder_streams.assemble_streams_reference, inputs, names)
 
 
 def _group_norm(layout: torch.memory_format, affine: bool) -> Case:
@@ -347,12 +347,12 @@ def _patch_embed(dtype: torch.dtype, tokens: bool, mixed: bool = True, prefixes:
         inputs |= {"bias": _randn(19, dtype=dtype), "position": _randn(18, 19, dtype=dtype)}
     if tokens:
         inputs["tokens"] = _tokens(3, 18, 12).detach().to(dtype).requires_grad_()
-        run, reference = kernels.patch_embed_tokens, tokenize.patch_embed_tokens_reference
+        run, reference = kernels.patch_embed_tokens, patch_embed.patch_embed_tokens_reference
     else:
         x = torch.randn(3, 2, 4, 6, 7).to(dtype).transpose(2, 4)[:, :, 1:, :, 1:]
         inputs["x"] = x.detach().requires_grad_()
         inputs["source_mask"] = _mask(3, 18, 9) if mixed else None
-        run, reference = kernels.patch_embed_3d, tokenize.patch_embed_3d_reference
+        run, reference = kernels.patch_embed_3d, patch_embed.patch_embed_3d_reference
     names = tuple(f"patch_embed_{step}_kernel" for step in ("forward", "grad_x", "grad_weight"))
     return Case(run, reference, inputs, names)
 

@@ -1,0 +1,84 @@
+"""Demixing: the decoder's four inputs, and sources taken apart, beside gathers and the published way.
+
+``python -m benchmarks.bench_decoder_streams [--device cpu] [--quick] [--only NAME] [--json PATH]``
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meduet_fast.kernels import MixTables, decoder_streams, token_mixing
+
+from .command import cases_command
+from .harness import Case, Variant
+from .operations import op_cases, standard_peers
+from .published_step import compact
+
+MASKED_SELECT = "masked_select, as published"
+
+
+def streams_by_masked_select(
+    content: Tensor,
+    style: Tensor,
+    prefix: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    tables: MixTables,
+    straight: bool,
+    swapped: bool,
+) -> Tensor:
+    """Sources compacted, fused, put back into their places: for straight and for exchanged styles."""
+    second = tables.mask.unsqueeze(-1)
+    contents, styles = ([compact(x, mask) for mask in (~tables.mask, tables.mask)] for x in (content, style))
+    sequences = []
+    for wanted, given in ((straight, styles), (swapped, styles[::-1])):
+        if wanted:
+            tokens = torch.zeros_like(content).masked_scatter(~second, contents[0] + given[0])
+            tokens = tokens.masked_scatter(second, contents[1] + given[1])
+            for hidden in (second, ~second):
+                shown = torch.where(hidden, mask_token.to(tokens.dtype), tokens)
+                sequences.append(torch.cat([prefix, shown], 1))
+    return torch.cat(sequences) + position.to(content.dtype)
+
+
+def demix_by_masked_select(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of source 1 and of source 2, (B, L/2, D) each."""
+    return compact(x, ~mask), compact(x, mask)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """The four streams of a ViT-B step, and a batch taken apart, over the batch."""
+    gpu = device.type == "cuda"
+    for batch in (16, 64, 256) if gpu else (4,) if quick else (4, 8, 16):
+        streams = decoder_streams.workload(batch, 216, 384, straight=True)
+        yield from op_cases(
+            "demix",
+            f"four streams B={batch} L=216 D=384",
+            streams,
+            device,
+            {"batch": batch, "tokens": 216, "width": 384},
+            standard_peers(streams, with_compiler=gpu or batch == 4)
+            | {MASKED_SELECT: lambda: streams_by_masked_select},
+        )
+        apart = next(item for item in token_mixing.workloads(batch) if item.op == "demix_tokens")
+        yield from op_cases(
+            "demix",
+            f"sources apart B={batch} L=216 D=768",
+            apart,
+            device,
+            {"batch": batch, "tokens": 216, "width": 768},
+            standard_peers(apart, with_compiler=gpu) | {MASKED_SELECT: lambda: demix_by_masked_select},
+        )
+
+
+def test_demix(benchmark: Any, variant: Variant) -> None:
+    benchmark(variant.call)
+
+
+if __name__ == "__main__":
+    sys.exit(cases_command(cases, __doc__ or ""))

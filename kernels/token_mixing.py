@@ -1,0 +1,333 @@
+"""Mixing two sources into one token sequence, taking them apart, putting them together: for any model.
+
+Source: MeDUET section "Mixing and demixing". Its own model mixes on the load side of the patch embedding and
+never compacts (see ``tokenize.py`` and ``demix.py``).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import triton, use_triton
+from .dtypes import accumulator
+from .launch import Cost, Workload, launch
+from .mix_index import balanced_mask, check_ones, launch_order, packed, token_order, token_order_reference
+from .registration import register
+from .tiles import token_grid
+
+if triton is not None:
+    import triton.language as tl
+
+    from .tiles import tile_columns, tile_rows
+
+# 1. References
+
+
+def mix_tokens_reference(x: Tensor, mask: Tensor) -> Tensor:
+    """The definition of :func:`mix_tokens`, in plain PyTorch."""
+    return torch.where(mask.bool().unsqueeze(-1), x.flip(0), x)
+
+
+def demix_tokens_reference(x: Tensor, mask: Tensor, num_second: int | None = None) -> tuple[Tensor, Tensor]:
+    """The definition of :func:`demix_tokens`, in plain PyTorch."""
+    length = x.shape[1]
+    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(x)
+    first = length - (length // 2 if num_second is None else num_second)
+    tokens = torch.gather(x, 1, index)
+    return tokens[:, :first], tokens[:, first:]
+
+
+def remix_tokens_reference(z1: Tensor, z2: Tensor, mask: Tensor) -> Tensor:
+    """The definition of :func:`remix_tokens`, in plain PyTorch."""
+    tokens = torch.cat([z1, z2], 1)
+    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(tokens)
+    return torch.empty_like(tokens).scatter(1, index, tokens)
+
+
+# 2. Kernels
+
+if triton is not None:
+
+    @triton.jit
+    def mix_tokens_kernel(
+        x, mask, out, length, width, stride_b, stride_l, stride_d,
+        ADJOINT: tl.constexpr,
+        BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+    ):  # fmt: skip
+        columns, valid = tile_columns(width, BLOCK_D)
+        rows = tile_rows(0, STEPS, ROWS)
+        batch = tl.program_id(2).to(tl.int64)
+        opposite = tl.num_programs(2) - 1 - batch
+        inside = rows < length
+        x += rows * stride_l + columns * stride_d
+        swapped = tl.load(mask + batch * length + rows, mask=inside, other=0) != 0
+        if ADJOINT:
+            # A sample gets its own gradient where it showed itself, and its partner's where that showed it.
+            lent = tl.load(mask + opposite * length + rows, mask=inside, other=0) != 0
+            own = tl.load(x + batch * stride_b, mask=inside & (swapped == 0) & valid, other=0.0).to(ACC)
+            result = own + tl.load(x + opposite * stride_b, mask=lent & valid, other=0.0).to(ACC)
+        else:
+            source = tl.where(swapped, opposite, batch)
+            result = tl.load(x + source * stride_b, mask=inside & valid)
+        at = (batch * length + rows) * width + columns
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside & valid)
+
+    @triton.jit
+    def token_halves_kernel(
+        tokens, first, second, order, length, num_first, width,
+        stride_b, stride_l, stride_d, first_b, first_l, first_d, second_b, second_l, second_d,
+        SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        # Copies rows between the sequence and its two compact halves: a bijection, so either direction is
+        # the gradient of the other.
+        columns, valid = tile_columns(width, BLOCK_D)
+        rank = tile_rows(0, STEPS, ROWS)
+        batch = tl.program_id(2).to(tl.int64)
+        position = tl.load(order + batch * length + rank, mask=rank < length, other=0)
+        in_first = (rank < num_first) & valid
+        in_second = (rank >= num_first) & (rank < length) & valid
+        tokens += batch * stride_b + position * stride_l + columns * stride_d
+        first += batch * first_b + rank * first_l + columns * first_d
+        second += batch * second_b + (rank - num_first) * second_l + columns * second_d
+        if SPLIT:
+            row = tl.load(tokens, mask=(rank < length) & valid)
+            tl.store(first, row, mask=in_first)
+            tl.store(second, row, mask=in_second)
+        else:
+            row = tl.where(in_first, tl.load(first, mask=in_first), tl.load(second, mask=in_second))
+            tl.store(tokens, row, mask=(rank < length) & valid)
+
+
+# 3. Registration
+
+
+def _launch_mix(x: Tensor, second: Tensor, adjoint: bool) -> Tensor:
+    out = _fake_mix(x, second, adjoint)
+    grid, constants, options = token_grid("mix_tokens", x, *x.shape)
+    launch(
+        mix_tokens_kernel,
+        grid,
+        (x, second, out, x.shape[1], x.shape[2], *x.stride()),
+        {"ADJOINT": adjoint, **constants, "ACC": accumulator(x.dtype)},
+        "mix_tokens",
+        options,
+    )
+    return out
+
+
+def _fake_mix(x: Tensor, second: Tensor, adjoint: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_mix(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+    _, second, ctx.adjoint = inputs
+    ctx.save_for_backward(second)
+
+
+def _backward_mix(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _mix(grad, ctx.saved_tensors[0], not ctx.adjoint), None, None
+
+
+def _launch_halves(tokens: Tensor, first: Tensor, second: Tensor, order: Tensor, split: bool) -> None:
+    grid, constants, options = token_grid("token_halves", tokens, *tokens.shape)
+    strides = (*tokens.stride(), *first.stride(), *second.stride())
+    launch(
+        token_halves_kernel,
+        grid,
+        (tokens, first, second, order, tokens.shape[1], first.shape[1], tokens.shape[2], *strides),
+        {"SPLIT": split, **constants},
+        "token_halves",
+        options,
+    )
+
+
+def _launch_demix(x: Tensor, order: Tensor, num_second: int) -> tuple[Tensor, Tensor]:
+    first, second = _fake_demix(x, order, num_second)
+    _launch_halves(x, first, second, order, split=True)
+    return first, second
+
+
+def _fake_demix(x: Tensor, order: Tensor, num_second: int) -> tuple[Tensor, Tensor]:
+    batch, length, width = x.shape
+    return x.new_empty(batch, length - num_second, width), x.new_empty(batch, num_second, width)
+
+
+def _setup_demix(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_demix(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[Tensor, None, None]:
+    return _remix(grad_first, grad_second, ctx.saved_tensors[0]), None, None
+
+
+def _launch_remix(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    tokens = _fake_remix(first, second, order)
+    _launch_halves(tokens, first, second, order, split=False)
+    return tokens
+
+
+def _fake_remix(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    return first.new_empty(first.shape[0], first.shape[1] + second.shape[1], first.shape[2])
+
+
+def _setup_remix(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.num_second = inputs[1].shape[1]
+    ctx.save_for_backward(inputs[2])
+
+
+def _backward_remix(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_demix(grad, ctx.saved_tensors[0], ctx.num_second), None)
+
+
+_mix = register(
+    "mix_tokens(Tensor x, Tensor second, bool adjoint) -> Tensor",
+    _launch_mix,
+    _fake_mix,
+    _setup_mix,
+    _backward_mix,
+)
+_demix = register(
+    "demix_tokens(Tensor x, Tensor order, SymInt num_second) -> (Tensor, Tensor)",
+    _launch_demix,
+    _fake_demix,
+    _setup_demix,
+    _backward_demix,
+)
+_remix = register(
+    "remix_tokens(Tensor first, Tensor second, Tensor order) -> Tensor",
+    _launch_remix,
+    _fake_remix,
+    _setup_remix,
+    _backward_remix,
+)
+
+
+# 4. Public functions
+
+
+def _check_tokens(shape: tuple[int, ...], mask: Tensor, num_second: int, check_values: bool) -> None:
+    if mask.shape != shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(shape[:2])}")
+    if not 0 <= num_second <= shape[1]:
+        raise ValueError(f"num_second is {num_second}, expected 0 to {shape[1]}, the number of tokens")
+    if check_values:
+        check_ones(mask, num_second, f"num_second = {num_second}")
+
+
+def mix_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Mix every sample with its batch-flip partner, token by token.
+
+    Args:
+        x: (B, L, D), any float dtype and strides. Sample b's partner is sample B-1-b.
+        mask: (B, L) of 0 and 1, any dtype and any number of ones: 1 takes the partner's token.
+
+    Returns:
+        (B, L, D).
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, D)")
+    _check_tokens(x.shape, mask, 0, check_values=False)
+    if not use_triton(x) or x.numel() == 0:
+        return mix_tokens_reference(x, mask)
+    return _mix(x, packed(mask), False)
+
+
+def demix_tokens(
+    x: Tensor, mask: Tensor, num_second: int | None = None, check_values: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Take a mixed sequence apart into its two sources, each compact and in raster order.
+
+    Args:
+        x: (B, L, D), any float dtype and strides.
+        mask: (B, L) of 0 and 1, any dtype, with the same number of ones in every row.
+        num_second: that number, any from 0 to L; L//2 if None. It is an argument so that nothing waits for
+            the device. In a row with another number of ones the halves hold tokens of the wrong source.
+        check_values: refuse such rows, which waits for the device.
+
+    Returns:
+        Source 1 (B, L-num_second, D), where the mask is 0, and source 2 (B, num_second, D), where it is 1.
+
+    Raises:
+        ValueError: if a shape does not fit; with ``check_values`` also for the mask's values.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, D)")
+    num_second = x.shape[1] // 2 if num_second is None else num_second
+    _check_tokens(x.shape, mask, num_second, check_values)
+    if not use_triton(x) or x.numel() == 0:
+        return demix_tokens_reference(x, mask, num_second)
+    return _demix(x, token_order(packed(mask)), num_second)
+
+
+def remix_tokens(z1: Tensor, z2: Tensor, mask: Tensor, check_values: bool = False) -> Tensor:
+    """Put two compact sources back at their positions, the inverse of :func:`demix_tokens`.
+
+    Args:
+        z1: (B, L1, D), source 1, any float dtype and strides.
+        z2: (B, L2, D), source 2, in the dtype of ``z1``.
+        mask: (B, L1+L2) of 0 and 1, any dtype, with L2 ones in every row.
+        check_values: refuse rows with another number of ones, which waits for the device.
+
+    Returns:
+        (B, L1+L2, D).
+
+    Raises:
+        ValueError: if a shape or dtype does not fit; with ``check_values`` also for the mask's values.
+    """
+    if z1.dim() != 3:
+        raise ValueError(f"z1 has shape {tuple(z1.shape)}, expected (B, L1, D)")
+    batch, num_first, width = z1.shape
+    if z2.dim() != 3 or z2.shape[::2] != (batch, width) or z2.dtype != z1.dtype:
+        raise ValueError(f"z2 is {z2.dtype} {tuple(z2.shape)}, expected {z1.dtype} ({batch}, L2, {width})")
+    num_second = z2.shape[1]
+    _check_tokens((batch, num_first + num_second), mask, num_second, check_values)
+    if not use_triton(z1) or z1.numel() + z2.numel() == 0:
+        return remix_tokens_reference(z1, z2, mask)
+    return _remix(z1, z2, token_order(packed(mask)))
+
+
+# 5. Standard workloads
+
+
+def workloads(batch: int = 64) -> list[Workload]:
+    """A ViT-B batch, mixed half and half: mix, demix, remix."""
+    length, width = 216, 768
+    half, label, elements = length // 2, f"{batch}x{length}x{width}", batch * length * width
+
+    def inputs(names: tuple[str, ...], tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        made = {"mask": balanced_mask(batch, length, device)}
+        for name in names:
+            made[name] = torch.randn(batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
+        return made
+
+    def cost(size: int) -> tuple[Cost, Cost]:
+        least = Cost(2 * elements * size + batch * length, 0)
+        return least, least
+
+    def launch_mix(x: Tensor, mask: Tensor) -> None:
+        for adjoint in (False, True):
+            _launch_mix(x, packed(mask), adjoint)
+
+    def launch_demix(x: Tensor, mask: Tensor) -> None:
+        order = launch_order(packed(mask))
+        _launch_remix(*_launch_demix(x, order, half), order)
+
+    def launch_remix(z1: Tensor, z2: Tensor, mask: Tensor) -> None:
+        order = launch_order(packed(mask))
+        _launch_demix(_launch_remix(z1, z2, order), order, half)
+
+    x, halves = partial(inputs, ("x",), length), partial(inputs, ("z1", "z2"), half)
+    return [
+        Workload("mix_tokens", label, x, mix_tokens, mix_tokens_reference, launch_mix, cost, False),
+        Workload("demix_tokens", label, x, demix_tokens, demix_tokens_reference, launch_demix, cost, False),
+        Workload(
+            "remix_tokens", label, halves, remix_tokens, remix_tokens_reference, launch_remix, cost, False
+        ),
+    ]

@@ -1,0 +1,172 @@
+"""The one tokenizer: MONAI's ``AutoencoderKlMaisi`` in two sizes, run in overlapping windows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+
+from .base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of an ``AutoencoderKlMaisi`` (1 -> 1 channels, no attention), by MONAI's names.
+
+    Attributes:
+        num_channels: channels of each level, finest first; each level after the first halves the resolution.
+        num_res_blocks: residual blocks of each level.
+        norm_num_groups: groups of every group norm.
+        latent_channels: channels of the latents.
+    """
+
+    num_channels: tuple[int, ...]
+    num_res_blocks: tuple[int, ...]
+    norm_num_groups: int
+    latent_channels: int = 4
+
+    @property
+    def compression(self) -> int:
+        """Image voxels per latent voxel along each axis."""
+        return int(2 ** (len(self.num_channels) - 1))
+
+    def build(self) -> AutoencoderKlMaisi:
+        """The network, newly initialised.
+
+        Raises:
+            ValueError: if the sizes do not fit together (MONAI's message).
+        """
+        network = AutoencoderKlMaisi(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            attention_levels=[False] * len(self.num_channels),
+            norm_eps=1e-6,
+            # MONAI's own memory savers are slow, and wrong for some sizes; our windows bound the memory.
+            num_splits=1,
+            norm_float16=False,
+            save_mem=False,
+            **asdict(self),
+        )
+        for module in list(network.modules()):
+            for name, child in module.named_children():
+                # MONAI's group norm loops over the groups; torch's gives the same numbers in one pass.
+                if isinstance(child, MaisiGroupNorm3D):
+                    setattr(module, name, nn.GroupNorm(child.num_groups, child.num_channels, child.eps))
+        return network
+
+
+# Spec section 1: the published tokenizer, 20.9 M parameters.
+MAISI = Architecture(num_channels=(64, 128, 256), num_res_blocks=(2, 2, 2), norm_num_groups=32)
+
+
+class AutoencoderTokenizer(Tokenizer):
+    """A tokenizer around an ``AutoencoderKlMaisi``.
+
+    Args:
+        architecture: what ``network`` was built from.
+        network: the autoencoder with its weights.
+        name: first part of the identity.
+        scale: see :class:`~meduet_fast.autoencoder.base.Tokenizer`.
+        window: longest edge that goes through the network at once (image voxels, a multiple of the
+            compression).
+    """
+
+    OVERLAP = 16  # image voxels that neighbouring windows share
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        network: AutoencoderKlMaisi,
+        name: str,
+        scale: float = 1.0,
+        window: int = 128,
+    ) -> None:
+        self.architecture, self.network, self.scale, self.window = architecture, network, scale, window
+        self.channels = architecture.latent_channels
+        self.compression = architecture.compression
+        self.identity = f"{name}-{_digest(network)[:12]}"
+        network.eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> AutoencoderTokenizer:
+        """Move the weights to ``device``; returns itself."""
+        self.network.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    @torch.no_grad()
+    def encode(
+        self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        if volume.ndim != 5 or volume.shape[1] != 1 or any(n % self.compression for n in volume.shape[2:]):
+            raise ValueError(
+                f"encode: found shape {tuple(volume.shape)}, expected (B, 1, X, Y, Z) "
+                f"with X, Y, Z multiples of {self.compression}"
+            )
+        mu, sigma = self._in_windows(volume, self.network.encode, voxels=1)
+        if sample:
+            # Drawn after the windows are blended: the noise keeps its variance where they overlap.
+            mu = mu + sigma * torch.randn(sigma.shape, generator=generator, device=sigma.device)
+        return mu * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 5 or latents.shape[1] != self.channels:
+            raise ValueError(
+                f"decode: found shape {tuple(latents.shape)}, expected (B, {self.channels}, x, y, z)"
+            )
+        (image,) = self._in_windows(
+            latents / self.scale, lambda z: (self.network.decode(z),), voxels=self.compression
+        )
+        return image.clamp_(0, 1)
+
+    def _in_windows(
+        self, x: Tensor, network: Callable[[Tensor], tuple[Tensor, ...]], voxels: int
+    ) -> tuple[Tensor, ...]:
+        """``network(x)``, blended from overlapping windows where ``x`` is larger than one.
+
+        ``voxels`` is the edge, in image voxels, of one element of ``x``.
+        """
+        x = x.to(self.device, torch.float32)
+        overlap = self.OVERLAP // voxels
+        step = self.compression // voxels  # windows must start at whole latent voxels
+        edges = tuple(_window_edge(size, self.window // voxels, overlap, step) for size in x.shape[2:])
+        if edges == tuple(x.shape[2:]):
+            return network(x)
+        blended = sliding_window_inference(
+            x,
+            roi_size=edges,
+            sw_batch_size=1,
+            predictor=network,
+            # MONAI steps by int(edge * (1 - overlap)); the half keeps rounding from making that one less.
+            overlap=[(overlap - 0.5) / edge for edge in edges],
+            mode="gaussian",
+        )
+        return (blended,) if isinstance(blended, Tensor) else tuple(blended)  # MONAI unpacks a tuple of one
+
+
+def _window_edge(size: int, longest: int, overlap: int, multiple: int) -> int:
+    """Edge of the equal windows, at most ``longest``, that cover ``size`` with the least work."""
+    if size <= longest:
+        return size
+    count = math.ceil((size - overlap) / (longest - overlap))
+    return math.ceil((size + (count - 1) * overlap) / count / multiple) * multiple
+
+
+def _digest(network: nn.Module) -> str:
+    """SHA-256 (hex) of names, shapes and values of the weights, however they were stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

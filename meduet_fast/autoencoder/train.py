@@ -1,0 +1,324 @@
+"""Trains a small tokenizer on one's own volumes: ``meduet-fast train-tokenizer``."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.metrics import PSNRMetric, SSIMMetric
+from torch import Tensor, nn
+
+from meduet_fast.data.held_out import held_out_start
+from meduet_fast.data.sources import find_volumes
+from meduet_fast.data.transforms import TransformConfig, load_volume
+from meduet_fast.devices import select_device
+from meduet_fast.errors import UserError
+from meduet_fast.progress import progress_bar, track
+
+from .autoencoder import Architecture, AutoencoderTokenizer
+from .identity_init import pass_images_through
+from .weights import save_safetensors
+
+EVALUATION_CROPS = 8  # of every volume
+EVALUATION_CANDIDATES = 32
+GAIN_CROP = 12  # edge in latent voxels
+
+
+@dataclass(frozen=True)
+class TokenizerTrainingConfig:
+    """Settings of :func:`train_tokenizer`.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: crops of a step; every domain appears equally often over the steps.
+        crop_size: edge of a crop in voxels of the prepared grid, a multiple of the compression.
+        learning_rate: highest rate of AdamW; a short warm-up, then a cosine down to 0.
+        gradient_weight: weight of the L1 distance between finite differences: keeps edges and texture.
+        kl_weight: weight of the KL divergence of the posterior from a unit normal (nats per latent value).
+        held_out_fraction: part of axis 0 of every volume that is kept from training, and measured on.
+        precision: "bfloat16" halves the time on processors and GPUs with bfloat16 arithmetic.
+        device: "cpu", "cuda", or "auto": CUDA where there is one.
+        seed: of weights, crops and posterior noise; on a CPU, the same seed gives the same weights.
+        num_channels: channels of each level of the network, finest first.
+        num_res_blocks: residual blocks of each level.
+        norm_num_groups: groups of every group norm; divides all channels.
+    """
+
+    steps: int = 8000
+    batch_size: int = 1
+    crop_size: int = 32
+    learning_rate: float = 3e-4
+    gradient_weight: float = 0.5
+    kl_weight: float = 1e-5
+    held_out_fraction: float = 0.3
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    seed: int = 0
+    num_channels: tuple[int, ...] = (16, 16, 32)
+    num_res_blocks: tuple[int, ...] = (1, 2, 2)
+    norm_num_groups: int = 1
+
+
+@dataclass
+class _Volume:
+    domain: str
+    image: Tensor  # (1, X, Y, Z) float32 in [0, 1]
+    held_out: int  # first index along X that is not trained on
+
+
+def train_tokenizer(
+    input: Path, output: Path, config: TokenizerTrainingConfig | None = None
+) -> dict[str, Any]:
+    """Train a tokenizer and write it to ``output`` (a ``.safetensors`` file of the package's own format).
+
+    Args:
+        input: anything that :func:`~meduet_fast.data.sources.find_volumes` reads.
+        output: the file to write, whole or not at all.
+        config: the settings; the defaults if None.
+
+    Returns:
+        Measured quality, as it is stored in the file: "psnr_db" and "ssim" on held-out crops, each by domain
+        and as the "mean" over the domains; "loss", the mean training loss of the "first" and "last" tenth.
+
+    Raises:
+        UserError: for bad settings, unreadable volumes, or volumes that cannot hold a training crop and a
+            held-out crop.
+    """
+    config = config or TokenizerTrainingConfig()
+    architecture = Architecture(config.num_channels, config.num_res_blocks, config.norm_num_groups)
+    _check(config, architecture, output)
+    torch.manual_seed(config.seed)
+    try:
+        network = architecture.build().to(select_device(config.device))
+        pass_images_through(network)
+    except ValueError as error:
+        raise UserError(f"num_channels, num_res_blocks, norm_num_groups: {error}") from error
+    volumes = _read_volumes(input, config, architecture.compression)
+    losses = _optimise(network, volumes, config)
+    tokenizer = AutoencoderTokenizer(architecture, network, "trained")
+    _standardise(tokenizer, volumes)
+    metrics = _evaluate(tokenizer, volumes, config)
+    tenth = max(1, len(losses) // 10)
+    metrics["loss"] = {
+        "first": round(sum(losses[:tenth]) / tenth, 5),
+        "last": round(sum(losses[-tenth:]) / tenth, 5),
+    }
+    training = {
+        **asdict(config),
+        "volumes": [volume.domain for volume in volumes],
+        "torch": torch.__version__,
+    }
+    save_safetensors(output, architecture, network, metrics, training)
+    return metrics
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The result of :func:`train_tokenizer` as a table: a line for each domain, and their mean."""
+    lines = [f"{'held-out crops of':<24}{'PSNR (dB)':>10}{'SSIM':>8}"]
+    for domain, psnr in metrics["psnr_db"].items():
+        lines.append(f"{domain:<24}{psnr:>10.2f}{metrics['ssim'][domain]:>8.3f}")
+    loss = metrics["loss"]
+    return "\n".join([*lines, f"training loss {loss['first']:.4f} at first, {loss['last']:.4f} at last"])
+
+
+def _check(config: TokenizerTrainingConfig, architecture: Architecture, output: Path) -> None:
+    for name in ("steps", "batch_size", "crop_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: found {getattr(config, name)}, expected 1 or more")
+    if config.crop_size % architecture.compression or config.crop_size < 16:
+        raise UserError(
+            f"crop_size: found {config.crop_size}, expected a multiple of {architecture.compression}, "
+            "at least 16"
+        )
+    if not 0 < config.held_out_fraction < 1:
+        raise UserError(
+            f"held_out_fraction: found {config.held_out_fraction}, expected more than 0, less than 1"
+        )
+    if not 0 < config.learning_rate < math.inf:
+        raise UserError(f"learning_rate: found {config.learning_rate}, expected a positive number")
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: expected a file name that ends in .safetensors")
+    try:  # now, not after an hour of training
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+
+
+def _read_volumes(input: Path, config: TokenizerTrainingConfig, multiple: int) -> list[_Volume]:
+    volumes = []
+    for entry in track(find_volumes(input), "Reading volumes", unit="volume"):
+        image = load_volume(entry, TransformConfig(multiple=multiple)).image
+        try:
+            start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)
+            if min(image.shape[2:]) < config.crop_size:
+                raise UserError(f"{tuple(image.shape[1:])} voxels cannot hold a crop of {config.crop_size}")
+        except UserError as error:
+            raise UserError(f"{entry.path}: {error}") from error
+        volumes.append(_Volume(entry.domain, image, start))
+    return volumes
+
+
+def _crop(image: Tensor, first: int, last: int, size: int, generator: torch.Generator) -> Tensor:
+    """A random crop (1, size, size, size) that lies in [first, last) along the first axis of space."""
+    lows, highs = (first, 0, 0), (last, *image.shape[2:])
+    x, y, z = (
+        int(torch.randint(low, high - size + 1, (), generator=generator))
+        for low, high in zip(lows, highs, strict=True)
+    )
+    return image[:, x : x + size, y : y + size, z : z + size]
+
+
+def _batches(volumes: list[_Volume], config: TokenizerTrainingConfig) -> Iterator[Tensor]:
+    """Endless batches (B, 1, s, s, s): the domains in turn, a random volume of each."""
+    generator = torch.Generator().manual_seed(config.seed)
+    domains = sorted({volume.domain for volume in volumes})
+    drawn = 0
+    while True:
+        crops = []
+        for _ in range(config.batch_size):
+            own = [volume for volume in volumes if volume.domain == domains[drawn % len(domains)]]
+            volume = own[int(torch.randint(len(own), (), generator=generator))]
+            crops.append(_crop(volume.image, 0, volume.held_out, config.crop_size, generator))
+            drawn += 1
+        yield torch.stack(crops)
+
+
+def _optimise(
+    network: AutoencoderKlMaisi, volumes: list[_Volume], config: TokenizerTrainingConfig
+) -> list[float]:
+    """Train ``network`` in place; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
+    warm_up = min(50, config.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / (warm_up + 1)) * (1 + math.cos(math.pi * step / config.steps)) / 2,
+    )
+    network.train()
+    device = next(network.parameters()).device
+    losses = []
+    with progress_bar("Training tokenizer", config.steps, "step") as bar:
+        for _, images in zip(range(config.steps), _batches(volumes, config), strict=False):
+            loss = _loss(network, images.to(device), config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"train-tokenizer: the loss is {losses[-1]} at step {len(losses)}; lower learning_rate"
+                )
+            recent = losses[-50:]
+            bar.update(1, f"loss {sum(recent) / len(recent):.4f}")
+    return losses
+
+
+def _loss(network: AutoencoderKlMaisi, images: Tensor, config: TokenizerTrainingConfig) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        mu, sigma = (tensor.float() for tensor in network.encode(images))
+        reconstruction = network.decode(mu + sigma * torch.randn_like(sigma)).float()
+    error = reconstruction - images
+    edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in range(2, error.ndim)]).mean()
+    # The mean error of a crop counts by its square: in the L1 term it would push all weights the same way,
+    # and with the same force however small it is; training would swing about the right brightness.
+    offset = error.mean(dim=(1, 2, 3, 4), keepdim=True)
+    l1 = (error - offset).abs().mean() + offset.square().mean()
+    kl = 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).mean()
+    return l1 + config.gradient_weight * edges + config.kl_weight * kl
+
+
+@torch.no_grad()
+def _standardise(tokenizer: AutoencoderTokenizer, volumes: list[_Volume]) -> None:
+    """Give the latents mean 0 and overall variance 1, each channel's deviation in proportion to its effect on
+    the image, by folding that into the 1x1x1 convolutions around them; reconstructions stay the same.
+
+    So an error of latents weighs about what it does to the image. With equal deviations most of the variance
+    would be fine detail that nothing around it foretells, and pretraining would try to predict noise.
+    Measured on the training side of every volume.
+    """
+    parts, middles = [], []
+    for volume in track(volumes, "Standardising latents", unit="volume"):
+        end = volume.held_out // tokenizer.compression * tokenizer.compression
+        latents = tokenizer.encode(volume.image[None, :, :end])
+        parts.append(latents[0].flatten(1))
+        middles.append(_middle(latents, GAIN_CROP))
+    std, mean = torch.std_mean(torch.cat(parts, dim=1), dim=1)
+    std.clamp_min_(1e-6)  # a channel that says nothing
+    gain = torch.stack([_gains(tokenizer.network, latents, std) for latents in middles]).mean(0)
+    scale = gain / gain.square().mean().sqrt() / std
+    weights = tokenizer.network.state_dict()  # shares memory with the network
+    weights["quant_conv_mu.conv.weight"].mul_(scale.view(-1, 1, 1, 1, 1))
+    weights["quant_conv_mu.conv.bias"].sub_(mean).mul_(scale)
+    weights["quant_conv_log_sigma.conv.bias"].add_(2 * scale.log())  # the logarithm of the variance
+    back = weights["post_quant_conv.conv.weight"]
+    weights["post_quant_conv.conv.bias"].add_(back.flatten(1) @ mean)
+    back.div_(scale.view(1, -1, 1, 1, 1))
+
+
+def _middle(latents: Tensor, size: int) -> Tensor:
+    """The middle of latents (B, C, X, Y, Z), at most ``size`` along each axis."""
+    for axis in (2, 3, 4):
+        length = min(size, latents.shape[axis])
+        latents = latents.narrow(axis, (latents.shape[axis] - length) // 2, length)
+    return latents
+
+
+def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
+    """Root mean square change of the image per deviation of each latent channel, (C,)."""
+    image, step = network.decode(latents), 0.1
+    noise = torch.randn(latents.shape[2:], generator=torch.Generator().manual_seed(0)).to(latents)
+    gains = []
+    for channel, deviation in enumerate(std):
+        moved = latents.clone()
+        moved[:, channel] += step * deviation * noise
+        gains.append((network.decode(moved) - image).square().mean().sqrt() / step)
+    # A channel that moves nothing keeps a small share: a deviation of 0 could not be undone.
+    result = torch.stack(gains)
+    return result.clamp_min(1e-3 * float(result.max()))
+
+
+@torch.no_grad()
+def _evaluate(
+    tokenizer: AutoencoderTokenizer, volumes: list[_Volume], config: TokenizerTrainingConfig
+) -> dict[str, Any]:
+    """PSNR (dB) and SSIM of held-out crops by domain, and their means over the domains."""
+    psnr, ssim = PSNRMetric(max_val=1.0), SSIMMetric(spatial_dims=3, data_range=1.0)
+    values: dict[str, dict[str, list[float]]] = {"psnr_db": {}, "ssim": {}}
+    for volume in track(volumes, "Measuring", unit="volume"):
+        crops = held_out_crops(volume.image, volume.held_out, config.crop_size)
+        result = torch.cat([tokenizer.decode(tokenizer.encode(crop[None])) for crop in crops]).cpu()
+        for name, metric in (("psnr_db", psnr), ("ssim", ssim)):
+            values[name].setdefault(volume.domain, []).extend(
+                torch.as_tensor(metric(result, crops)).flatten().tolist()
+            )
+    means = {
+        name: {domain: sum(found) / len(found) for domain, found in by_domain.items()}
+        for name, by_domain in values.items()
+    }
+    return {
+        name: {domain: round(value, 4) for domain, value in by_domain.items()}
+        | {"mean": round(sum(by_domain.values()) / len(by_domain), 4)}
+        for name, by_domain in means.items()
+    }
+
+
+def held_out_crops(image: Tensor, held_out: int, size: int) -> Tensor:
+    """Crops (EVALUATION_CROPS, 1, size, size, size) of ``image``, (1, X, Y, Z), at X >= ``held_out``.
+
+    Of many random ones (fixed seed) those with the most contrast: empty air would flatter the figures.
+    """
+    generator = torch.Generator().manual_seed(0)
+    crops = [_crop(image, held_out, image.shape[1], size, generator) for _ in range(EVALUATION_CANDIDATES)]
+    crops.sort(key=lambda crop: -float(crop.std()))
+    return torch.stack(crops[:EVALUATION_CROPS])

@@ -1,0 +1,178 @@
+"""From a volume file to a checked, prepared image: RAS, [0, 1], 1.5 mm, cropped to the body and padded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CenterSpatialCrop,
+    Compose,
+    CropForeground,
+    DivisiblePad,
+    Orientation,
+    Spacing,
+    SpatialPad,
+)
+from torch import Tensor
+
+from meduet_fast.errors import UserError, VolumeError
+
+from .nifti import read_nifti
+from .sources import VolumeEntry
+
+# Raised when the code below gives other voxels than before, so that prepared volumes count as stale.
+TRANSFORM_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """The prepared grid. The axes are always RAS: left to right, posterior to anterior, inferior to superior.
+
+    Attributes:
+        spacing: distance between voxels in mm, the same along every axis.
+        max_size: longest axes in voxels of the prepared grid; what is longer is cropped about its centre.
+        min_size: shortest axis in voxels of the prepared grid; what is shorter is padded with zeros on both
+            sides. A volume with less than a quarter of it is refused.
+        multiple: the axes are padded to a multiple of this many voxels (the tokenizer's compression).
+
+    Raises:
+        UserError: if a value is not positive, or ``max_size`` is below ``min_size`` or not divisible by
+            ``multiple``.
+    """
+
+    spacing: float = 1.5
+    max_size: tuple[int, int, int] = (512, 512, 768)
+    min_size: int = 96
+    multiple: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spacing < float("inf"):
+            raise UserError(f"spacing: found {self.spacing}, expected a positive number of mm")
+        if self.multiple < 1 or self.min_size < 1:
+            raise UserError(
+                f"min_size and multiple: found {self.min_size} and {self.multiple}, expected 1 or more"
+            )
+        if any(size < self.min_size or size % self.multiple for size in self.max_size):
+            raise UserError(
+                f"max_size: found {tuple(self.max_size)}, expected multiples of {self.multiple} "
+                f"that are at least {self.min_size}"
+            )
+
+
+@dataclass
+class PreparedVolume:
+    """A volume on the prepared grid.
+
+    Attributes:
+        image: (1, X, Y, Z) float32 in [0, 1], RAS axes.
+        affine: (4, 4) float64, voxel index to RAS position in mm.
+        spacing: mm along X, Y, Z.
+    """
+
+    image: Tensor
+    affine: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
+    """Read, check and prepare one volume (spec section 1).
+
+    Intensity to [0, 1], orientation to RAS, spacing by trilinear interpolation, crop to the bounding box of
+    the voxels above 0, centre crop to ``max_size``, zero padding to ``min_size`` and ``multiple``.
+
+    Raises:
+        VolumeError: with a plain reason, if the file cannot be read, is no NIfTI, is damaged, is not 3D, has
+            an unusable header or voxels, shows nothing, or is too small.
+    """
+    voxels, affine = read_nifti(entry.path)
+    _apply_intensity(voxels, entry)
+    return _prepare(entry.path, voxels, affine, config)
+
+
+def _apply_intensity(voxels: np.ndarray, entry: VolumeEntry) -> None:
+    """Map ``voxels`` to [0, 1] in place."""
+    rule = entry.intensity
+    low, high = rule.low, rule.high
+    if rule.kind == "mr_percentile":
+        low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
+    if low < high:
+        voxels -= low
+        voxels *= 1 / (high - low)
+        np.clip(voxels, 0, 1, out=voxels)
+    if low >= high or voxels.min() == voxels.max():
+        raise VolumeError(
+            entry.path,
+            f"constant image after {rule.kind} [{rule.low:g}, {rule.high:g}]: "
+            "does the intensity rule suit the modality?",
+        )
+
+
+def _prepare(path: Path, voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) -> PreparedVolume:
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    size = tuple(math.ceil(n * edge / config.spacing) for n, edge in zip(voxels.shape, edges, strict=True))
+    if math.prod(size) > 4 * math.prod(config.max_size):
+        raise VolumeError(
+            path,
+            f"spacing {tuple(edges.round(4).tolist())} mm makes a grid of {size} voxels, far beyond "
+            f"{tuple(config.max_size)}: is the spacing in mm?",
+        )
+    to_grid = Compose(
+        [
+            Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Spacing(config.spacing, mode="bilinear", dtype=np.float32),
+            CropForeground(allow_smaller=True),
+        ]
+    )
+    to_size = Compose(
+        [
+            CenterSpatialCrop(config.max_size),
+            SpatialPad([config.min_size] * 3),
+            DivisiblePad(config.multiple),
+        ]
+    )
+    image = to_grid(MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine)))
+    found = tuple(image.shape[1:])
+    if min(found) < config.min_size / 4:
+        raise VolumeError(
+            path,
+            f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
+            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)",
+        )
+    image = to_size(image)
+    grid = np.asarray(image.affine, dtype=np.float64)
+    x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
+    return PreparedVolume(
+        # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
+        image=image.as_tensor().contiguous().clamp_(0, 1),
+        affine=grid,
+        spacing=(x, y, z),
+    )
+
+
+def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity: str) -> str:
+    """SHA-256 (hex) of all that decides a volume's latents: file, intensity rule, transforms, tokenizer.
+
+    Raises:
+        VolumeError: if the file cannot be read.
+    """
+    settings = {
+        "version": TRANSFORM_VERSION,
+        "intensity": asdict(entry.intensity),
+        "transform": asdict(config),
+        "tokenizer": tokenizer_identity,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    try:
+        with entry.path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise VolumeError(entry.path, f"cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

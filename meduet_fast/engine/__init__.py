@@ -1,0 +1,1 @@
+"""Trains any task: loop, step, checkpoints, processes, precision, logs."""

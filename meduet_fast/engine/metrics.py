@@ -1,0 +1,228 @@
+"""What a run tells: JSON lines, TensorBoard, the text beside the bar. Nothing waits for the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path
+from meduet_fast.pretraining.config import PretrainConfig
+from meduet_fast.pretraining.cost import flops_per_sample
+from meduet_fast.pretraining.losses import ObjectiveConfig
+
+from .distributed import World
+
+METRICS_FILE = "metrics.jsonl"
+LOSSES = ("reconstruction", "domain_content", "domain_style", "mftd", "siqc", "total")
+
+
+@dataclass
+class StepValues:
+    """Values of one step, on their way from the device.
+
+    Attributes:
+        step: which step.
+        names: of the values.
+        values: (len(names),) float32 on the host; valid once ``ready`` has happened.
+        volumes: ids of the volumes in the step's batches.
+        waited: seconds that the step waited for data.
+        done_at: ``time.perf_counter()`` when the host was through with the step; when the device was, if it
+            was found to be still at it.
+        ready: the copy's event; None where there is nothing to wait for.
+    """
+
+    step: int
+    names: Sequence[str]
+    values: Tensor
+    volumes: list[Tensor]
+    waited: float
+    done_at: float
+    ready: torch.cuda.Event | None
+
+    def fetch(self) -> dict[str, float]:
+        """The values; waits for the copy, which is long over a step later."""
+        if self.ready is not None and not self.ready.query():
+            self.ready.synchronize()
+            self.done_at = time.perf_counter()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+def send_values(step: int, values: dict[str, Tensor], volumes: list[Tensor], waited: float) -> StepValues:
+    """Start the copy of scalar tensors to the host without waiting for it."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if not stacked.is_cuda:
+        return StepValues(step, list(values), stacked, volumes, waited, time.perf_counter(), None)
+    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+    host.copy_(stacked, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return StepValues(step, list(values), host, volumes, waited, time.perf_counter(), ready)
+
+
+# Dense bfloat16 TFLOP/s by name of the device, the longer names first. Source: NVIDIA's data sheets.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "A100": 312, "A800": 312, "H800": 989, "L40S": 362, "A10G": 70, "RTX 4090": 165,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What the device's matrix units can do in bfloat16, in 10^12 FLOP/s; None if not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: of the device's allocator on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def metrics_file(rank: int = 0) -> str:
+    """Name of a process's file in the run's folder."""
+    return METRICS_FILE if rank == 0 else f"metrics.rank{rank}.jsonl"
+
+
+def read_metrics(run: Path, rank: int = 0) -> list[dict[str, float]]:
+    """The records of a process; a last line cut short by a kill is left out.
+
+    Losses are means over all processes and the same in all files; times and memory are the process's own.
+
+    Raises:
+        UserError: if the file is absent or another line is damaged.
+    """
+    path = run / metrics_file(rank)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; is this a pretraining run?") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged: {error}") from error
+    return records
+
+
+def _flops_by_objective(config: PretrainConfig, start: int) -> dict[ObjectiveConfig, int]:
+    """FLOPs of a sample in each stretch of the run; counted before the first step, since it takes seconds."""
+    steps = (start, config.mftd_start_step, config.siqc_start_step)
+    objectives = {config.objective_at(max(step, start)) for step in steps}
+    return {objective: flops_per_sample(config.model, objective) for objective in objectives}
+
+
+class RunLog:
+    """Appends to this process's metrics file, and on rank 0 to TensorBoard.
+
+    Args:
+        run: the run's folder.
+        start_step: records from this step on, of an earlier attempt, are dropped.
+        config: of the run.
+        world: the processes whose losses are averaged.
+    """
+
+    def __init__(self, run: Path, start_step: int, config: PretrainConfig, world: World) -> None:
+        path = run / metrics_file(world.rank)
+        if path.exists():
+            kept = [record for record in read_metrics(run, world.rank) if record["step"] < start_step]
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = (
+            SummaryWriter(str(run / "tensorboard"), purge_step=start_step) if world.rank == 0 else None
+        )
+        self._config, self._world, self._peak = config, world, peak_tflops(world.device)
+        self._flops = _flops_by_objective(config, start_step) if world.device.type == "cuda" else {}
+        self._steps, self._waited, self._last = 0, 0.0, time.perf_counter()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def report(self, step: int, values: dict[str, float], waited: float, done_at: float) -> str | None:
+        """Take in one step; every ``log_every`` steps average over processes and write a record.
+
+        Args:
+            values: losses, gradient norm and learning rate of this process.
+            waited: seconds that the step waited for data.
+            done_at: ``time.perf_counter()`` when the step was done.
+
+        Returns:
+            Text for the progress bar when a record was written.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        self._steps += 1
+        self._waited += waited
+        if (step + 1) % self._config.log_every:
+            return None
+        mean = dict(zip(values, self._world.mean(list(values.values())), strict=True))
+        record = {"step": step, **mean, **self._speed(step, done_at), "time": time.time()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in record.keys() - {"step", "time"}:
+                self._board.add_scalar(f"{'loss' if name in LOSSES else 'run'}/{name}", record[name], step)
+        return summary_line(record)
+
+    def _speed(self, step: int, done_at: float) -> dict[str, float]:
+        """Of this process's device since the last record."""
+        elapsed = max(done_at - self._last, 1e-9)
+        config = self._config
+        rate = self._steps * config.batch_size * config.accumulate / elapsed
+        speed = {
+            "samples_per_s": rate,
+            "tokens_per_s": rate * config.model.num_tokens,
+            "data_wait_percent": 100 * self._waited / elapsed,
+            "memory_mb": peak_memory_mb(self._world.device),
+        }
+        if self._flops:
+            speed["tflops_per_s"] = rate * self._flops[config.objective_at(step)] / 1e12
+            if self._peak is not None:
+                speed["mfu_percent"] = 100 * speed["tflops_per_s"] / self._peak
+        self._steps, self._waited, self._last = 0, 0.0, done_at
+        return speed
+
+
+def non_finite(values: dict[str, float]) -> list[str]:
+    """Names of the values that are not finite, the terms before their total."""
+    return [name for name, value in values.items() if not math.isfinite(value)]
+
+
+def summary_line(record: dict[str, float]) -> str:
+    """The text beside the progress bar."""
+    short = {
+        "total": "loss", "reconstruction": "rec", "domain_content": "dom_c", "domain_style": "dom_s",
+        "mftd": "mftd", "siqc": "siqc",
+    }  # fmt: skip
+    losses = " ".join(f"{label} {record[name]:.3f}" for name, label in short.items())
+    return (
+        f"{losses} | {record['samples_per_s']:.1f} samples/s, data wait {record['data_wait_percent']:.0f} %, "
+        f"{record['memory_mb']:.0f} MB"
+        + (f", MFU {record['mfu_percent']:.0f} %" if "mfu_percent" in record else "")
+    )

@@ -1,0 +1,76 @@
+"""Transformer blocks with timm's parameter names, and fixed 3D sine-cosine positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meduet_fast.kernels.dtypes import autocast_dtype
+from meduet_fast.layers import attention, sincos_positions_3d
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on (B, N, D), computed as :func:`set_attention_backend` says."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = attention.attend(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """Linear, exact-erf GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def residual_stream(tokens: Tensor) -> Tensor:
+    """What blocks add to: in float32 under autocast, where bfloat16 would round every sum.
+
+    Source: so it is in the published step, whose positions are float32.
+    """
+    return tokens if autocast_dtype(tokens) is None else tokens.float()
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Fixed positions of a cubic token grid, with a zero row for CLS in front.
+
+    Args:
+        dim: width, a multiple of 6.
+        grid: tokens along each axis.
+
+    Returns:
+        (1, 1 + grid^3, dim) float32.
+    """
+    table = sincos_positions_3d(dim, (grid, grid, grid))
+    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0)

@@ -1,0 +1,78 @@
+"""A model as one file for everybody else: in our names, the published ones, or MONAI's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path
+
+from .meduet import MODEL_FILE, MeDUET
+from .monai_names import to_monai_unetr, to_monai_vit
+
+CONFIG_FILE = "config.json"
+ExportFormat = Literal["meduet", "reference", "monai-vit", "unetr"]
+
+
+def _converted(model: MeDUET, form: ExportFormat) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict, and what ``config.json`` says of it."""
+    state = {key: value.detach().cpu() for key, value in model.to_reference().items()}
+    if form == "reference":
+        return state, {"class": "meduet_fast.models.MeDUET", "arguments": asdict(model.config)}
+    # Their LayerNorms take no epsilon as an argument.
+    notes: dict[str, Any] = {"layer_norm_eps": model.config.layer_norm_eps}
+    if form == "monai-vit":
+        tensors, arguments = to_monai_vit(state, model.config)
+        return tensors, {"class": "monai.networks.nets.ViT", "arguments": arguments, **notes}
+    tensors, arguments = to_monai_unetr(state, model.config)
+    notes["latents_repeated"] = arguments["img_size"][0] // model.config.latent_size
+    return tensors, {"class": "monai.networks.nets.UNETR", "arguments": arguments, **notes}
+
+
+def export_model(
+    model: MeDUET, output: Path, form: ExportFormat = "meduet", source: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write a model's weights, and what a reader has to know to load them.
+
+    Args:
+        model: on any device.
+        output: a name that ends in ``.safetensors`` is the one file to write; anything else is a folder that
+            gets ``model.safetensors`` and ``config.json``, which says the class and its arguments.
+        form: "meduet" is loaded by :meth:`MeDUET.from_pretrained`; "reference" has the published names and is
+            loaded by :meth:`MeDUET.from_reference`; "monai-vit" is loaded by MONAI's ``ViT``, and "unetr" by
+            the ``vit`` of its ``UNETR``, see ``monai_names.py``.
+        source: where the weights come from: JSON values for ``config.json``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: if the model does not fit the form, or the files can't be written.
+    """
+    single = output.suffix == ".safetensors"
+    file = output if single else output / MODEL_FILE
+    try:
+        if form == "meduet":
+            about = {"class": "meduet_fast.models.MeDUET", "arguments": asdict(model.config)}
+            model.save_pretrained(file)
+        else:
+            tensors, about = _converted(model, form)
+            metadata = {"format": "pt", "config": json.dumps(about)}
+            with atomic_path(file) as temporary:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        if single:
+            return [file]
+        config = output / CONFIG_FILE
+        with atomic_path(config) as temporary:
+            text = json.dumps({"format": form, **about, **(source or {})}, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: can't be written: {error.strerror or error}") from error
+    return [file, config]

@@ -1,0 +1,309 @@
+"""The MeDUET network. Parameter names and shapes are those of the published checkpoints.
+
+Source: MeDUET sections "Network" and "Mixing and demixing". Passes are split so that the objective can batch
+passes of equal weights and decode nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path
+from meduet_fast.kernels import (
+    MixTables,
+    assemble_streams,
+    patch_embed_3d,
+    patch_embed_tokens,
+    style_convolution,
+)
+
+from .blocks import Block, residual_stream, sincos_positions
+from .config import MeDUETConfig
+
+PUBLISHED_TEMPERATURE = 0.07
+MODEL_FILE = "model.safetensors"  # in a folder that `meduet-fast export` wrote
+
+
+class Factors(NamedTuple):
+    """An encoding: CLS (B, 1, D), content (B, L, D) and style (B, L, Ds) of every token."""
+
+    cls: Tensor
+    content: Tensor
+    style: Tensor
+
+
+def reverse_gradient(x: Tensor) -> Tensor:
+    """Identity whose gradient has the opposite sign (lambda 1)."""
+    return 2 * x.detach() - x
+
+
+class PatchEmbedding(nn.Module):
+    """Holds the Conv3d of the published checkpoints; applied as a matrix product."""
+
+    def __init__(self, config: MeDUETConfig) -> None:
+        super().__init__()
+        edge = config.patch_size
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel_size=edge, stride=edge)
+
+
+class Factorizer(nn.Module):
+    """Token -> content and style, without bias; style is smoothed along the sequence of its own source."""
+
+    def __init__(self, config: MeDUETConfig) -> None:
+        super().__init__()
+        self.proj_c = nn.Conv1d(config.embed_dim, config.embed_dim, 1, bias=False)
+        self.proj_s = nn.Conv1d(config.embed_dim, config.style_dim, 1, bias=False)
+        self.smooth = nn.Conv1d(
+            config.style_dim, config.style_dim, 3, padding=1, groups=config.style_dim, bias=False
+        )
+
+    def forward(self, tokens: Tensor, tables: MixTables | None) -> tuple[Tensor, Tensor]:
+        content = F.linear(tokens, self.proj_c.weight.squeeze(-1))
+        style = F.linear(tokens, self.proj_s.weight.squeeze(-1))
+        return content, style_convolution(style, self.smooth.weight, tables)
+
+
+class Fusion(nn.Module):
+    """[content | style] -> token."""
+
+    def __init__(self, config: MeDUETConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv1d(config.embed_dim + config.style_dim, config.embed_dim, 1)
+
+
+class DomainClassifiers(nn.Module):
+    """Which data set a pooled factor comes from; content is behind a gradient reversal."""
+
+    def __init__(self, config: MeDUETConfig) -> None:
+        super().__init__()
+        self.domain_classifier_c = self._head(config.embed_dim, config.num_domains)
+        self.domain_classifier_s = self._head(config.style_dim, config.num_domains)
+
+    @staticmethod
+    def _head(dim: int, num_domains: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, 2 * dim), nn.ReLU(),
+            nn.Linear(2 * dim, num_domains),
+        )  # fmt: skip
+
+    def forward(self, content: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+        return self.domain_classifier_c(reverse_gradient(content)), self.domain_classifier_s(style)
+
+
+class MeDUET(nn.Module):
+    """The student or the teacher.
+
+    ``model(latents)`` encodes unmixed crops: what downstream users need. The other methods are the passes of
+    pretraining, see :func:`meduet_fast.pretraining.pretraining_losses`.
+    """
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(self, config: MeDUETConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or MeDUETConfig()
+        dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
+        grid = config.latent_size // config.patch_size
+        self.embed_layer = PatchEmbedding(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(dim, grid))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, config.mlp_ratio, config.layer_norm_eps) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.disentangled_factorizer = Factorizer(config)
+        self.latent_entanglement = Fusion(config)
+        self.domain_classifier = DomainClassifiers(config)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, grid))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio, config.layer_norm_eps)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(decoder_dim, config.token_dim)
+        # Log of the contrast's scale for content and style. The published loss module owned them and its
+        # optimiser never saw them, so they are no part of a published checkpoint.
+        self.siqc_log_scale = nn.Parameter(torch.full((2,), math.log(1 / PUBLISHED_TEMPERATURE)))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.embed_layer.proj.weight.flatten(1))
+        nn.init.zeros_(self.embed_layer.proj.bias)  # type: ignore[arg-type]
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def _with_cls(self, tokens: Tensor) -> Tensor:
+        """Fill the row that the patch embedding left free."""
+        tokens[:, :1] = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
+        return tokens
+
+    def embed(self, latents: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """Latents (B, C, S, S, S) -> tokens (B, 1+L, D), with the partner's where the mask is 1.
+
+        Raises:
+            ValueError: if the crop is not the configured size.
+        """
+        config = self.config
+        if latents.dim() != 5 or latents.shape[1:] != (config.in_channels, *[config.latent_size] * 3):
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}, "
+                f"expected (B, {config.in_channels}, {', '.join([str(config.latent_size)] * 3)})"
+            )
+        projection = self.embed_layer.proj
+        tokens = patch_embed_3d(
+            latents,
+            projection.weight,
+            projection.bias,
+            self.pos_embed[0, 1:],
+            source_mask,
+            num_prefix_tokens=1,
+        )
+        return self._with_cls(tokens)
+
+    def embed_predicted(self, tokens: Tensor) -> Tensor:
+        """Predicted tokens (B, L, p^3*C) -> tokens (B, 1+L, D), as if the volume had been put together."""
+        projection = self.embed_layer.proj
+        return self._with_cls(
+            patch_embed_tokens(
+                tokens, projection.weight, projection.bias, self.pos_embed[0, 1:], num_prefix_tokens=1
+            )
+        )
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, 1+L, D) through the encoder and its final LayerNorm."""
+        tokens = residual_stream(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def factorize(self, encoded: Tensor, tables: MixTables | None = None) -> Factors:
+        """Split an encoding (B, 1+L, D); ``tables`` of the mask if it is a mixed one."""
+        content, style = self.disentangled_factorizer(encoded[:, 1:], tables)
+        return Factors(encoded[:, :1], content, style)
+
+    def decode(
+        self, factors: Factors, tables: MixTables, straight: bool = True, swapped: bool = True
+    ) -> Tensor:
+        """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles.
+
+        Returns:
+            (n*B, L, p^3*C), n = 2 or 4: straight source 1, straight source 2, swapped source 1,
+            swapped source 2; tokens in (px, py, pz, c) order.
+        """
+        # Fusion and decoder_embed are both linear: their product acts on each factor once, and the swap
+        # is a choice between style parts.
+        fusion, embed = self.latent_entanglement.proj, self.decoder_embed
+        assert fusion.bias is not None
+        weight = embed.weight @ fusion.weight.squeeze(-1)
+        bias = F.linear(fusion.bias, embed.weight, embed.bias)
+        dim = self.config.embed_dim
+        x = assemble_streams(
+            F.linear(factors.content, weight[:, :dim], bias),
+            F.linear(factors.style, weight[:, dim:]),
+            embed(factors.cls),
+            self.mask_token.flatten(),
+            self.decoder_pos_embed[0],
+            tables,
+            straight,
+            swapped,
+        )
+        x = residual_stream(x)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+
+    def forward(self, latents: Tensor) -> Factors:
+        """Encode unmixed crops: latents (B, C, S, S, S) -> content and style of every token."""
+        return self.factorize(self.encode(self.embed(latents)))
+
+    @classmethod
+    def from_reference(cls, state: Mapping[str, Tensor], config: MeDUETConfig | None = None) -> MeDUET:
+        """Load a published checkpoint's state dict.
+
+        A ``module.`` prefix and the dead 2D ``patch_embed`` are ignored.
+
+        Args:
+            state: the state dict.
+            config: sizes; read off the state dict if None, with the published 12 heads.
+
+        Raises:
+            ValueError: naming missing, unexpected or wrongly shaped keys.
+        """
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = {key: value for key, value in state.items() if not key.startswith("patch_embed.")}
+        model = cls(config or MeDUETConfig.from_state_dict(state))
+        expected = model.to_reference()
+        problems = [f"missing {key}" for key in expected if key not in state]
+        problems += [f"unexpected {key}" for key in state if key not in expected]
+        problems += [
+            f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+            for key in expected
+            if key in state and state[key].shape != expected[key].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError("not this model's reference state dict: " + "; ".join(problems[:5]) + more)
+        model.load_state_dict({**state, "siqc_log_scale": model.siqc_log_scale.detach()})
+        return model
+
+    def to_reference(self) -> dict[str, Tensor]:
+        """State dict with the published names, shapes and values."""
+        return {key: value for key, value in self.state_dict().items() if key != "siqc_log_scale"}
+
+    def save_pretrained(self, path: Path | str) -> None:
+        """Write one safetensors file: weights, and the sizes in its metadata. Atomic.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        from safetensors.torch import save_file  # here, so that a network needs torch alone
+
+        metadata = {"format": "pt", "meduet_config": json.dumps(asdict(self.config))}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str) -> MeDUET:
+        """Load what :meth:`save_pretrained` wrote, onto the CPU.
+
+        Args:
+            path: the file, or a folder with it as ``model.safetensors``.
+
+        Raises:
+            UserError: naming the file, if it is absent, damaged or not a MeDUET model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if path.is_dir():
+            path /= MODEL_FILE
+        try:
+            with safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {})["meduet_config"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            model = cls(MeDUETConfig(**config))
+            model.load_state_dict(state)
+        except KeyError as error:
+            raise UserError(f"{path}: not a MeDUET model: no {error} in its metadata") from error
+        except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: not a readable MeDUET model: {error}") from error
+        return model

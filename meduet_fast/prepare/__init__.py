@@ -1,0 +1,1 @@
+"""Volumes become a store of latents; a published cache is taken over."""

@@ -1,0 +1,97 @@
+"""From volumes to a latent store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from meduet_fast.autoencoder.base import Tokenizer, load_tokenizer
+from meduet_fast.data.sources import IntensityRule, VolumeEntry, find_volumes
+from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
+from meduet_fast.devices import select_device
+from meduet_fast.errors import UserError
+
+from .update import PrepareSummary, VolumeJob, VolumeLatents, update_store
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How volumes become latents.
+
+    Attributes:
+        transform: grid of the prepared image.
+        tokenizer: "builtin", or the path of a ``.safetensors`` of ``train-tokenizer`` or MAISI's
+            ``autoencoder.pt``.
+        sample: draw latents from the tokenizer's posterior instead of taking its mean.
+        seed: seed of that draw; every volume has a stream of its own.
+        device: where the tokenizer works; "auto" takes CUDA where there is one.
+        domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
+    """
+
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    tokenizer: str = "builtin"
+    sample: bool = False
+    seed: int = 0
+    device: str = "auto"
+    domain: str | None = None
+    intensity: IntensityRule | None = None
+    body_part: str = "unknown"
+
+
+def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSummary:
+    """Make or update the latent store ``output``: the volumes of ``input_path``, and no others.
+
+    Only what is missing or stale is made: a volume counts as unchanged if its file's bytes, its intensity
+    rule, the transforms and the tokenizer are the same. A bad volume is recorded and the rest goes on. The
+    store can be read at every moment, also after a kill.
+
+    Raises:
+        UserError: no usable input, no such tokenizer or device, or the store is in use or cannot be written.
+    """
+    entries = find_volumes(input_path, config.domain, config.intensity, config.body_part)
+    tokenizer = load_tokenizer(config.tokenizer, select_device(config.device))
+    return prepare_volumes(entries, output, tokenizer, config)
+
+
+def prepare_volumes(
+    entries: Sequence[VolumeEntry], output: Path, tokenizer: Tokenizer, config: PrepareConfig
+) -> PrepareSummary:
+    """:func:`prepare` for volumes and a tokenizer at hand."""
+    if config.transform.multiple % tokenizer.compression:
+        raise UserError(
+            f"transform.multiple: found {config.transform.multiple}, "
+            f"expected a multiple of the tokenizer's compression, {tokenizer.compression}"
+        )
+    # A mean and draws of different seeds are different latents of one tokenizer.
+    identity = f"{tokenizer.identity}+sample{config.seed}" if config.sample else tokenizer.identity
+    jobs = []
+    for entry in entries:
+        key = partial(content_key, entry, config.transform, identity)
+        make = partial(_encode, entry, tokenizer, config)
+        jobs.append(VolumeJob(entry.name, entry.domain, entry.body_part, entry.path, key, make))
+    with StoreWriter(
+        output,
+        tokenizer=tokenizer.identity,
+        tokenizer_spec=config.tokenizer,
+        channels=tokenizer.channels,
+        compression=tokenizer.compression,
+    ) as writer:
+        return update_store(writer, jobs)
+
+
+@torch.inference_mode()
+def _encode(entry: VolumeEntry, tokenizer: Tokenizer, config: PrepareConfig) -> VolumeLatents:
+    device = select_device(config.device)
+    volume = load_volume(entry, config.transform)
+    generator = None
+    if config.sample:
+        digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+    latent = tokenizer.encode(volume.image[None].to(device), config.sample, generator)[0]
+    return VolumeLatents(latent, volume.affine, volume.spacing, asdict(entry.intensity), volume.image[0])

@@ -1,0 +1,175 @@
+"""Parameters, FLOPs and memory of a run. Everything is worked out on shapes: nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from meduet_fast.errors import UserError
+from meduet_fast.models import MeDUET, MeDUETConfig
+
+from .config import PretrainConfig
+from .losses import ObjectiveConfig, pretraining_losses
+
+# Bytes that autograd keeps for backward under bfloat16 autocast on CUDA, per token and width:
+# of a block, without its MLP's hidden layer: the inputs of both LayerNorms (float32, which autocast has them
+# compute in) and of both projections behind them, queries, keys and values, the attended values;
+_BLOCK_BYTES = 2 * 4 + 2 * 2 + 3 * 2 + 2
+# of the hidden layer, per unit of mlp_ratio: before and after GELU;
+_HIDDEN_BYTES = 2 * 2
+# of a block whose forward pass is done again in backward: its input;
+_RECOMPUTED_BYTES = 4
+# of what surrounds the blocks (last LayerNorm, factors, pooling, streams, predictions): measured.
+_AROUND_BYTES = 14
+
+
+def _on_meta(config: MeDUETConfig) -> MeDUET:
+    with torch.device("meta"):
+        return MeDUET(config)
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(item.numel() for module in modules for item in module.parameters())
+
+
+def count_parameters(config: MeDUETConfig) -> int:
+    """Parameters of the student; the teacher has as many."""
+    return _count(_on_meta(config))
+
+
+def counted_flops(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
+    """:func:`flops_per_sample` by counting all of a step; a second for each ten blocks."""
+    model = _on_meta(config)  # its own teacher: the passes are the same
+    with torch.device("meta"):
+        latents = torch.empty(2, config.in_channels, *[config.latent_size] * 3)
+        domain = torch.empty(2, dtype=torch.int64)
+        mask = torch.empty(2, config.num_tokens, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        losses = pretraining_losses(model, model, latents, domain, mask, objective, check_values=False)
+        losses["total"].backward()
+    return counter.get_total_flops() // 2
+
+
+@cache
+def flops_per_sample(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
+    """FLOPs of one sample in a step, forward and backward: matrix products, attention's among them.
+
+    Counted by :class:`torch.utils.flop_counter.FlopCounterMode` on the meta device, with one and with two
+    blocks, since all blocks cost the same. The contrast's products, which grow with the square of the batch,
+    are left out: below one in ten thousand for a batch of 64. So is what ``recompute`` does again, as MFU is
+    counted.
+    """
+    shallow = replace(config, depth=1, decoder_depth=1)
+    flops = counted_flops(shallow, objective)
+    block = counted_flops(replace(shallow, depth=2), objective) - flops
+    decoder_block = counted_flops(replace(shallow, decoder_depth=2), objective) - flops
+    return flops + (config.depth - 1) * block + (config.decoder_depth - 1) * decoder_block
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU at the peak of a step.
+
+    Attributes:
+        student: float32 weights.
+        teacher: the same of the teacher.
+        gradients: float32.
+        optimizer: AdamW's two moments, float32.
+        copies: weights to compute with: in bfloat16, or put together from shards.
+        activations: what backward needs, and what it makes of one block.
+    """
+
+    student: int
+    teacher: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(astuple(self))
+
+
+def _block_bytes(config: MeDUETConfig) -> float:
+    return _BLOCK_BYTES + _HIDDEN_BYTES * config.mlp_ratio
+
+
+def activation_bytes(
+    config: MeDUETConfig, objective: ObjectiveConfig, batch: int, recompute: bool = False
+) -> int:
+    """Bytes that autograd keeps between forward and backward of a batch on CUDA, in bfloat16, uncompiled.
+
+    A formula, held to what autograd saves in the tests; the teacher keeps nothing.
+
+    Args:
+        config: sizes.
+        objective: which losses are on.
+        batch: crops at once.
+        recompute: whether only the inputs of blocks are kept.
+    """
+    # Passes of the whole batch: mixed; then straight and exchanged streams, two of each.
+    encoded = 1 + 2 * objective.mftd + 2 * objective.siqc
+    decoded = 2 + 2 * objective.siqc
+    per_block = _RECOMPUTED_BYTES if recompute else _block_bytes(config)
+    encoder = encoded * config.embed_dim * (config.depth * per_block + _AROUND_BYTES)
+    decoder = decoded * config.decoder_embed_dim * (config.decoder_depth * per_block + _AROUND_BYTES)
+    return int(batch * (1 + config.num_tokens) * (encoder + decoder))
+
+
+def shard_count(config: PretrainConfig, processes: int, local: int) -> int:
+    """GPUs that share one copy of weights, gradients, moments and teacher.
+
+    Args:
+        config: of the run.
+        processes: GPUs of the run.
+        local: those of one machine.
+
+    Raises:
+        UserError: if the copies of "hsdp" do not come out even.
+    """
+    if config.parallel == "hsdp":
+        shards = config.shard_size or local
+        if processes % shards:
+            raise UserError(f"shard_size is {shards}, expected a divisor of the {processes} processes")
+        return shards
+    return processes if config.parallel == "fsdp" else 1
+
+
+def memory_estimate(config: PretrainConfig, shards: int = 1) -> MemoryEstimate:
+    """Memory of one GPU at the peak of a step, with every loss on that the run will have.
+
+    An estimate for bfloat16 autocast; compilation saves some. The CUDA context, libraries and what the
+    allocator can't use come on top: count 2 GB.
+
+    Args:
+        config: of the run.
+        shards: see :func:`shard_count`.
+    """
+    model = _on_meta(config.model)
+    count = _count(model)
+    part = -(-count // shards)
+    copies = 2 * count
+    if shards > 1:
+        # Whole at any time: what is in no block, of student and teacher in float32 and once in bfloat16; the
+        # block at work and the next one in bfloat16; the gradients of one block, in bfloat16 and float32.
+        outside = count - _count(model.blocks, model.decoder_blocks)
+        copies = 10 * outside + 10 * _count(model.blocks[0])
+    kept = activation_bytes(config.model, config.objective, config.batch_size, config.recompute)
+    # Backward's own: as much as a block of the largest pass keeps, and that itself if it was not kept.
+    streams = max(1, 2 * (config.objective.mftd + config.objective.siqc))
+    rows = streams * config.batch_size * (1 + config.model.num_tokens)
+    at_work = int(rows * config.model.embed_dim * _block_bytes(config.model))
+    return MemoryEstimate(
+        student=4 * part,
+        teacher=4 * part,
+        gradients=4 * part,
+        optimizer=8 * part,
+        copies=copies,
+        activations=kept + (1 + config.recompute) * at_work,
+    )

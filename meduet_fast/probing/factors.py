@@ -1,0 +1,99 @@
+"""Content and style of crops, for probes, retrieval and plots. Source: downstream section "Factors"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from meduet_fast.data.crops import sample_crops
+from meduet_fast.data.store import LatentStore
+from meduet_fast.kernels import token_mean
+from meduet_fast.models import MeDUET
+from meduet_fast.progress import ProgressBar
+
+from .crops import EvaluationPlan
+
+
+@torch.inference_mode()
+def extract_factors(
+    model: MeDUET,
+    store: LatentStore,
+    volume_index: int,
+    starts: Sequence[tuple[int, int, int]],
+    batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token means of content and style of unmixed crops of one volume.
+
+    Args:
+        model: works on its own device.
+        store: where the latents are.
+        volume_index: position in ``store.entries``.
+        starts: N first corners (x, y, z) in latent voxels.
+        batch_size: crops that are encoded at once.
+
+    Returns:
+        Content (N, D) and style (N, Ds), float32.
+
+    Raises:
+        ValueError: a crop leaves its volume.
+        UserError: a latent file is missing, damaged or not the one that the index describes.
+    """
+    device = model.cls_token.device
+    content = np.empty((len(starts), model.config.embed_dim), np.float32)
+    style = np.empty((len(starts), model.config.style_dim), np.float32)
+    for first in range(0, len(starts), batch_size):
+        rows = slice(first, first + batch_size)
+        crops = sample_crops(store, volume_index, list(starts[rows]), model.config.latent_size)
+        factors = model(crops.to(device).float())
+        content[rows] = token_mean(factors.content)[0].cpu().numpy()
+        style[rows] = token_mean(factors.style)[0].cpu().numpy()
+    return content, style
+
+
+@dataclass(frozen=True)
+class FactorTable:
+    """Factors of N crops, one row each.
+
+    Attributes:
+        content: (N, D) float32.
+        style: (N, Ds) float32.
+        domain: (N,) position in ``store.domains``.
+        volume: (N,) position in ``store.entries``.
+        position: (N,) number of the crop within its volume and region; equal numbers of volumes of one group
+            are the same place.
+        held_out: (N,) bool, whether the crop lies in the held-out slab.
+    """
+
+    content: np.ndarray
+    style: np.ndarray
+    domain: np.ndarray
+    volume: np.ndarray
+    position: np.ndarray
+    held_out: np.ndarray
+
+    def rows(self, chosen: np.ndarray) -> FactorTable:
+        """The table of some rows."""
+        return FactorTable(**{name: values[chosen] for name, values in vars(self).items()})
+
+
+def factor_table(
+    model: MeDUET, store: LatentStore, plan: EvaluationPlan, bar: ProgressBar | None = None
+) -> FactorTable:
+    """Factors of every crop of a plan; ``bar`` counts the crops."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in FactorTable.__dataclass_fields__}
+    for volume in plan.volumes:
+        for held_out, starts in ((False, plan.fitted[volume]), (True, plan.tested[volume])):
+            content, style = extract_factors(model, store, volume, starts)
+            count = len(starts)
+            parts["content"].append(content)
+            parts["style"].append(style)
+            parts["domain"].append(np.full(count, store.domain_id(volume)))
+            parts["volume"].append(np.full(count, volume))
+            parts["position"].append(np.arange(count))
+            parts["held_out"].append(np.full(count, held_out))
+            if bar is not None:
+                bar.update(count, store.entries[volume].name)
+    return FactorTable(**{name: np.concatenate(values) for name, values in parts.items()})

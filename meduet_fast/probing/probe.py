@@ -1,0 +1,180 @@
+"""How well content and style are separated: a linear probe for the domain, a search for the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from meduet_fast.data.store import LatentStore
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.progress import progress_bar
+
+from .crops import POSITIONS, EvaluationPlan, plan_evaluation
+from .factors import FactorTable, factor_table
+
+
+@dataclass(frozen=True)
+class FactorScores:
+    """One measure (0 to 1) of both factors, of the trained and of an untrained network."""
+
+    content: float
+    style: float
+    untrained_content: float
+    untrained_style: float
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What was measured.
+
+    Attributes:
+        probe: balanced accuracy of a linear probe for the domain on held-out crops. Style should be high,
+            content at chance.
+        probe_chance: 1 / number of domains.
+        retrieval: how often the nearest crop of another acquisition is the same place. Content should be
+            high, style low. None if no volumes show the same anatomy.
+        retrieval_chance: 1 / number of places; None as above.
+        domains: names of the domains probed.
+        volumes: names of the volumes looked at.
+        same_anatomy: whether they show the same anatomy; if not, domains differ in content too.
+        unseen: whether pretraining kept away from the held-out crops.
+        crops_fitted: crops that the probe was fitted on, all volumes together.
+        crops_tested: held-out crops, all volumes together.
+    """
+
+    probe: FactorScores
+    probe_chance: float
+    retrieval: FactorScores | None
+    retrieval_chance: float | None
+    domains: list[str]
+    volumes: list[str]
+    same_anatomy: bool
+    unseen: bool
+    crops_fitted: int
+    crops_tested: int
+
+    @property
+    def gap_points(self) -> float:
+        """Probe accuracy of style minus that of content, in percentage points."""
+        return 100 * (self.probe.style - self.probe.content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, as JSON values."""
+        return {**asdict(self), "gap_points": self.gap_points}
+
+
+def untrained_like(config: MeDUETConfig, seed: int) -> MeDUET:
+    """A network as it is before its first step; with a run's seed, that run's own start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MeDUET(config)
+
+
+def separation(
+    model: MeDUET,
+    untrained: MeDUET,
+    store: LatentStore,
+    held_out_fraction: float,
+    positions: int = POSITIONS,
+    seed: int = 0,
+) -> Separation:
+    """Measure separation on held-out crops of a store.
+
+    Args:
+        model: the trained network; the teacher is the one to use downstream.
+        untrained: the same architecture before training, see :func:`untrained_like`.
+        store: the latents.
+        held_out_fraction: that of the run.
+        positions: places of each volume, in the training region and in the held-out slab.
+        seed: chooses the places.
+
+    Raises:
+        UserError: see :func:`~meduet_fast.probing.crops.plan_evaluation`.
+    """
+    plan = plan_evaluation(store, model.config.latent_size, held_out_fraction, positions, seed)
+    with progress_bar("Measuring separation", 2 * plan.num_crops, "crop") as bar:
+        trained = factor_table(model, store, plan, bar)
+        return measure(trained, factor_table(untrained, store, plan, bar), plan, store)
+
+
+def measure(
+    trained: FactorTable, untrained: FactorTable, plan: EvaluationPlan, store: LatentStore
+) -> Separation:
+    """Probe and retrieval from the factors of both networks."""
+    tables = (trained, untrained)
+    probe = [probe_accuracy(table, name) for table in tables for name in ("content", "style")]
+    retrieval, chance = None, None
+    if plan.groups:
+        found = [
+            place_retrieval(table, plan.groups, name) for table in tables for name in ("content", "style")
+        ]
+        retrieval, chance = FactorScores(*(accuracy for accuracy, _ in found)), found[0][1]
+    return Separation(
+        probe=FactorScores(*probe),
+        probe_chance=1 / len(np.unique(trained.domain)),
+        retrieval=retrieval,
+        retrieval_chance=chance,
+        domains=[store.domains[index] for index in np.unique(trained.domain)],
+        volumes=[store.entries[index].name for index in plan.volumes],
+        same_anatomy=bool(plan.groups),
+        unseen=plan.unseen,
+        crops_fitted=int((~trained.held_out).sum()),
+        crops_tested=int(trained.held_out.sum()),
+    )
+
+
+def probe_accuracy(table: FactorTable, factor: str) -> float:
+    """Balanced accuracy (0 to 1) of a linear probe for the domain.
+
+    Each dimension is scaled to mean 0 and deviation 1 on the fitted crops; logistic regression with an L2
+    penalty of C = 1. Fitted on the crops of the training region, measured on the held-out ones.
+
+    Args:
+        table: factors.
+        factor: "content" or "style".
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    values, fitted = getattr(table, factor), ~table.held_out
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
+    probe.fit(values[fitted], table.domain[fitted])
+    predicted = probe.predict(values[table.held_out])
+    return float(balanced_accuracy_score(table.domain[table.held_out], predicted))
+
+
+def place_retrieval(table: FactorTable, groups: Sequence[Sequence[int]], factor: str) -> tuple[float, float]:
+    """How often the nearest held-out crop of another acquisition shows the same place.
+
+    For every ordered pair of volumes of a group, of different domains: each crop of the first looks for its
+    nearest among the crops of the second, by the cosine of the factors after the group's mean was subtracted.
+
+    Args:
+        table: factors; within a group, equal ``position`` means the same place.
+        groups: volumes that show the same anatomy.
+        factor: "content" or "style".
+
+    Returns:
+        Top-1 accuracy and what guessing would give, both 0 to 1.
+    """
+    hits, chances = [], []
+    for group in groups:
+        rows = table.rows(table.held_out & np.isin(table.volume, group))
+        values = getattr(rows, factor) - getattr(rows, factor).mean(0)
+        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        for query in group:
+            own = rows.volume == query
+            for other in group:
+                candidates = rows.volume == other
+                if rows.domain[candidates][0] == rows.domain[own][0]:
+                    continue
+                nearest = (values[own] @ values[candidates].T).argmax(1)
+                hits.append(rows.position[candidates][nearest] == rows.position[own])
+                chances.append(np.full(own.sum(), 1 / candidates.sum()))
+    return float(np.concatenate(hits).mean()), float(np.concatenate(chances).mean())

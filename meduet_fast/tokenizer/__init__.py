@@ -1,5 +1,0 @@
-"""The VAE between image voxels and latents; knows no model."""
-
-from meduet_fast.tokenizer.base import Tokenizer, load_tokenizer
-
-__all__ = ["Tokenizer", "load_tokenizer"]

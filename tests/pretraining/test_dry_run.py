@@ -1,0 +1,149 @@
+"""What a run will take: FLOPs and memory held to what PyTorch counts and keeps; the plan as it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meduet_fast.errors import UserError
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.pretraining import ObjectiveConfig, PretrainConfig, pretraining_losses, random_mix_mask
+from meduet_fast.pretraining.cost import (
+    activation_bytes,
+    count_parameters,
+    counted_flops,
+    flops_per_sample,
+    memory_estimate,
+    shard_count,
+)
+from meduet_fast.pretraining.dry_run import format_plan, format_sizes, print_plan
+
+OBJECTIVES = [
+    ObjectiveConfig(mftd=mftd, siqc=siqc) for mftd, siqc in ((True, True), (False, True), (True, False))
+] + [ObjectiveConfig(mftd=False, siqc=False)]
+DEEP = MeDUETConfig(
+    latent_size=8, patch_size=2, embed_dim=96, depth=3, num_heads=3, decoder_embed_dim=48, decoder_depth=2,
+    decoder_num_heads=2, num_domains=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_flops_of_few_blocks_tell_those_of_many(objective: ObjectiveConfig) -> None:
+    assert flops_per_sample(DEEP, objective) == counted_flops(DEEP, objective)
+
+
+@pytest.mark.parametrize(("mftd", "published"), [(True, 838e9), (False, 565e9)])
+def test_flops_at_vit_base(mftd: bool, published: float) -> None:
+    assert flops_per_sample(MeDUETConfig(), ObjectiveConfig(mftd=mftd)) == pytest.approx(published, rel=2e-3)
+
+
+def _norm_as_on_cuda(self: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Autocast has LayerNorm compute in float32 on CUDA, not on the CPU."""
+    with torch.autocast("cpu", enabled=False):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def _kept_bytes(config: MeDUETConfig, objective: ObjectiveConfig, batch: int, recompute: bool) -> int:
+    """Bytes of the storages that autograd keeps for backward, parameters left out."""
+    model = MeDUET(config)
+    for block in (*model.blocks, *model.decoder_blocks) if recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    latents, domain = torch.randn(batch, 4, 8, 8, 8), torch.zeros(batch, dtype=torch.int64)
+    mask = random_mix_mask(batch, config.num_tokens)
+    known = {item.untyped_storage().data_ptr() for item in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        pretraining_losses(model, model, latents, domain, mask, objective)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_activations_are_what_autograd_keeps(
+    objective: ObjectiveConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slope over the batch: copies of weights in bfloat16 are kept too, but once."""
+    monkeypatch.setattr(nn.LayerNorm, "forward", _norm_as_on_cuda)
+    config = replace(DEEP, embed_dim=192, num_heads=6, decoder_embed_dim=96)
+    kept = _kept_bytes(config, objective, 6, recompute) - _kept_bytes(config, objective, 2, recompute)
+    assert activation_bytes(config, objective, 4, recompute) == pytest.approx(
+        kept, rel=0.1 if recompute else 0.03
+    )
+
+
+def test_memory_adds_up_and_shards() -> None:
+    config = PretrainConfig(model=DEEP, batch_size=2)
+    count = count_parameters(DEEP)
+    whole, part = memory_estimate(config), memory_estimate(config, 4)
+    state = (whole.student, whole.teacher, whole.gradients, whole.optimizer)
+    assert state == (4 * count, 4 * count, 4 * count, 8 * count)
+    assert whole.total == sum(state) + whole.copies + whole.activations
+    assert (part.student, part.activations) == (-(-count // 4) * 4, whole.activations)
+    large = PretrainConfig()
+    assert memory_estimate(large, 8).total < memory_estimate(large).total
+    assert memory_estimate(replace(large, recompute=True)).total < memory_estimate(large).total / 3
+
+
+def test_who_shares_a_copy(tiny_config: PretrainConfig) -> None:
+    ddp, fsdp, hsdp = (replace(tiny_config, parallel=name) for name in ("ddp", "fsdp", "hsdp"))
+    assert [shard_count(config, 8, 4) for config in (ddp, fsdp, hsdp)] == [1, 8, 4]
+    assert shard_count(replace(hsdp, shard_size=2), 8, 4) == 2
+    with pytest.raises(UserError, match="shard_size is 3, expected a divisor of the 8 processes"):
+        shard_count(replace(hsdp, shard_size=3), 8, 4)
+
+
+def test_the_plan_of_a_run(tiny_store: Path, tiny_config: PretrainConfig) -> None:
+    config = replace(tiny_config, accumulate=3, parallel="hsdp")
+    plan = format_plan(config, tiny_store, processes=4, local=2)
+    for words in (
+        "4 volumes of 3 domains (a, b, c)",
+        "shortest edges are 10 to 10",
+        "4 processes, one GPU each: 2 copies, each sharded over 2 (hsdp)",
+        "4 crops at once x 3 accumulated x 4 = 48 crops a step",
+        "6, 288 crops",
+        "from step 0 on: reconstruction + SiQC",
+        "from step 3 on: reconstruction + MFTD + SiQC",
+        "B a GPU: student",
+        "2 checkpoints of",
+    ):
+        assert words in plan
+    assert "1 GPU\n" in format_plan(config)
+
+
+def test_a_store_that_does_not_fit_is_refused(tiny_store: Path, tiny_config: PretrainConfig) -> None:
+    with pytest.raises(UserError, match=r"3 domains \(a, b, c\), model\.num_domains is 2"):
+        format_plan(replace(tiny_config, model=replace(tiny_config.model, num_domains=2)), tiny_store)
+
+
+def test_the_plan_is_printed_once(
+    tiny_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        print_plan(tiny_config)
+        assert capsys.readouterr().out.count("2 processes") == lines
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two', expected a number"):
+        print_plan(tiny_config)
+
+
+def test_the_table_of_sizes(tiny_config: PretrainConfig) -> None:
+    larger = replace(tiny_config, model=DEEP)
+    lines = format_sizes({"larger": larger, "tiny": tiny_config}).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| configuration", "| ---", "| `tiny`", "| `larger`"]
+    assert {line.count("|") for line in lines} == {12}

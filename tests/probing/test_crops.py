@@ -1,0 +1,106 @@
+"""Which volumes share anatomy, and which places are looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meduet_fast.data.store import LatentStore
+from meduet_fast.errors import UserError
+from meduet_fast.probing import plan_evaluation, same_anatomy_groups
+
+from .conftest import MakeStore
+
+GRID, ORIGIN = (24, 12, 10), (-10.0, 0.0, 5.0)
+
+
+def names(store: LatentStore, groups: list[list[int]]) -> list[list[str]]:
+    return [[store.entries[index].name for index in group] for group in groups]
+
+
+def test_groups_are_one_body_part_on_one_grid_in_several_domains(make_store: MakeStore) -> None:
+    store = make_store(
+        [
+            ("a1", "plain", "chest", GRID, ORIGIN),
+            ("a2", "soft", "chest", GRID, ORIGIN),
+            ("a3", "hard", "chest", GRID, (-10.0, 0.0, 5.7)),  # less than half a voxel away
+            ("b1", "plain", "chest", GRID, (-12.0, 0.0, 5.0)),  # elsewhere
+            ("c1", "soft", "chest", (24, 12, 12), ORIGIN),  # another shape
+            ("d1", "soft", "brain", GRID, ORIGIN),  # another body part
+            ("e1", "plain", "leg", GRID, ORIGIN),
+            ("e2", "plain", "leg", GRID, ORIGIN),  # the same domain twice
+        ]
+    )
+    assert names(store, same_anatomy_groups(store)) == [["a1", "a2", "a3"]]
+
+
+def test_two_people_on_equal_shapes_are_two_groups(make_store: MakeStore) -> None:
+    store = make_store(
+        [
+            ("a1", "plain", "chest", GRID, (-9.0, 0.0, 3.0)),
+            ("a2", "soft", "chest", GRID, (-9.0, 0.0, 3.0)),
+            ("b1", "plain", "chest", GRID, (30.0, 0.0, 0.0)),
+            ("b2", "soft", "chest", GRID, (30.0, 0.0, 0.0)),
+        ]
+    )
+    assert names(store, same_anatomy_groups(store)) == [["a1", "a2"], ["b1", "b2"]]
+
+
+def test_volumes_of_unknown_position_share_nothing(make_store: MakeStore) -> None:
+    nowhere = (0.0, 0.0, 0.0)
+    store = make_store([("a1", "plain", "chest", GRID, nowhere), ("a2", "soft", "chest", GRID, nowhere)])
+    assert same_anatomy_groups(store) == []
+
+
+def test_fitted_crops_end_where_held_out_crops_begin(make_store: MakeStore) -> None:
+    store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
+    plan = plan_evaluation(store, 8, 0.4, positions=10)
+    assert plan.volumes == [0, 1]
+    assert plan.groups == [[0, 1]]
+    assert plan.unseen
+    border = 24 - 10  # 0.4 of 24, rounded up
+    for index in plan.volumes:
+        assert (len(plan.fitted[index]), len(plan.tested[index])) == (40, 10)
+        assert max(start[0] for start in plan.fitted[index]) + 8 <= border
+        assert min(start[0] for start in plan.tested[index]) >= border
+    assert plan.tested[0] == plan.tested[1]
+    assert plan.fitted[0] == plan.fitted[1]
+    assert plan.num_crops == 100
+
+
+def test_without_groups_all_domains_are_taken(make_store: MakeStore) -> None:
+    store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("b1", "soft", "brain", GRID, ORIGIN)])
+    plan = plan_evaluation(store, 8, 0.4, positions=10)
+    assert plan.volumes == [0, 1]
+    assert plan.groups == []
+
+
+def test_a_run_that_held_nothing_out_says_so(make_store: MakeStore) -> None:
+    store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
+    plan = plan_evaluation(store, 8, 0.0, positions=4)
+    assert not plan.unseen
+    assert min(start[0] for start in plan.tested[0]) >= 16
+
+
+def test_empty_places_are_left_out(make_store: MakeStore) -> None:
+    store = make_store(
+        [("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)], empty_above=4
+    )
+    starts = plan_evaluation(store, 4, 0.4, positions=20).tested[0]
+    assert len(starts) == 20
+    assert max(z for _, _, z in starts) < 4
+
+
+def test_a_store_of_small_volumes_is_refused_by_name(make_store: MakeStore) -> None:
+    small = (12, 12, 12)
+    store = make_store([("a1", "plain", "chest", small, ORIGIN), ("a2", "soft", "chest", small, ORIGIN)])
+    with pytest.raises(UserError, match="store: separation needs two domains"):
+        plan_evaluation(store, 8, 0.4)
+
+
+def test_places_do_not_depend_on_torchs_generator(make_store: MakeStore) -> None:
+    store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
+    torch.manual_seed(1)
+    first = plan_evaluation(store, 8, 0.4, positions=10)
+    torch.manual_seed(2)
+    assert plan_evaluation(store, 8, 0.4, positions=10) == first
