@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from meduet_fast.autoencoder.base import Tokenizer, load_tokenizer
+from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.sources import IntensityRule, VolumeEntry, find_volumes
 from meduet_fast.data.store_writer import StoreWriter
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
