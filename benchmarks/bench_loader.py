@@ -31,7 +31,8 @@ from torch.serialization import DEFAULT_PROTOCOL
 from torch.utils.data import DataLoader, RandomSampler
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter
 

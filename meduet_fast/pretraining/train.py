@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, CropLoader, crop_loader, lost_reader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import CropLoader, crop_loader, lost_reader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.checkpoint import (
     CheckpointWriter,
