@@ -1,4 +1,4 @@
-"""A picture of a prepared volume, so that a person sees what went into the store."""
+"""Draw a prepared volume, so that a person sees what went into the store."""
 
 from __future__ import annotations
 
