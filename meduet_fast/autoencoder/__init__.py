@@ -1,4 +1,4 @@
-"""Voxels to latents and back; knows no model of ours."""
+"""Turn voxels into latents and back; knows no model of ours."""
 
 from .autoencoder import Architecture, AutoencoderTokenizer, Tokenizer
 from .identity_init import pass_images_through

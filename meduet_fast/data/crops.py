@@ -107,9 +107,16 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         order = random_stream(seed, TRAINING, number, 0).permutation(len(self._count))  # (domains,)
         rng = random_stream(seed, TRAINING, number, 1)
         domain = rng.permutation(order[np.arange(size) % len(order)])  # (B,)
-        # Views, (B/2,): row i and row B-1-i.
-        own, partner = domain[: size // 2], domain[: size // 2 - 1 : -1]
-        self._part_single_volumes(own, partner, rng)
+        own, partner = domain[: size // 2], domain[: size // 2 - 1 : -1]  # (B/2,), views: rows i and B-1-i
+        # No pair may have both its rows in a domain of one volume. Of two or more domains none fills more
+        # than half the rows, so for such a pair there is always another pair without that domain; a swap with
+        # it mends one pair and harms none.
+        for pair in np.flatnonzero((own == partner) & (self._count[own] == 1)):
+            single = own[pair]
+            if partner[pair] != single:
+                continue  # an earlier swap took one of its rows
+            other = rng.choice(np.flatnonzero((own != single) & (partner != single)))
+            partner[pair], own[other] = own[other], single
 
         rank_in_domain = (rng.random(size) * self._count[domain]).astype(np.int64)  # (B,)
         first, second = rank_in_domain[: size // 2], rank_in_domain[: size // 2 - 1 : -1]  # (B/2,), views
@@ -121,19 +128,6 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         volume = self._by_domain[self._first[domain] + rank_in_domain]  # (B,)
         start = (rng.random((size, 3)) * self._choices[volume]).astype(np.int64)  # (B, 3)
         return domain, volume, start
-
-    def _part_single_volumes(self, own: np.ndarray, partner: np.ndarray, rng: np.random.Generator) -> None:
-        """Swap rows so that no pair has both its rows in a domain of one volume.
-
-        Of two or more domains none fills more than half the rows, so for such a pair there is always another
-        pair without that domain; a swap with it mends one pair and harms none.
-        """
-        for pair in np.flatnonzero((own == partner) & (self._count[own] == 1)):
-            single = own[pair]
-            if partner[pair] != single:
-                continue  # an earlier swap took one of its rows
-            other = rng.choice(np.flatnonzero((own != single) & (partner != single)))
-            partner[pair], own[other] = own[other], single
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         domain, volume, start = self.plan(number)

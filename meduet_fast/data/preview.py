@@ -24,6 +24,7 @@ def write_preview(path: Path, image: Tensor) -> None:
         UserError: the file cannot be written.
     """
     x, y, z = (size // 2 for size in image.shape)
+    # (Z, Y), (Z, X) and (Y, X): the last axis of a plane is drawn upwards.
     slices = [np.flipud(plane.cpu().numpy().T) for plane in (image[x], image[:, y], image[:, :, z])]
     height = max(len(plane) for plane in slices)
     padded = [
