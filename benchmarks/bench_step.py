@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import crop_loader
 from meduet_fast.engine.metrics import peak_tflops
 from meduet_fast.engine.parallel import compile_blocks
 from meduet_fast.pretraining import (

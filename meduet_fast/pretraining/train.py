@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from meduet_fast.data.crops import CropConfig, crop_loader, lost_reader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import crop_loader, lost_reader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
 from meduet_fast.errors import UserError
