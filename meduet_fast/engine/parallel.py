@@ -66,6 +66,9 @@ def parallelize(task: Task, config: EngineConfig, world: World) -> nn.Module:
             :func:`meduet_fast.engine.precision.use_float8`.
     """
     blocks = list(task.blocks())
+    for name in ("recompute", "compile"):
+        if getattr(config, name) and not blocks:
+            raise UserError(f"{name} is on, expected false: {task.title.lower()} has no blocks for it")
     if config.recompute:
         # Only a block's input is kept for backward. Parameter names stay, unlike with a wrapper.
         for block in filter(_is_trained, blocks):
