@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import mix_tables, unpatchify_3d
+from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 from meduet_fast.pretraining.losses import random_mix_mask
 
@@ -48,13 +48,13 @@ def exchange_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0)
     mask = random_mix_mask(len(first), config.num_tokens, generator)
     # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources exchanged.
     latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()
-    tables = mix_tables(torch.cat([mask, mask.flip(0)]).to(latents.device))
-    mixed = model.factorize(model.encode(model.embed(latents, tables.mask)), tables)
-    own_1, own_2, swapped_1, swapped_2 = model.decode(mixed, tables).chunk(4)
+    index = build_mix_index(torch.cat([mask, mask.flip(0)]).to(latents.device))
+    mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
+    own_1, own_2, swapped_1, swapped_2 = model.decode(mixed, index).chunk(4)
     edge = config.latent_size // config.patch_size
 
     def put_together(stream_1: Tensor, stream_2: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = torch.where(tables.mask.unsqueeze(-1), stream_1, stream_2.flip(0))
+        tokens = torch.where(index.mask.unsqueeze(-1), stream_1, stream_2.flip(0))
         volumes = unpatchify_3d(tokens, config.patch_size, (edge, edge, edge)).cpu()
         return volumes[: len(first)], volumes[len(first) :].flip(0)
 
