@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.kernels import (
-    MixTables,
+    MixIndex,
     assemble_streams,
     patch_embed_3d,
     patch_embed_tokens,
@@ -67,10 +67,10 @@ class Factorizer(nn.Module):
             config.style_dim, config.style_dim, 3, padding=1, groups=config.style_dim, bias=False
         )
 
-    def forward(self, tokens: Tensor, tables: MixTables | None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, index: MixIndex | None) -> tuple[Tensor, Tensor]:
         content = F.linear(tokens, self.proj_c.weight.squeeze(-1))
         style = F.linear(tokens, self.proj_s.weight.squeeze(-1))
-        return content, style_convolution(style, self.smooth.weight, tables)
+        return content, style_convolution(style, self.smooth.weight, index)
 
 
 class Fusion(nn.Module):
@@ -194,13 +194,13 @@ class MeDUET(nn.Module):
             tokens = block(tokens)
         return self.norm(tokens)
 
-    def factorize(self, encoded: Tensor, tables: MixTables | None = None) -> Factors:
-        """Split an encoding (B, 1+L, D); ``tables`` of the mask if it is a mixed one."""
-        content, style = self.disentangled_factorizer(encoded[:, 1:], tables)
+    def factorize(self, encoded: Tensor, index: MixIndex | None = None) -> Factors:
+        """Split an encoding (B, 1+L, D); ``index`` of the mask if it is a mixed one."""
+        content, style = self.disentangled_factorizer(encoded[:, 1:], index)
         return Factors(encoded[:, :1], content, style)
 
     def decode(
-        self, factors: Factors, tables: MixTables, straight: bool = True, swapped: bool = True
+        self, factors: Factors, index: MixIndex, straight: bool = True, swapped: bool = True
     ) -> Tensor:
         """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles.
 
@@ -221,7 +221,7 @@ class MeDUET(nn.Module):
             embed(factors.cls),
             self.mask_token.flatten(),
             self.decoder_pos_embed[0],
-            tables,
+            index,
             straight,
             swapped,
         )

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.kernels import (
-    MixTables,
+    MixIndex,
     at_least_float32,
+    build_mix_index,
     check_mask,
     dual_reconstruction_loss,
-    mix_tables,
     pooled_layer_norm,
     quadruplet_contrast,
 )
@@ -104,7 +104,7 @@ class _Keys(NamedTuple):
 
 @torch.no_grad()
 def _teach(
-    teacher: MeDUET, latents: Tensor, tables: MixTables, config: ObjectiveConfig
+    teacher: MeDUET, latents: Tensor, tables: MixIndex, config: ObjectiveConfig
 ) -> tuple[_Keys | None, Factors | None]:
     """The teacher: contrast keys from the complementary mask; factors of whole crops, MFTD's targets."""
     tables = tables.complement()
@@ -174,7 +174,7 @@ def pretraining_losses(
     config = config or ObjectiveConfig()
     _check_inputs(latents, domain, mask, student, check_values)
     batch = latents.shape[0]
-    tables = mix_tables(mask)
+    tables = build_mix_index(mask)
 
     encoded = student.encode(student.embed(latents, tables.mask))
     mixed = student.factorize(encoded, tables)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import mix_tables, unpatchify_3d
+from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 from meduet_fast.pretraining.losses import random_mix_mask
 
@@ -48,12 +48,12 @@ def swap_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0) -> 
     mask = random_mix_mask(count, config.num_tokens, torch.Generator().manual_seed(seed))  # (N, L)
     # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources swapped.
     latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()  # (2N, C, S, S, S)
-    tables = mix_tables(torch.cat([mask, mask.flip(0)]).to(latents.device))  # of (2N, L)
-    mixed = model.factorize(model.encode(model.embed(latents, tables.mask)), tables)
-    straight_1, straight_2, swapped_1, swapped_2 = model.decode(mixed, tables).chunk(4)  # (2N, L, K) each
+    index = build_mix_index(torch.cat([mask, mask.flip(0)]).to(latents.device))  # of (2N, L)
+    mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
+    straight_1, straight_2, swapped_1, swapped_2 = model.decode(mixed, index).chunk(4)  # (2N, L, K) each
     volumes: list[Tensor] = []
     for source_1, source_2 in ((straight_1, straight_2), (swapped_1, swapped_2)):
-        tokens = torch.where(tables.mask.unsqueeze(-1), source_1, source_2.flip(0))  # (2N, L, K)
+        tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))  # (2N, L, K)
         pairs = unpatchify_3d(tokens, config.patch_size, (edge, edge, edge)).cpu()  # (2N, C, S, S, S)
         volumes += [pairs[:count], pairs[count:].flip(0)]
     return StyleSwap(*volumes)

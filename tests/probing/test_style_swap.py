@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meduet_fast.kernels import mix_tables, patchify_3d
+from meduet_fast.kernels import build_mix_index, patchify_3d
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.pretraining import random_mix_mask
 from meduet_fast.probing import (
@@ -23,9 +23,9 @@ from .conftest import MakeStore
 
 def published_way(model: MeDUET, first: Tensor, second: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """One pair at a time and stream by stream; tokens that were visible are NaN. Latents (1, C, S, S, S)."""
-    tables = mix_tables(mask.expand(2, -1))
-    mixed = model.factorize(model.encode(model.embed(torch.cat([first, second]), tables.mask)), tables)
-    streams = model.decode(mixed, tables).view(4, 2, *mask.shape[1:], -1)
+    index = build_mix_index(mask.expand(2, -1))
+    mixed = model.factorize(model.encode(model.embed(torch.cat([first, second]), index.mask)), index)
+    streams = model.decode(mixed, index).view(4, 2, *mask.shape[1:], -1)
     names = ("first", "second", "first in second", "second in first")
     found = {}
     for name, (kind, number) in zip(names, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
