@@ -49,7 +49,9 @@ def compact(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _embed(model: MeDUET, latents: Tensor) -> Tensor:
-    return model.embed_layer.proj(latents).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+    proj = model.embed_layer.proj
+    tokens = F.conv3d(latents, proj.weight, proj.bias, stride=model.config.patch_size)
+    return tokens.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
 
 
 def _encode(model: MeDUET, tokens: Tensor) -> Tensor:

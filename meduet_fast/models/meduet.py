@@ -22,13 +22,8 @@ from torch import Tensor, nn
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
-from meduet_fast.kernels import (
-    MixIndex,
-    assemble_streams,
-    patch_embed_3d,
-    patch_embed_tokens,
-    style_convolution,
-)
+from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution
+from meduet_fast.layers import PatchEmbed3d
 
 from .blocks import Block, residual_stream, sincos_positions
 from .config import MeDUETConfig
@@ -51,12 +46,11 @@ def reverse_gradient(x: Tensor) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Holds the Conv3d of the published checkpoints; applied as a matrix product."""
+    """Hold the patch embedding under its published name; checkpoints have its positions in the model."""
 
     def __init__(self, config: MeDUETConfig) -> None:
         super().__init__()
-        edge = config.patch_size
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel_size=edge, stride=edge)
+        self.proj = PatchEmbed3d(config.in_channels, config.embed_dim, config.patch_size, num_prefix_tokens=1)
 
 
 class Factorizer(nn.Module):
@@ -173,25 +167,13 @@ class MeDUET(nn.Module):
                 f"latents has shape {tuple(latents.shape)}, "
                 f"expected (B, {config.in_channels}, {', '.join([str(config.latent_size)] * 3)})"
             )
-        projection = self.embed_layer.proj
-        tokens = patch_embed_3d(
-            latents,
-            projection.weight,
-            projection.bias,
-            self.pos_embed[0, 1:],
-            source_mask,
-            num_prefix_tokens=1,
-        )  # (B, 1+L, D)
+        tokens = self.embed_layer.proj(latents, source_mask, self.pos_embed[0, 1:])  # (B, 1+L, D)
         return self._with_cls(tokens)
 
-    def embed_predicted(self, tokens: Tensor) -> Tensor:
+    def embed_predicted(self, patches: Tensor) -> Tensor:
         """Embed predicted patches (B, L, K) as tokens (B, 1+L, D), as if their crop had been put together."""
-        projection = self.embed_layer.proj
-        return self._with_cls(
-            patch_embed_tokens(
-                tokens, projection.weight, projection.bias, self.pos_embed[0, 1:], num_prefix_tokens=1
-            )
-        )
+        tokens = self.embed_layer.proj.embed_patches(patches, self.pos_embed[0, 1:])  # (B, 1+L, D)
+        return self._with_cls(tokens)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Encode tokens (B, 1+L, D): blocks and the final LayerNorm."""

@@ -45,7 +45,9 @@ def literal_losses(
         return part.proj_c(half.transpose(1, 2)).transpose(1, 2), style
 
     def mixed(model: MeDUET, m: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        tokens = model.embed_layer.proj(latents).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+        proj = model.embed_layer.proj
+        tokens = F.conv3d(latents, proj.weight, proj.bias, stride=model.config.patch_size)
+        tokens = tokens.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
         tokens = torch.where(m[..., None], tokens.flip(0), tokens)
         cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         z = model.encode(torch.cat([cls, tokens], 1))
