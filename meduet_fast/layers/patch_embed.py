@@ -97,6 +97,6 @@ class PatchEmbed3d(nn.Module):
         )  # (B, P+L, D)
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(module)``."""
+        """Return the sizes, for ``print(module)``."""
         hidden_size, in_channels = self.weight.shape[:2]
         return f"{in_channels}, {hidden_size}, patch_size={self.patch_size}"
