@@ -133,7 +133,7 @@ def _is_pair(norm: nn.Module, activation: nn.Module) -> bool:
 
 
 def _may_fuse(x: Any, following: list[nn.Module]) -> bool:
-    """Tell whether x is a 3D map; under autocast a convolution must follow, for it casts what the pair widens."""
+    """Tell whether x is a 3D map; under autocast, one that goes into a convolution, which casts it anyway."""
     if not isinstance(x, Tensor) or x.dim() != 5 or not x.is_floating_point():
         return False
     if autocast_dtype(x) is None or x.dtype in (torch.float32, torch.float64):

@@ -29,7 +29,7 @@ class FactorScores:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How well content and style are separated.
+    """Separation of content and style, as probe and retrieval measure it.
 
     Attributes:
         probe: balanced accuracy of a linear probe for the domain on held-out crops. Style should be high,

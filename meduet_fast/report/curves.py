@@ -20,7 +20,7 @@ SMOOTHED_SHARE = 0.1  # of the records
 
 @dataclass(frozen=True)
 class LossPanel:
-    """How the curve of one loss is shown.
+    """Words and marks of the panel that shows the curve of one loss.
 
     Attributes:
         title: of its panel.

@@ -39,7 +39,7 @@ NETWORK = "teacher"
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """A run and what belongs to it.
+    """Run, store and networks of a report.
 
     Attributes:
         run: its folder.
@@ -110,7 +110,7 @@ def open_run(run: Path, data: Path | None) -> ReportInputs:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was measured.
+    """Results of all measurements.
 
     Attributes:
         loss: the headline's, see ``curves.py``, over the first and over the last tenth of the records.
