@@ -68,7 +68,7 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
     edges = (96, 128) if gpu else (48,) if quick else (48, 96)
     cases = [
         Case(
-            bench="tokenizer",
+            bench="autoencoder",
             name=f"{what} {edge}^3",
             dtype="float32",
             direction="forward",

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from meduet_fast.kernels import contrast
 from meduet_fast.kernels.contrast_eager import quadruplet_contrast_reference
+from meduet_fast.kernels.workloads import quadruplet_workload
 
 from .command import cases_command
 from .harness import Case, Variant
@@ -34,7 +34,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     # In training pooled rows are float32.
     sizes += [(256, torch.float32), (131072, torch.bfloat16)] if gpu else []
     for count, dtype in sizes:
-        workload = contrast.workload(count, count, width, "content")
+        workload = quadruplet_workload(count, count, width, "content")
         plain = count <= MOST_ROWS_PLAIN
         peers: dict[str, Callable[[], Run]] = {}
         if plain:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meduet_fast.kernels import MixTables, decoder_streams, token_mixing
+from meduet_fast.kernels import MixIndex
+from meduet_fast.kernels.workloads import mixing_workloads, streams_workload
 from meduet_fast.pretraining.reference import compact
 
 from .command import cases_command
@@ -28,13 +29,13 @@ def streams_by_masked_select(
     prefix: Tensor,
     mask_token: Tensor,
     position: Tensor,
-    tables: MixTables,
+    index: MixIndex,
     straight: bool,
     swapped: bool,
 ) -> Tensor:
     """Sources compacted, fused, put back into their places: for straight and for exchanged styles."""
-    second = tables.mask.unsqueeze(-1)
-    contents, styles = ([compact(x, mask) for mask in (~tables.mask, tables.mask)] for x in (content, style))
+    second = index.mask.unsqueeze(-1)
+    contents, styles = ([compact(x, mask) for mask in (~index.mask, index.mask)] for x in (content, style))
     sequences = []
     for wanted, given in ((straight, styles), (swapped, styles[::-1])):
         if wanted:
@@ -55,9 +56,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """The four streams of a ViT-B step, and a batch taken apart, over the batch."""
     gpu = device.type == "cuda"
     for batch in (16, 64, 256) if gpu else (4,) if quick else (4, 8, 16):
-        streams = decoder_streams.workload(batch, 216, 384, straight=True)
+        streams = streams_workload(batch, 216, 384)
         yield from op_cases(
-            "demix",
+            "decoder_streams",
             f"four streams B={batch} L=216 D=384",
             streams,
             device,
@@ -65,9 +66,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             standard_peers(streams, with_compiler=gpu or batch == 4)
             | {MASKED_SELECT: lambda: streams_by_masked_select},
         )
-        apart = next(item for item in token_mixing.workloads(batch) if item.op == "demix_tokens")
+        apart = next(item for item in mixing_workloads(batch) if item.op == "demix_tokens")
         yield from op_cases(
-            "demix",
+            "decoder_streams",
             f"sources apart B={batch} L=216 D=768",
             apart,
             device,
@@ -76,7 +77,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         )
 
 
-def test_demix(benchmark: Any, variant: Variant) -> None:
+def test_decoder_streams(benchmark: Any, variant: Variant) -> None:
     benchmark(variant.call)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meduet_fast.kernels import group_norm
+from meduet_fast.kernels.workloads import group_norm_workload
 
 from .command import cases_command
 from .harness import Case, Variant
@@ -37,7 +37,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield from op_cases(
                 "group_norm",
                 f"B={batch} {channels}x{edge}^3{' channels last' if last else ''}",
-                group_norm.workload(batch, channels, edge, last),
+                group_norm_workload(batch, channels, edge, last),
                 device,
                 {"batch": batch, "channels": channels, "edge": edge},
                 peers,

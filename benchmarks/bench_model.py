@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +57,8 @@ class Embedding(nn.Module):
         self.register_buffer("positions", model.pos_embed)
 
     def forward(self, latents: Tensor) -> Tensor:
-        tokens = self.proj(latents).flatten(2).transpose(1, 2)
+        tokens = F.conv3d(latents, self.proj.weight, self.proj.bias, stride=self.proj.patch_size)
+        tokens = tokens.flatten(2).transpose(1, 2)
         cls = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)
         return torch.cat([cls, tokens], 1) + self.positions
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from meduet_fast.kernels import patch_embed
 from meduet_fast.kernels.patchify import Triple
+from meduet_fast.kernels.workloads import volume_workload
 
 from .command import cases_command
 from .harness import Case, Variant
@@ -84,13 +84,13 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     ]
     sizes += [(16, 4, latents, 2, False), (8, 1, (96, 96, 96), 16, False)] if gpu else []
     for batch, channels, size, patch, masked in sizes[:1] if quick else sizes:
-        workload = patch_embed.volume_workload(batch, channels, size, patch, masked)
+        workload = volume_workload(batch, channels, size, patch, masked)
         peers: dict[str, Callable[[], Run]] = standard_peers(workload, with_compiler=gpu or batch == 4)
         shape = (batch, channels, *size)
         peers["Conv3d"] = lambda: conv3d
         peers["MONAI PatchEmbeddingBlock"] = partial(monai_block, shape, patch)
         yield from op_cases(
-            "tokenize",
+            "patch_embed",
             f"B={batch} {channels}x{size[0]}^3 patch {patch}{' mixed' if masked else ''}",
             workload,
             device,
@@ -99,7 +99,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         )
 
 
-def test_tokenize(benchmark: Any, variant: Variant) -> None:
+def test_patch_embed(benchmark: Any, variant: Variant) -> None:
     benchmark(variant.call)
 
 

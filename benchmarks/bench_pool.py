@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meduet_fast.kernels import pool
+from meduet_fast.kernels.workloads import pool_workload
 
 from .command import cases_command
 from .harness import Case, Variant
@@ -23,7 +23,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     gpu = device.type == "cuda"
     sizes = [(batch, 768) for batch in ((16, 64, 256) if gpu else (4, 8, 16))] + [(64 if gpu else 16, 192)]
     for batch, width in sizes[:1] if quick else sizes:
-        workload = pool.workload(batch, 216, width, masked=True)
+        workload = pool_workload(batch, 216, width, masked=True)
         yield from op_cases(
             "pool",
             f"B={batch} L=216 D={width} by source",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meduet_fast.kernels import reconstruction
+from meduet_fast.kernels.workloads import reconstruction_workload
 
 from .command import cases_command
 from .harness import Case, Variant
@@ -22,7 +22,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Latents 4x24^3 in patches of 4, over the batch."""
     gpu = device.type == "cuda"
     for batch in (16, 64, 256) if gpu else (4,) if quick else (4, 8, 16):
-        workload = reconstruction.workload(batch, 4, 24, 4)
+        workload = reconstruction_workload(batch, 4, 24, 4)
         yield from op_cases(
             "reconstruction",
             f"B={batch} 4x24^3 patch 4",

@@ -22,9 +22,8 @@ from rich.table import Table
 
 from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.errors import UserError
-from meduet_fast.pretraining.losses import LOSSES
-from meduet_fast.report.curves import LOSS_TITLES, UNITS, Records, first_and_last, smooth
-from meduet_fast.report.plotting import COLORS, save_png, styled, subplots
+from meduet_fast.report.curves import Records, first_and_last, loss_axes, loss_names, smooth
+from meduet_fast.report.plotting import COLORS, save_png, styled
 
 _LINES = ("-", "--", ":", "-.")  # runs that agree hide each other
 
@@ -54,17 +53,13 @@ def load(folders: Sequence[Path]) -> dict[str, Records]:
 @styled
 def draw(runs: Mapping[str, Records]) -> Figure:
     """Running means of all losses over steps, a panel a loss, without the steps in which a loss is off."""
-    figure, axes = subplots(5.0, 2, 3)
-    for ax, (name, title) in zip(axes, LOSS_TITLES.items(), strict=True):
+    figure, axes = loss_axes(next(iter(runs.values())), 2.5)
+    for name, ax in axes.items():
         for (run, records), color, line in zip(runs.items(), cycle(COLORS), cycle(_LINES), strict=False):
             on = [record for record in records if record[name]]
             steps, values = (np.array([record[key] for record in on]) for key in ("step", name))
             ax.plot(steps, smooth(values), color=color, linestyle=line, label=run)
-        ax.set_xlim(0, max(records[-1]["step"], 1))
-        ax.set(title=title, ylabel=UNITS.get(name, "loss in nats" if name != "total" else "loss"))
-    for ax in axes[3:]:
-        ax.set_xlabel("step")
-    axes[0].legend()
+    next(iter(axes.values())).legend()
     return figure
 
 
@@ -73,7 +68,7 @@ def table(runs: Mapping[str, Records]) -> Table:
     shown = Table(
         "loss", *runs, title="Mean over the last tenth of the steps (difference from the first run)"
     )
-    for name in LOSSES:
+    for name in loss_names(next(iter(runs.values()))):
         means = [first_and_last(records, name)[1] for records in runs.values()]
         cells = [f"{means[0]:.4f}"]
         for mean in means[1:]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meduet_fast.kernels.launch import Workload
 from meduet_fast.kernels.verify import NEIGHBOURS, Expected, compare_to, expect, refuse
+from meduet_fast.kernels.workloads import Workload
 
 from .harness import Case, Variant, not_importable
 from .tables import OURS

@@ -44,9 +44,9 @@ How to read the tables:
 - *Median* is the time of one call, *10 to 90 %* its percentiles; *cold* has the device's L2 cache emptied
   before each call; *host* is the time until the call returns, the device still working. On a CPU there is
   neither.
-- On a CPU *ours* of tokenize, demix, pool, reconstruction and group_norm is their eager definition: the
-  kernels are for CUDA. Those rows show what an operation costs beside plain and compiled PyTorch where no
-  kernel runs.
+- On a CPU *ours* of patch_embed, decoder_streams, pool, reconstruction and group_norm is their eager
+  definition: the kernels are for CUDA. Those rows show what an operation costs beside plain and compiled
+  PyTorch where no kernel runs.
 - *Bytes* and *FLOPs* are what the operation has to move and to do, stated by the operation, the same for
   every variant. *Of measured peak* is the larger of the two shares of what this machine was measured to
   reach in the same run.

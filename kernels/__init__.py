@@ -6,7 +6,7 @@ from .contrast_eager import quadruplet_identities
 from .decoder_streams import assemble_streams
 from .dtypes import at_least_float32, autocast_dtype
 from .group_norm import group_norm_silu
-from .mix_index import MixTables, check_mask, mix_tables
+from .mix_index import MixIndex, build_mix_index, check_mask
 from .patch_embed import patch_embed_3d, patch_embed_tokens
 from .patchify import patch_grid, patchify_3d, unpatchify_3d
 from .pool import pooled_layer_norm, token_mean
@@ -15,16 +15,16 @@ from .style_conv import style_convolution
 from .token_mixing import demix_tokens, mix_tokens, remix_tokens
 
 __all__ = [
-    "MixTables",
+    "MixIndex",
     "assemble_streams",
     "at_least_float32",
     "autocast_dtype",
+    "build_mix_index",
     "check_mask",
     "demix_tokens",
     "dual_reconstruction_loss",
     "group_norm_silu",
     "kernel_backend",
-    "mix_tables",
     "mix_tokens",
     "patch_embed_3d",
     "patch_embed_tokens",

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .launch import recording
+
 try:
     import triton
 except ModuleNotFoundError as error:
@@ -63,11 +65,13 @@ def interpreted() -> bool:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an operation on ``x`` runs its Triton kernels.
+    """Return whether an operation on ``x`` runs its Triton kernels, or records them on the meta device.
 
     Raises:
         RuntimeError: if Triton was asked for and can't run on the tensor's device.
     """
+    if x.is_meta and recording():
+        return True
     if _backend == "eager":
         return False
     if _backend == "auto":

@@ -32,7 +32,7 @@ from .contrast_eager import (
     supervised_contrast_eager,
 )
 from .dtypes import accumulator, at_least_float32
-from .launch import Cost, Workload, config, launch
+from .launch import config, launch
 from .registration import register
 
 if triton is not None:
@@ -350,62 +350,3 @@ def supervised_contrast(
     self_index = None if self_index is None else self_index.contiguous()
     arguments = (queries, keys, log_scale, query_labels, key_labels, self_index, LABELS, 0, gradient)
     return _contrast(*arguments)[0]
-
-
-# 5. Standard workloads
-
-
-def workload(
-    rows: int, key_rows: int, width: int, identity: Identity, always: torch.dtype | None = None
-) -> Workload:
-    """Of any size; ``always`` is the inputs' dtype, whatever the caller asks for."""
-    code = CONTENT if identity == "content" else STYLE
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        dtype = always or dtype
-        keys = torch.randn(key_rows, width, device=device, dtype=dtype)
-        repeated = keys.view(4, -1, width)[:, : rows // 4].reshape(rows, width)
-        noise = torch.randn(rows, width, device=device, dtype=dtype)
-        return {
-            "queries": (0.5 * repeated + noise).requires_grad_(),
-            "keys": keys,
-            "log_scale": torch.full((), 2.66, device=device, requires_grad=True),
-            "identity": identity,
-        }
-
-    def launch_all(queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity) -> None:
-        forward = _launch_forward(queries, keys, log_scale, None, None, None, code, 0, True)
-        _launch_backward(*forward, queries.dtype, log_scale.dtype)
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        size = always.itemsize if always else size
-        elements = rows * width
-        return (
-            Cost((rows + key_rows) * width * size + elements * 4, 4 * rows * key_rows * width),
-            Cost(elements * (4 + size), elements),
-        )
-
-    return Workload(
-        "quadruplet_contrast",
-        f"{rows}x{key_rows}x{width} {identity}{' float32' if always else ''}",
-        inputs,
-        quadruplet_contrast,
-        quadruplet_contrast_eager,
-        launch_all,
-        cost,
-        matrix=always is None,
-    )
-
-
-def workloads() -> list[Workload]:
-    """Content and style of a ViT-B step; batches gathered from many GPUs, on one and on all of them."""
-    # In training the pooled queries and keys are float32, which tensor cores do not multiply.
-    return [
-        workload(256, 256, 768, "content", torch.float32),
-        workload(256, 256, 192, "style", torch.float32),
-        workload(256, 256, 768, "content"),
-        workload(256, 256, 192, "style"),
-        workload(256, 2048, 768, "content"),
-        workload(16384, 16384, 768, "content"),
-        workload(131072, 131072, 768, "content"),
-    ]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator
-from .launch import Cost, Workload, launch
-from .mix_index import MixTables, balanced_mask, check_tables, mix_tables_reference, packed, take_rows
+from .launch import launch
+from .mix_index import MixIndex, check_index, packed, take_rows
 from .registration import register
 from .tiles import token_grid
 
@@ -32,7 +32,7 @@ def assemble_streams_reference(
     prefix: Tensor,
     mask_token: Tensor,
     position: Tensor,
-    tables: MixTables,
+    index: MixIndex,
     straight: bool = True,
     swapped: bool = True,
 ) -> Tensor:
@@ -41,8 +41,8 @@ def assemble_streams_reference(
     if straight:
         fused.append(content + style)
     if swapped:
-        fused.append(content + take_rows(style, tables.partner))
-    second = tables.mask.unsqueeze(-1)
+        fused.append(content + take_rows(style, index.partner))
+    second = index.mask.unsqueeze(-1)
     mask_token = mask_token.to(content.dtype)
     rows = [torch.where(hidden, mask_token, tokens) for tokens in fused for hidden in (second, ~second)]
     prefix = prefix.to(content.dtype)
@@ -294,7 +294,7 @@ def assemble_streams(
     prefix: Tensor,
     mask_token: Tensor,
     position: Tensor,
-    tables: MixTables,
+    index: MixIndex,
     straight: bool = True,
     swapped: bool = True,
 ) -> Tensor:
@@ -306,7 +306,7 @@ def assemble_streams(
         prefix: (B, P, E), in front of every sequence (CLS).
         mask_token: (E,).
         position: (P+L, E), added to every sequence.
-        tables: of the mask that mixed the sources.
+        index: of the mask that mixed the sources.
         straight: make the two streams whose tokens keep their own style.
         swapped: make the two streams whose tokens take the style of equal rank in the other source.
 
@@ -332,71 +332,8 @@ def assemble_streams(
     for name, value in (("mask_token", mask_token), ("position", position)):
         if value.shape != expected[name]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
-    check_tables(tables, content)
+    check_index(index, content)
     inputs = (content, style, prefix, mask_token, position)
     if not use_triton(content) or content.numel() == 0:
-        return assemble_streams_reference(*inputs, tables, straight, swapped)
-    return _streams(*inputs, packed(tables.mask), tables.partner.contiguous(), straight, swapped)
-
-
-# 5. Standard workloads
-
-
-def workload(batch: int, length: int, width: int, straight: bool) -> Workload:
-    """Streams of a mixed batch (batch, length, width): two, four with ``straight``."""
-
-    def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        parameter = torch.promote_types(dtype, torch.float32)
-        return {
-            "content": random(device, dtype, batch, length, width),
-            "style": random(device, dtype, batch, length, width),
-            "prefix": random(device, dtype, batch, 1, width),
-            "mask_token": random(device, parameter, width),
-            "position": random(device, parameter, 1 + length, width).detach(),
-            "tables": mix_tables_reference(balanced_mask(batch, length, device)),
-            "straight": straight,
-            "swapped": True,
-        }
-
-    def launch_all(
-        content: Tensor, style: Tensor, prefix: Tensor, mask_token: Tensor, position: Tensor,
-        tables: MixTables, straight: bool, swapped: bool,
-    ) -> None:  # fmt: skip
-        second = packed(tables.mask)
-        grad = _launch_streams(
-            content, style, prefix, mask_token, position, second, tables.partner, straight, swapped
-        )
-        _launch_streams_backward(
-            grad, prefix, mask_token, second, tables.partner, straight, swapped, [True] * 4
-        )
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        streams = 4 if straight else 2
-        tokens, rows = batch * length * width, batch * (1 + length) * width
-        small = batch * width * size + width * 4 + batch * length * 9
-        return (
-            Cost(
-                (2 * tokens + streams * rows) * size + small + (1 + length) * width * 4,
-                streams * 2 * tokens,
-            ),
-            Cost((2 * tokens + streams * rows) * size + small, streams * 2 * tokens),
-        )
-
-    return Workload(
-        "assemble_streams",
-        f"{batch}x{length}x{width} {'straight and swapped' if straight else 'swapped'}",
-        inputs,
-        assemble_streams,
-        assemble_streams_reference,
-        launch_all,
-        cost,
-        matrix=False,
-    )
-
-
-def workloads() -> list[Workload]:
-    """A ViT-B step: the student's four streams, and the teacher's two."""
-    return [workload(64, 216, 384, straight) for straight in (True, False)]
+        return assemble_streams_reference(*inputs, index, straight, swapped)
+    return _streams(*inputs, packed(index.mask), index.partner.contiguous(), straight, swapped)

@@ -27,7 +27,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts matrix products on the device of ``x``; None while it is off."""
-    device = x.device.type
+    device = "cpu" if x.is_meta else x.device.type  # meta has no autocast of its own
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None

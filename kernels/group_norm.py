@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32, without_autocast
-from .launch import Cost, Workload, config, launch
+from .launch import config, launch
 from .registration import register
 
 # 1. Reference
@@ -271,47 +271,3 @@ def group_norm_silu(
     weight, bias = (None if item is None else item.contiguous() for item in (weight, bias))
     x = x.contiguous(memory_format=_memory_format(x))
     return _group_norm(x, num_groups, weight, bias, eps, activation)[0]
-
-
-# 5. Standard workloads
-
-
-def workload(batch: int, channels: int, edge: int, last: bool) -> Workload:
-    """Maps (batch, channels, edge, edge, edge) in 32 groups; channels-last if ``last``."""
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        x = torch.randn(batch, channels, edge, edge, edge, device=device, dtype=dtype)
-        memory_format = torch.channels_last_3d if last else torch.contiguous_format
-        weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
-        return {
-            "x": x.contiguous(memory_format=memory_format).requires_grad_(),
-            "num_groups": 32,
-            "weight": weight.clone().requires_grad_(),
-            "bias": bias.clone().requires_grad_(),
-        }
-
-    def launch_all(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> None:
-        y, mean, rstd = _launch_forward(x, num_groups, weight, bias, 1e-5, True)
-        _launch_backward(y, x, num_groups, weight, bias, mean, rstd, True)
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        # The kernels read a map twice, since the statistics must come first; a cache may hold it.
-        elements = batch * channels * edge**3
-        return Cost(2 * elements * size, 12 * elements), Cost(3 * elements * size, 30 * elements)
-
-    return Workload(
-        "group_norm_silu",
-        f"{batch}x{channels}x{edge}^3{' channels last' if last else ''}",
-        inputs,
-        group_norm_silu,
-        group_norm_silu_reference,
-        launch_all,
-        cost,
-        matrix=False,
-    )
-
-
-def workloads() -> list[Workload]:
-    """A MAISI decoder's widest map and a diffusion U-Net's middle, in both memory formats."""
-    sizes = ((1, 64, 64), (4, 256, 16))
-    return [workload(*size, last) for size in sizes for last in (False, True)]

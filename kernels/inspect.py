@@ -1,9 +1,14 @@
 """Compile every shipped kernel ahead of time, without a GPU, and say what it costs.
 
-``python -m meduet_fast.kernels.inspect --arch 80 90 100`` compiles each launch of each standard workload with
-the configuration of the table, prints registers, spills, shared memory, tensor-core instructions and wide
-loads beside bytes, FLOPs and the time that these take at least, and exits with 1 on a spill, on more shared
-memory than the chip has, or on a matrix kernel without tensor-core instructions.
+``python -m meduet_fast.kernels.inspect --arch 80 90 100`` compiles each launch of each standard workload,
+forward and backward, as the public function makes it, with the configuration of the table. It prints
+registers, spills, shared memory, tensor-core instructions and wide loads beside bytes, FLOPs and the time
+that these take at least. It exits with 1 on a spill, on more shared memory than the chip has, on a matrix
+kernel without tensor-core instructions, or on a product whose operands may be overwritten while it runs.
+
+``--json`` writes what a reviewer must see change, a line for each configuration and architecture that is
+noteworthy: spills, tensor cores, shared memory over 48 KiB. Register counts and the like differ with every
+Triton and stay out; the file is the same for all versions that the project runs on.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Launch, Workload, record_launches
-from .workloads import workloads
+from .launch import Launch, record_launches
+from .verify import outputs_and_gradients
+from .workloads import Workload, workloads
 
-DTYPE = torch.bfloat16
+DTYPES = (torch.bfloat16, torch.float32)
+SHARED_LIMIT = 48 * 1024  # bytes; what every chip gives a program without being asked
 # Bytes/s of memory, dense bf16 FLOP/s, shared memory of a program in bytes (vendor data sheets).
 CHIPS = {
     80: {"A100": (2.04e12, 312e12, 163 * 1024)},
@@ -36,6 +43,10 @@ CHIPS = {
 }
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|DMMA|QGMMA)\b")
 WIDE_LOAD = re.compile(r"\b(?:LDG\.E\.(?:\w+\.)*128|LDGSTS\.E\.(?:\w+\.)*128|UTMALDG)")
+# On sm_90 a WGMMA may read its left factor from registers. They must stay as they are until it is waited for;
+# in a loop that waits for all groups but the last Triton reuses them too early (Triton issues 9433, 11781).
+REGISTER_FACTOR = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}\s*,\s*\{")
+IN_FLIGHT = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
@@ -47,7 +58,7 @@ class Compiled:
     """What the compiler made of one launch.
 
     Attributes:
-        op, workload: which standard workload.
+        op, workload: which standard workload, and its dtype.
         kernel: name of the kernel.
         config: name of its configuration.
         arch: architecture, e.g. 90.
@@ -115,14 +126,13 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage.stdout + usage.stderr, code.stdout
 
 
-def compile_launch(launch: Launch, workload: Workload, arch: int) -> Compiled:
-    """Compile one recorded launch for an architecture."""
+def compile_launch(launch: Launch, workload: Workload, dtype: torch.dtype, arch: int) -> Compiled:
+    """Compile one recorded launch of a workload for an architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = ASTSource(launch.kernel, *_signature(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     usage, code = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
@@ -133,52 +143,71 @@ def compile_launch(launch: Launch, workload: Workload, arch: int) -> Compiled:
     shared = compiled.metadata.shared
     tensor_core = len(TENSOR_CORE.findall(code))
     # A matrix workload has small helpers too; the ones that multiply say so in their source.
-    matrix = workload.matrix and "tt.dot" in compiled.asm["ttir"]
+    matrix = workload.matrix and dtype.itemsize == 2 and "tt.dot" in compiled.asm["ttir"]
     limit = min(chip[2] for chip in CHIPS[arch].values())
-    problems = [
-        text
-        for wrong, text in (
-            (spills > 0, f"spills {spills} bytes"),
-            (shared > limit, f"needs {shared} bytes of shared memory, the chip has {limit}"),
-            (matrix and tensor_core == 0, "has no tensor-core instruction"),
-        )
-        if wrong
-    ]
+    ptx = compiled.asm["ptx"]
+    problems = {
+        f"spills {spills} bytes": spills > 0,
+        f"needs {shared} bytes of shared memory, the chip has {limit}": shared > limit,
+        "has no tensor-core instruction": matrix and tensor_core == 0,
+        "multiplies a left factor in registers while products are in flight": bool(
+            REGISTER_FACTOR.search(ptx) and IN_FLIGHT.search(ptx)
+        ),
+    }
     return Compiled(
-        workload.op, workload.label, launch.kernel.__name__, launch.config, arch, registers, spills, shared,
-        tensor_core, len(WIDE_LOAD.findall(code)), matrix, "; ".join(problems),
+        workload.op, f"{workload.label} {str(dtype).removeprefix('torch.')}", launch.kernel.__name__,
+        launch.config, arch, registers, spills, shared, tensor_core, len(WIDE_LOAD.findall(code)), matrix,
+        "; ".join(text for text, wrong in problems.items() if wrong),
     )  # fmt: skip
 
 
-def compile_workload(workload: Workload, arch: int) -> list[Compiled]:
+def compile_workload(workload: Workload, dtype: torch.dtype, arch: int) -> list[Compiled]:
     """Compile every different launch of a workload's forward and backward."""
     with record_launches(arch) as launches:
-        workload.launch(**workload.inputs("meta", DTYPE))
+        outputs_and_gradients(workload.run, workload.inputs("meta", dtype))
     if not launches:
         raise RuntimeError(f"{workload.op} {workload.label}: launches no kernel")
     different = {
         (launch.kernel.__name__, str(_signature(launch)), str(launch.options)): launch for launch in launches
     }
-    return [compile_launch(launch, workload, arch) for launch in different.values()]
+    return [compile_launch(launch, workload, dtype, arch) for launch in different.values()]
 
 
-def _compile_numbered(number: int, arch: int) -> list[Compiled]:
-    """For worker processes, to which kernels cannot be sent."""
+def _compile_numbered(number: int, dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Compile in a worker process, to which kernels cannot be sent."""
     torch.set_num_threads(1)
-    return compile_workload(workloads()[number], arch)
+    return compile_workload(workloads()[number], dtype, arch)
 
 
 def compile_all(archs: Sequence[int]) -> list[Compiled]:
     """Compile all standard workloads for some architectures, on all processors."""
-    jobs = [(number, arch) for number in range(len(workloads())) for arch in archs]
+    jobs = [(number, dtype, arch) for number in range(len(workloads())) for dtype in DTYPES for arch in archs]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return [item for found in pool.map(_compile_numbered, *zip(*jobs, strict=True)) for item in found]
 
 
+def summarize(compiled: Sequence[Compiled]) -> dict[str, str]:
+    """Return what a reviewer must see change, by configuration and architecture; silent where nothing is."""
+    launches: dict[str, list[Compiled]] = {}
+    for item in sorted(compiled, key=lambda item: (item.config, item.arch)):
+        launches.setdefault(f"{item.config} sm_{item.arch}", []).append(item)
+    lines = {}
+    for name, items in launches.items():
+        counts = {
+            "use tensor cores": sum(item.tensor_core > 0 for item in items),
+            "take over 48 KiB": sum(item.shared_bytes > SHARED_LIMIT for item in items),
+            "spill": sum(item.spill_bytes > 0 for item in items),
+        }
+        noted = [f"{count} {text}" for text, count in counts.items() if count]
+        if noted:
+            lines[name] = f"of {len(items)} launches " + ", ".join(noted)
+    return lines
+
+
 def floors(workload: Workload) -> dict[str, Any]:
-    """Bytes and FLOPs of forward and backward, and microseconds that they take at least on each chip."""
+    """Compute bytes and FLOPs of forward and backward, and the microseconds that each chip needs at least."""
     row: dict[str, Any] = {"op": workload.op, "workload": workload.label}
-    for name, cost in zip(("forward", "backward"), workload.cost(DTYPE.itemsize), strict=True):
+    for name, cost in zip(("forward", "backward"), workload.cost(DTYPES[0].itemsize), strict=True):
         row[name] = {"megabytes": round(cost.bytes / 1e6, 3), "gigaflops": round(cost.flops / 1e9, 3)}
         for chips in CHIPS.values():
             for chip, (bandwidth, rate, _) in chips.items():
@@ -195,7 +224,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m meduet_fast.kernels.inspect", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(CHIPS), default=sorted(CHIPS))
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -223,12 +252,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("forward", "backward")
         ],
     )  # fmt: skip
-    result = {"compiled": [asdict(item) for item in compiled], "floors": least}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failed = [f"{c.kernel} ({c.workload}, sm_{c.arch}): {c.problem}" for c in compiled if c.problem]
-    if options.check and json.loads(options.check.read_text(encoding="utf-8")) != result:
-        failed.append(f"{options.check}: differs; write it again with --json and look at what changed")
+    found = summarize(compiled)
+    if options.json:
+        lines = [f" {json.dumps(name)}: {json.dumps(text)}" for name, text in found.items()]
+        options.json.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    if options.check:
+        known = json.loads(options.check.read_text(encoding="utf-8"))
+        for name in sorted(known.keys() | found.keys()):
+            was, now = known.get(name, "nothing to note"), found.get(name, "nothing to note")
+            if was != now:
+                failed.append(
+                    f"{options.check} differs: {name} was {was!r}, is {now!r}; write it with --json"
+                )
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,6 @@ CONFIG_FILE = Path(__file__).with_name("configs.json")
 _overrides: dict[str, Mapping[str, int]] = {}
 _recorded: list[Launch] | None = None
 _recorded_arch = 0
-
-
-class Cost(NamedTuple):
-    """What one call must do at least: bytes to and from memory, floating-point operations."""
-
-    bytes: int
-    flops: int
 
 
 class Launch(NamedTuple):
@@ -44,30 +37,6 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     config: str
     options: dict[str, int]
-
-
-class Workload(NamedTuple):
-    """A standard call of an operation: inspected, tuned and timed.
-
-    Attributes:
-        op: name of the operation.
-        label: its sizes, for tables.
-        inputs: (device, dtype) -> keyword arguments.
-        run: the public function; takes the inputs, returns a tensor or a tuple of them.
-        reference: the eager definition, called like ``run``.
-        launch: runs the forward and the backward launchers on the inputs, whatever the backend.
-        cost: bytes per element -> least cost of forward and of backward.
-        matrix: whether the kernels must use tensor cores.
-    """
-
-    op: str
-    label: str
-    inputs: Callable[[str, torch.dtype], dict[str, Any]]
-    run: Callable[..., Any]
-    reference: Callable[..., Any]
-    launch: Callable[..., None]
-    cost: Callable[[int], tuple[Cost, Cost]]
-    matrix: bool
 
 
 @functools.cache
@@ -109,7 +78,7 @@ def override_config(name: str, values: Mapping[str, int]) -> Iterator[None]:
 
 @contextmanager
 def record_launches(arch: int) -> Iterator[list[Launch]]:
-    """Within it launches are collected and nothing runs: tensors may be on the meta device.
+    """Collect launches and run nothing: operations on tensors of the meta device launch their kernels.
 
     Args:
         arch: architecture whose configurations are taken, e.g. 90.
@@ -120,6 +89,11 @@ def record_launches(arch: int) -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded, _recorded_arch = None, 0
+
+
+def recording() -> bool:
+    """Return whether launches are being recorded."""
+    return _recorded is not None
 
 
 def launch(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .backend import triton, use_triton
-from .launch import Cost, Workload, config, launch
+from .launch import config, launch
 from .registration import register
 
 if triton is not None:
     import triton.language as tl
 
 
-class MixTables(NamedTuple):
+class MixIndex(NamedTuple):
     """Where the tokens of two sources stand in a mixed sequence; every table is (B, L).
 
     Attributes:
@@ -35,10 +35,10 @@ class MixTables(NamedTuple):
     previous: Tensor
     next: Tensor
 
-    def complement(self) -> MixTables:
+    def complement(self) -> MixIndex:
         """Tables of the inverted mask: the sources change names, everything else stays."""
         half = self.order.shape[1] // 2
-        return MixTables(~self.mask, self.order.roll(half, 1), self.partner, self.previous, self.next)
+        return MixIndex(~self.mask, self.order.roll(half, 1), self.partner, self.previous, self.next)
 
 
 # 1. Reference
@@ -49,8 +49,8 @@ def token_order_reference(mask: Tensor) -> Tensor:
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
 
 
-def mix_tables_reference(mask: Tensor) -> MixTables:
-    """The definition of :func:`mix_tables`, in plain PyTorch."""
+def build_mix_index_reference(mask: Tensor) -> MixIndex:
+    """The definition of :func:`build_mix_index`, in plain PyTorch."""
     mask = mask.bool()
     half = mask.shape[1] // 2
     order = token_order_reference(mask)
@@ -63,9 +63,7 @@ def mix_tables_reference(mask: Tensor) -> MixTables:
     def at_positions(by_rank: Tensor) -> Tensor:
         return torch.empty_like(order).scatter_(1, order, by_rank)
 
-    return MixTables(
-        mask, order, at_positions(order.roll(half, 1)), at_positions(before), at_positions(after)
-    )
+    return MixIndex(mask, order, at_positions(order.roll(half, 1)), at_positions(before), at_positions(after))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ if triton is not None:
             seen += tl.sum(is_first, 0)
 
     @triton.jit
-    def mix_tables_kernel(order, partner, previous, following, length, BLOCK: tl.constexpr):
+    def mix_index_kernel(order, partner, previous, following, length, BLOCK: tl.constexpr):
         # A launch of its own: it reads what other threads wrote to `order`.
         row = tl.program_id(1).to(tl.int64) * length
         order += row
@@ -138,14 +136,14 @@ def _launch_tables(second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length = second.shape
     order = launch_order(second)
     partner, previous, following = (torch.empty_like(order) for _ in range(3))
-    options = config("mix_tables", second.device)
+    options = config("mix_index", second.device)
     block = min(triton.next_power_of_2(length), options["BLOCK"])
     launch(
-        mix_tables_kernel,
+        mix_index_kernel,
         (triton.cdiv(length, block), batch),
         (order, partner, previous, following, length),
         {"BLOCK": block},
-        "mix_tables",
+        "mix_index",
         options,
     )
     return order, partner, previous, following
@@ -158,7 +156,7 @@ def _fake_tables(second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 token_order = register("token_order(Tensor second) -> Tensor", launch_order, _fake_order)
 _tables = register(
-    "mix_tables(Tensor second) -> (Tensor, Tensor, Tensor, Tensor)", _launch_tables, _fake_tables
+    "mix_index(Tensor second) -> (Tensor, Tensor, Tensor, Tensor)", _launch_tables, _fake_tables
 )
 
 # 4. Public functions
@@ -200,7 +198,7 @@ def packed(mask: Tensor) -> Tensor:
     return marks.to(torch.uint8) if torch.compiler.is_compiling() else marks.view(torch.uint8)
 
 
-def mix_tables(mask: Tensor) -> MixTables:
+def build_mix_index(mask: Tensor) -> MixIndex:
     """Index tables of a mask, on its device, without waiting for it.
 
     Args:
@@ -211,42 +209,12 @@ def mix_tables(mask: Tensor) -> MixTables:
     """
     check_mask(mask, check_values=False)
     if not use_triton(mask) or mask.numel() == 0:
-        return mix_tables_reference(mask)
-    return MixTables(mask.bool(), *_tables(packed(mask)))
+        return build_mix_index_reference(mask)
+    return MixIndex(mask.bool(), *_tables(packed(mask)))
 
 
-def check_tables(tables: MixTables, x: Tensor) -> None:
-    """Refuse tables that are not those of tokens (B, L, D)."""
-    for name, table in zip(tables._fields, tables, strict=True):
+def check_index(index: MixIndex, x: Tensor) -> None:
+    """Refuse an index that is not that of tokens (B, L, D)."""
+    for name, table in zip(index._fields, index, strict=True):
         if table.shape != x.shape[:2]:
-            raise ValueError(f"tables.{name} has shape {tuple(table.shape)}, expected {tuple(x.shape[:2])}")
-
-
-# 5. Standard workloads
-
-
-def balanced_mask(batch: int, length: int, device: str) -> Tensor:
-    """A random mask for workloads: (B, L) bool, half ones in every row."""
-    return torch.rand(batch, length, device=device).argsort(1) < length // 2
-
-
-def workloads() -> list[Workload]:
-    """The mask of a ViT-B step, and of a long sequence."""
-
-    def make(batch: int, length: int) -> Workload:
-        def launch_all(mask: Tensor) -> None:
-            _launch_tables(packed(mask))
-
-        cost = Cost(batch * length * (1 + 4 * 8), 0)
-        return Workload(
-            "mix_tables",
-            f"{batch}x{length}",
-            lambda device, dtype: {"mask": balanced_mask(batch, length, device)},
-            lambda mask: tuple(mix_tables(mask)[1:]),
-            lambda mask: tuple(mix_tables_reference(mask)[1:]),
-            launch_all,
-            lambda size: (cost, Cost(0, 0)),
-            matrix=False,
-        )
-
-    return [make(64, 216), make(4, 13824)]
+            raise ValueError(f"index.{name} has shape {tuple(table.shape)}, expected {tuple(x.shape[:2])}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import interpreted, triton, use_triton
 from .dtypes import accumulator, autocast_dtype
-from .launch import Cost, Workload, config, launch
-from .mix_index import balanced_mask, packed
-from .patchify import Triple, patch_grid, patchify_3d
+from .launch import config, launch
+from .mix_index import packed
+from .patchify import patch_grid, patchify_3d
 from .registration import register
 
 if triton is not None:
@@ -449,125 +448,3 @@ def patch_embed_tokens(
         return patch_embed_tokens_reference(tokens, weight, bias, position, num_prefix_tokens)
     blocks = _token_blocks(tokens.to(dtype), weight)
     return _patch_embed(blocks, weight, bias, position, None, num_prefix_tokens)
-
-
-# 5. Standard workloads
-
-
-def _workload(
-    label: str,
-    run: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    inputs: Callable[[str, torch.dtype], dict[str, Any]],
-    autocast: torch.dtype | None = None,
-) -> Workload:
-    """A workload of either public function; its first input decides which gradients flow."""
-
-    def within(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(**values: Any) -> Tensor:
-            with torch.autocast(values["weight"].device.type, autocast):
-                return function(**values)
-
-        return function if autocast is None else call
-
-    def launch_all(weight: Tensor, num_prefix_tokens: int, **values: Any) -> None:
-        mask = values.get("source_mask")
-        marks = None if mask is None else packed(mask)
-        blocks = (
-            _volume_blocks(values["x"], weight) if "x" in values else _token_blocks(values["tokens"], weight)
-        )
-        blocks = blocks.to(autocast or blocks.dtype)
-        bias, position, prefix = values["bias"], values["position"], num_prefix_tokens
-        grad = _launch_forward(blocks, weight, bias, position, marks, prefix)
-        _launch_grad_weight(grad, blocks, weight, marks, prefix, bias is not None)
-        if blocks.requires_grad:
-            _launch_grad_x(grad, blocks, weight, marks, prefix)
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        values = inputs("meta", torch.bfloat16)
-        weight, mask = values["weight"], values.get("source_mask")
-        x = values["x"] if "x" in values else values["tokens"]
-        rows = x.numel() // weight[0].numel()
-        width = weight.shape[0]
-        wide = size if autocast is None else 4
-        marks = 0 if mask is None else mask.numel()
-        factors = (weight.numel() + width) * wide
-        positions = 0 if values["position"] is None else values["position"].numel() * wide
-        out = (rows + x.shape[0] * values["num_prefix_tokens"]) * width * size
-        product = 2 * rows * weight.numel()
-        forward = Cost(x.numel() * wide + marks + factors + positions + out, product)
-        grad_x = x.numel() * wide + weight.numel() * wide if x.requires_grad else 0
-        read = rows * width * size + x.numel() * wide + marks
-        return forward, Cost(read + factors + grad_x, product * (2 if x.requires_grad else 1))
-
-    return Workload(
-        "patch_embed", label, inputs, within(run), within(reference), launch_all, cost, matrix=True
-    )
-
-
-def _parameters(device: str, dtype: torch.dtype, length: int, channels: int, patch: int) -> dict[str, Any]:
-    scale = (channels * patch**3) ** -0.5
-    weight = torch.randn(768, channels, patch, patch, patch, device=device, dtype=dtype) * scale
-    return {
-        "weight": weight.requires_grad_(),
-        "bias": torch.randn(768, device=device, dtype=dtype, requires_grad=True),
-        "position": torch.randn(length, 768, device=device, dtype=dtype),
-        "num_prefix_tokens": 1,
-    }
-
-
-def volume_workload(
-    batch: int,
-    channels: int,
-    size: Triple,
-    patch: int,
-    masked: bool = False,
-    last: bool = False,
-    autocast: torch.dtype | None = None,
-) -> Workload:
-    """A batch of volumes of this size.
-
-    Args:
-        masked: every other token comes from the partner.
-        last: channels-last input.
-        autocast: float32 inputs under autocast to this.
-    """
-    length = math.prod(patch_grid(size, patch))
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        x = torch.randn(batch, channels, *size, device=device, dtype=dtype if autocast is None else None)
-        values = {"x": x.contiguous(memory_format=torch.channels_last_3d) if last else x}
-        values |= _parameters(device, x.dtype, length, channels, patch)
-        if masked:
-            values["source_mask"] = balanced_mask(batch, length, device)
-        return values
-
-    notes = [note for note, on in (("mixed", masked), ("last", last), ("autocast", autocast)) if on]
-    label = " ".join([f"{batch}x{channels}x{'x'.join(map(str, size))} p{patch}", *notes])
-    return _workload(label, patch_embed_3d, patch_embed_3d_reference, inputs, autocast)
-
-
-def workloads() -> list[Workload]:
-    """Latents as MeDUET embeds them, larger latents, images, channels-last input, predicted tokens."""
-
-    def tokens(batch: int, length: int, channels: int, patch: int) -> Workload:
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            shape = batch, length, channels * patch**3
-            x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-            return {"tokens": x, **_parameters(device, dtype, length, channels, patch)}
-
-        label = f"{batch}x{length}x{channels * patch**3} tokens"
-        return _workload(label, patch_embed_tokens, patch_embed_tokens_reference, inputs)
-
-    latents: Triple = (24, 24, 24)
-    return [
-        volume_workload(64, 4, latents, 4, masked=True),
-        volume_workload(64, 4, latents, 4, masked=True, autocast=torch.bfloat16),
-        volume_workload(64, 4, latents, 4),
-        volume_workload(64, 4, latents, 4, last=True),
-        volume_workload(16, 4, latents, 2),
-        volume_workload(8, 4, (64, 64, 32), 4),
-        volume_workload(8, 1, (96, 96, 96), 16),
-        volume_workload(8, 1, (96, 96, 96), 8),
-        tokens(256, 216, 4, 4),
-    ]

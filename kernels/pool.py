@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32
-from .launch import Cost, Workload, config, launch
-from .mix_index import balanced_mask, packed
+from .launch import config, launch
+from .mix_index import packed
 from .registration import register
 
 if triton is not None:
@@ -293,43 +293,3 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
         return pooled_layer_norm_reference(x, mask, eps)
     normed, plain, _ = _pool(x, None if mask is None else packed(mask), eps)
     return normed, plain
-
-
-# 5. Standard workloads
-
-
-def workload(batch: int, length: int, width: int, masked: bool) -> Workload:
-    """Of any size, (batch, length, width); pooled by source if masked."""
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
-        return {"x": x, "mask": balanced_mask(batch, length, device) if masked else None}
-
-    def launch_all(x: Tensor, mask: Tensor | None) -> None:
-        marks = None if mask is None else packed(mask)
-        normed, plain, count = _launch_forward(x, marks, 1e-5)
-        _launch_backward(normed, plain, x, marks, count, 1e-5)
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        elements, outputs = batch * length * width, 2 * batch * width * (2 if masked else 1)
-        marks = batch * length if masked else 0
-        return (
-            Cost(elements * size + outputs * 4 + marks, 9 * elements),
-            Cost(2 * elements * size + outputs * 4 + marks, 14 * elements),
-        )
-
-    return Workload(
-        "pooled_layer_norm",
-        f"{batch}x{length}x{width}{' by source' if masked else ''}",
-        inputs,
-        pooled_layer_norm,
-        pooled_layer_norm_reference,
-        launch_all,
-        cost,
-        matrix=False,
-    )
-
-
-def workloads() -> list[Workload]:
-    """Both factors of a ViT-B step, by source; and the plain mean over an unmixed sequence."""
-    return [workload(64, 216, 768, True), workload(64, 216, 192, True), workload(128, 216, 768, False)]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32
-from .launch import Cost, Workload, config, launch
-from .mix_index import balanced_mask, packed
-from .patch_embed import Triple, patch_grid, patchify_3d
+from .launch import config, launch
+from .mix_index import packed
+from .patchify import Triple, patch_grid, patchify_3d
 from .registration import register
 
 if triton is not None:
@@ -284,47 +284,3 @@ def dual_reconstruction_loss(
     if not use_triton(prediction) or prediction.numel() == 0 or target.requires_grad:
         return dual_reconstruction_loss_reference(prediction, target, mask, patch_size, pairing)
     return _reconstruction(prediction, target, packed(mask), list(_edges(patch_size)), pairing == "reference")
-
-
-# 5. Standard workloads
-
-
-def workload(batch: int, channels: int, size: int, patch: int) -> Workload:
-    """The loss of ``batch`` volumes of edge ``size`` with patches of edge ``patch``."""
-    length, width = (size // patch) ** 3, channels * patch**3
-
-    def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-        shape = (2 * batch, length, width)
-        return {
-            "prediction": torch.randn(*shape, device=device, dtype=dtype, requires_grad=True),
-            "target": torch.randn(batch, channels, size, size, size, device=device, dtype=dtype),
-            "mask": balanced_mask(batch, length, device),
-            "patch_size": patch,
-        }
-
-    def launch_all(prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int) -> None:
-        arguments = (prediction, target, packed(mask), [patch_size] * 3, False)
-        loss = _launch_forward(*arguments)
-        _launch_backward(loss, *arguments)
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        # Half of the tokens of each stream is supervised; a quarter of the target by neither stream.
-        elements = batch * length * width
-        read = int(1.75 * elements) * size + batch * length
-        return Cost(read + 4, 3 * elements), Cost(read + 2 * elements * size + 4, 2 * elements)
-
-    return Workload(
-        "dual_reconstruction_loss",
-        f"{batch}x{channels}x{size}^3 patch {patch}",
-        inputs,
-        dual_reconstruction_loss,
-        dual_reconstruction_loss_reference,
-        launch_all,
-        cost,
-        matrix=False,
-    )
-
-
-def workloads() -> list[Workload]:
-    """The loss of a ViT-B step, and of one with small patches."""
-    return [workload(64, 4, 24, 4), workload(16, 4, 24, 2)]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .launch import recording
+
 NAMESPACE = "meduet_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -54,7 +56,11 @@ def register(
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, _on_plain_tensors(implementation), key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def on_meta(*arguments: Any) -> Any:
+        return (implementation if recording() else fake)(*arguments)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", on_meta, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library

@@ -1,7 +1,7 @@
 """The style convolution: along the tokens of one source, wherever in the mixed sequence these stand.
 
 Source: MeDUET sections "Network" (factorizer) and "Mixing and demixing". The published code compacts each
-source into a half-length sequence first; here tables name the neighbours.
+source into a half-length sequence first; here index name the neighbours.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator
-from .launch import Cost, Workload, launch
-from .mix_index import MixTables, balanced_mask, check_tables, mix_tables_reference, take_rows
+from .launch import launch
+from .mix_index import MixIndex, check_index, take_rows
 from .registration import register
 from .tiles import token_grid
 
@@ -26,15 +26,15 @@ if triton is not None:
 # 1. Reference
 
 
-def style_convolution_reference(style: Tensor, weight: Tensor, tables: MixTables | None = None) -> Tensor:
+def style_convolution_reference(style: Tensor, weight: Tensor, index: MixIndex | None = None) -> Tensor:
     """The definition of :func:`style_convolution`, in plain PyTorch."""
     before, here, after = weight.to(style.dtype).squeeze(1).unbind(1)
-    if tables is None:
+    if index is None:
         zero = torch.zeros_like(style[:, :1])
         left = torch.cat([zero, style[:, :-1]], 1)
         right = torch.cat([style[:, 1:], zero], 1)
     else:
-        left, right = take_rows(style, tables.previous), take_rows(style, tables.next)
+        left, right = take_rows(style, index.previous), take_rows(style, index.next)
     return left * before + style * here + right * after
 
 
@@ -189,13 +189,13 @@ _style_backward = register(
 # 4. Public function
 
 
-def style_convolution(style: Tensor, weight: Tensor, tables: MixTables | None = None) -> Tensor:
+def style_convolution(style: Tensor, weight: Tensor, index: MixIndex | None = None) -> Tensor:
     """Depthwise convolution of three taps along the token sequence, zero-padded.
 
     Args:
         style: (B, L, Ds), any float dtype and strides.
         weight: (Ds, 1, 3), a depthwise Conv1d weight, in any float dtype.
-        tables: with them a token's neighbours are those of its own source; without, of the sequence.
+        index: with them a token's neighbours are those of its own source; without, of the sequence.
 
     Returns:
         (B, L, Ds), in the dtype of ``style``.
@@ -207,52 +207,10 @@ def style_convolution(style: Tensor, weight: Tensor, tables: MixTables | None = 
         raise ValueError(f"style has shape {tuple(style.shape)}, expected (B, L, Ds)")
     if weight.shape != (style.shape[2], 1, 3):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {(style.shape[2], 1, 3)}")
-    if tables is not None:
-        check_tables(tables, style)
+    if index is not None:
+        check_index(index, style)
     if not use_triton(style) or style.numel() == 0:
-        return style_convolution_reference(style, weight, tables)
-    if tables is None:
+        return style_convolution_reference(style, weight, index)
+    if index is None:
         return _style(style, weight, None, None)
-    return _style(style, weight, tables.previous.contiguous(), tables.next.contiguous())
-
-
-# 5. Standard workloads
-
-
-def workloads() -> list[Workload]:
-    """A ViT-B step: the style of a mixed sequence, and of a plain one."""
-    batch, length, width = 64, 216, 192
-
-    def make(mixed: bool) -> Workload:
-        def inputs(device: str, dtype: torch.dtype) -> dict[str, Any]:
-            # The weight is a parameter: float32 under autocast.
-            parameter = torch.promote_types(dtype, torch.float32)
-            weight = torch.randn(width, 1, 3, device=device, dtype=parameter, requires_grad=True)
-            style = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
-            tables = mix_tables_reference(balanced_mask(batch, length, device)) if mixed else None
-            return {"style": style, "weight": weight, "tables": tables}
-
-        def launch_all(style: Tensor, weight: Tensor, tables: MixTables | None) -> None:
-            neighbours = (None, None) if tables is None else (tables.previous, tables.next)
-            _launch_style_backward(_launch_style(style, weight, *neighbours), style, weight, *neighbours)
-
-        def cost(size: int) -> tuple[Cost, Cost]:
-            elements = batch * length * width
-            extra = width * 3 * 4 + (2 * 8 * batch * length if mixed else 0)
-            return (
-                Cost(2 * elements * size + extra, 5 * elements),
-                Cost(3 * elements * size + extra + width * 3 * 4, 11 * elements),
-            )
-
-        return Workload(
-            "style_convolution",
-            f"{batch}x{length}x{width}{' by source' if mixed else ''}",
-            inputs,
-            style_convolution,
-            style_convolution_reference,
-            launch_all,
-            cost,
-            matrix=False,
-        )
-
-    return [make(True), make(False)]
+    return _style(style, weight, index.previous.contiguous(), index.next.contiguous())

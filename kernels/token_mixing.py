@@ -6,7 +6,6 @@ never compacts (see ``tokenize.py`` and ``demix.py``).
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator
-from .launch import Cost, Workload, launch
-from .mix_index import balanced_mask, check_ones, launch_order, packed, token_order, token_order_reference
+from .launch import launch
+from .mix_index import check_ones, packed, token_order, token_order_reference
 from .registration import register
 from .tiles import token_grid
 
@@ -291,43 +290,3 @@ def remix_tokens(z1: Tensor, z2: Tensor, mask: Tensor, check_values: bool = Fals
     if not use_triton(z1) or z1.numel() + z2.numel() == 0:
         return remix_tokens_reference(z1, z2, mask)
     return _remix(z1, z2, token_order(packed(mask)))
-
-
-# 5. Standard workloads
-
-
-def workloads(batch: int = 64) -> list[Workload]:
-    """A ViT-B batch, mixed half and half: mix, demix, remix."""
-    length, width = 216, 768
-    half, label, elements = length // 2, f"{batch}x{length}x{width}", batch * length * width
-
-    def inputs(names: tuple[str, ...], tokens: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-        made = {"mask": balanced_mask(batch, length, device)}
-        for name in names:
-            made[name] = torch.randn(batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
-        return made
-
-    def cost(size: int) -> tuple[Cost, Cost]:
-        least = Cost(2 * elements * size + batch * length, 0)
-        return least, least
-
-    def launch_mix(x: Tensor, mask: Tensor) -> None:
-        for adjoint in (False, True):
-            _launch_mix(x, packed(mask), adjoint)
-
-    def launch_demix(x: Tensor, mask: Tensor) -> None:
-        order = launch_order(packed(mask))
-        _launch_remix(*_launch_demix(x, order, half), order)
-
-    def launch_remix(z1: Tensor, z2: Tensor, mask: Tensor) -> None:
-        order = launch_order(packed(mask))
-        _launch_demix(_launch_remix(z1, z2, order), order, half)
-
-    x, halves = partial(inputs, ("x",), length), partial(inputs, ("z1", "z2"), half)
-    return [
-        Workload("mix_tokens", label, x, mix_tokens, mix_tokens_reference, launch_mix, cost, False),
-        Workload("demix_tokens", label, x, demix_tokens, demix_tokens_reference, launch_demix, cost, False),
-        Workload(
-            "remix_tokens", label, halves, remix_tokens, remix_tokens_reference, launch_remix, cost, False
-        ),
-    ]

@@ -23,12 +23,8 @@ def _check_versions(python: tuple[int, int], torch_version: str) -> None:
         raise ImportError(f"meduet_fast supports torch 2.11 to 2.15, found {torch_version}")
 
 
-def _torch_version() -> str:
-    try:
-        from torch import __version__ as version
-    except ModuleNotFoundError as error:
-        raise ImportError("meduet_fast needs torch 2.11 to 2.15, and torch is not installed") from error
-    return str(version)
-
-
-_check_versions(sys.version_info[:2], _torch_version())
+try:
+    from torch import __version__ as _torch_version
+except ModuleNotFoundError as error:
+    raise ImportError("meduet_fast needs torch 2.11 to 2.15, and torch is not installed") from error
+_check_versions(sys.version_info[:2], str(_torch_version))

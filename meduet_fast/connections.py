@@ -1,4 +1,4 @@
-"""The network connections of this process, by looking at its file descriptors."""
+"""Find and close the network connections of this process, by looking at its file descriptors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def connections() -> Iterator[tuple[int, socket.socket]]:
-    """Descriptor of each TCP connection, and a socket of the same connection that is closed afterwards."""
+    """Yield each TCP connection's descriptor, and a socket of it that is closed afterwards."""
     for descriptor in [int(item.name) for item in Path("/dev/fd").iterdir()]:
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6):
@@ -18,7 +18,7 @@ def connections() -> Iterator[tuple[int, socket.socket]]:
 
 
 def close_inherited() -> None:
-    """In a forked process: close the parent's connections.
+    """Close the parent's connections in a forked process.
 
     As long as anybody has them open, those at the other end do not learn that the parent was killed.
     """

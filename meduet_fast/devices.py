@@ -1,4 +1,4 @@
-"""Names of devices."""
+"""Find the device of a name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import UserError
 
 
 def select_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+    """Return the device of that name; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
         UserError: for an unknown or absent device.

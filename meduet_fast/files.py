@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, then rename."""
+"""Write files that are either whole or absent: to a temporary name, then rename."""
 
 from __future__ import annotations
 

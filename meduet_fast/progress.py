@@ -1,4 +1,4 @@
-"""One progress display: a rich bar with rate and ETA on a terminal, plain lines otherwise."""
+"""Show progress: a rich bar with rate and ETA on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -20,24 +20,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _terminal_display() -> Progress:
-    # Imported here: without a terminal (batch jobs, benchmarks on a bare machine) rich is not needed.
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=Console(file=sys.stderr),
-    )
 
 
 class ProgressBar:
@@ -62,7 +44,21 @@ class ProgressBar:
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if shown and sys.stderr.isatty():
-            self._progress = _terminal_display()
+            # Imported here: without a terminal (batch jobs, benchmarks on a bare machine) rich is not needed.
+            from rich import progress
+            from rich.console import Console
+
+            self._progress = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn("{task.completed}/{task.total}"),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("ETA"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                console=Console(file=sys.stderr),
+            )
 
     def __enter__(self) -> ProgressBar:
         if self._progress is not None:
@@ -82,7 +78,7 @@ class ProgressBar:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Return units a second since the start."""
         return (self.done - self.initial) / max(time.monotonic() - self._start, 1e-9)
 
     def update(self, advance: int = 1, text: str | None = None) -> None:
@@ -114,7 +110,7 @@ class ProgressBar:
 def progress_bar(
     description: str, total: int, unit: str = "it", initial: int = 0, shown: bool = True
 ) -> Iterator[ProgressBar]:
-    """``with progress_bar("Encoding", 10, "volume") as bar: ... bar.update(1, "name")``."""
+    """Show a bar: ``with progress_bar("Encoding", 10, "volume") as bar: ... bar.update(1, "name")``."""
     with ProgressBar(description, total, unit, initial, shown) as bar:
         yield bar
 

@@ -141,7 +141,7 @@ class _Volume:
 
 
 class VolumeCrops(Batches):
-    """Random crops of volumes in memory, ``images`` (B, 1, s, s, s): domains in turn, a random volume of each.
+    """Random crops of volumes in memory, ``images`` (B, 1, s, s, s): domains in turn, any volume of each.
 
     Raises:
         UserError: for unreadable volumes, or one that can't hold a training crop and a held-out crop.

@@ -1,4 +1,8 @@
-"""The fast operations as modules, and :func:`accelerate`, which puts them into models that exist already."""
+"""The fast operations as modules, and :func:`accelerate`, which puts them into models that exist already.
+
+MeDUET itself is built of ``PatchEmbed3d``, ``sincos_positions_3d`` and the attention chosen here.
+``TokenMixer`` and ``QuadrupletContrast`` are for models and losses of one's own.
+"""
 
 from .accelerate import Swap, accelerate
 from .attention import set_attention_backend

@@ -1,8 +1,9 @@
-"""Who computes attention in the transformer blocks: a choice of the process, in no weights and no sizes."""
+"""Choose who computes attention in the transformer blocks: for the process, in no weights and no sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,29 +23,11 @@ attend: Attend = F.scaled_dot_product_attention
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _flash2() -> Callable[..., Any]:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func
-
-
-def _flash4() -> Callable[..., Any]:
-    from flash_attn.cute import flash_attn_func
-
-    return flash_attn_func
-
-
-def _xformers() -> Callable[..., Any]:
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention
-
-
-# Name of the extra -> package on PyPI, import, dtypes. All three take and give (B, N, H, d).
-_PACKAGES: dict[str, tuple[str, Callable[[], Callable[..., Any]], tuple[torch.dtype, ...]]] = {
-    "flash2": ("flash-attn", _flash2, _HALF),
-    "flash4": ("flash-attn-4", _flash4, _HALF),
-    "xformers": ("xformers", _xformers, (*_HALF, torch.float32)),
+# Name of the extra -> package on PyPI, module, function, dtypes. All three take and give (B, N, H, d).
+_PACKAGES = {
+    "flash2": ("flash-attn", "flash_attn", "flash_attn_func", _HALF),
+    "flash4": ("flash-attn-4", "flash_attn.cute", "flash_attn_func", _HALF),
+    "xformers": ("xformers", "xformers.ops", "memory_efficient_attention", (*_HALF, torch.float32)),
 }
 
 
@@ -59,7 +42,7 @@ def _try_out(function: Callable[..., Any], device: str) -> None:
 
 
 def attention_backend(name: AttentionBackend) -> Attend:
-    """The function of a backend: (B, H, N, d) each -> (B, H, N, d), without dropout or a mask.
+    """Return the function of a backend: (B, H, N, d) each -> (B, H, N, d), without dropout or a mask.
 
     Args:
         name: "sdpa", PyTorch's own choice between flash, cuDNN and others; "flash2", FlashAttention 2;
@@ -75,11 +58,11 @@ def attention_backend(name: AttentionBackend) -> Attend:
     if name not in _PACKAGES:
         known = ", ".join(repr(item) for item in get_args(AttentionBackend))
         raise ValueError(f"attention is {name!r}, expected one of {known}")
-    package, load, dtypes = _PACKAGES[name]
+    package, module, attribute, dtypes = _PACKAGES[name]
     advice = f"pip install 'meduet-fast[{name}]', or take attention 'sdpa'"
     try:
-        function = load()
-    except (ImportError, OSError, RuntimeError) as error:  # the latter two: built for another torch or CUDA
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # the last two: for another torch
         raise UserError(
             f"attention {name!r} needs the package {package}, which can't be imported ({error}): {advice}"
         ) from error
@@ -102,10 +85,10 @@ def attention_backend(name: AttentionBackend) -> Attend:
                 f"attention {name!r} got {query.dtype} on {query.device.type}, expected {expected} on cuda; "
                 "'sdpa' takes everything"
             )
-        result = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        result = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # (B, N, H, d)
         # Releases of FlashAttention 4 differ in whether they give the log-sum-exp too.
         attended = result[0] if isinstance(result, tuple) else result
-        return attended.transpose(1, 2)
+        return attended.transpose(1, 2)  # (B, H, N, d)
 
     return run
 

@@ -1,4 +1,4 @@
-"""The contrast of MeDUET's quadruplets as a module."""
+"""Contrast quadruplets of factors, for losses of one's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from meduet_fast.kernels import quadruplet_contrast
 
 class QuadrupletContrast(nn.Module):
     """Contrast of queries with keys of which exactly three are alike; see :func:`quadruplet_contrast`.
+
+    For a loss of one's own. MeDUET's pretraining calls the function: its checkpoints hold the scales of
+    content and style in one parameter.
 
     Args:
         identity: which rows are alike, those of a "content" or of a "style".
@@ -35,9 +38,9 @@ class QuadrupletContrast(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnable)
 
     def forward(self, queries: Tensor, keys: Tensor, key_offset: int = 0) -> Tensor:
-        """Queries (4B, D) and keys (4B, D), or keys gathered from all ranks with their offset -> scalar."""
+        """Compute the loss of queries (4B, D) and keys (4B, D), or keys of all ranks with their offset."""
         return quadruplet_contrast(queries, keys, self.log_scale, self.identity, key_offset)
 
     def extra_repr(self) -> str:
-        """The identity, for ``print(module)``."""
+        """Return the identity, for ``print(module)``."""
         return repr(self.identity)

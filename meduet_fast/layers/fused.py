@@ -6,7 +6,6 @@ reference to it stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ class Fused:
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """Whether the fused forward computes what this module of the original class does.
+        """Tell whether the fused forward computes what this module of the original class does.
 
         Asked again at every call: where an option has changed since, or a hook sits on a part that would be
         passed over, the original forward runs.
@@ -36,12 +35,12 @@ class Fused:
 
     @staticmethod
     def parts(module: Any) -> list[nn.Module]:
-        """Modules inside that the fused forward does not call, so that it is no use to swap them too."""
+        """Return modules inside that the fused forward does not call: it is no use to swap them too."""
         return []
 
 
 def bare(*modules: nn.Module) -> bool:
-    """Whether nobody would notice that the modules are not called: no hooks, no forward of their own."""
+    """Tell whether nobody would notice that modules are not called: no hooks, no forward of their own."""
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -53,7 +52,7 @@ def bare(*modules: nn.Module) -> bool:
 
 
 def cut_to_patches(x: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Without the remainder at the end of each axis, which a convolution leaves out too."""
+    """Cut off the remainder at the end of each axis, which a convolution leaves out too."""
     for axis, edge in enumerate(patch, start=2):
         size = x.shape[axis]
         if size % edge:
@@ -62,7 +61,7 @@ def cut_to_patches(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 
 def pays(x: Tensor) -> bool:
-    """Whether a matrix product beats the convolution here: not oneDNN's on the CPU, measured 3 to 8 times."""
+    """Tell whether a matrix product beats the convolution: not oneDNN's on the CPU, measured 3 to 8 times."""
     return x.device.type != "cpu" or kernel_backend() == "triton"
 
 
@@ -83,7 +82,7 @@ class PatchConv3d(Fused, nn.Conv3d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, D, X/p, Y/q, Z/r)."""
+        """Convolve (B, C, X, Y, Z) to (B, D, X/p, Y/q, Z/r)."""
         fitting = input.dim() == 5 and input.shape[1] == self.in_channels
         if (
             not fitting
@@ -94,8 +93,8 @@ class PatchConv3d(Fused, nn.Conv3d):
             return super().forward(input)
         x = cut_to_patches(input, self.kernel_size)
         grid = [size // edge for size, edge in zip(x.shape[2:], self.kernel_size, strict=True)]
-        tokens = patch_embed_3d(x, self.weight, self.bias)
-        y = tokens.transpose(1, 2).unflatten(2, grid)
+        tokens = patch_embed_3d(x, self.weight, self.bias)  # (B, L, D)
+        y = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, X/p, Y/q, Z/r)
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last_3d)
         return y if last else y.contiguous()
 
@@ -110,7 +109,7 @@ class FusedSequential(Fused, nn.Sequential):
         return any(_is_pair(*pair) for pair in pairwise(module))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Like the original."""
+        """Run the modules in their order, like the original."""
         children = list(self)
         position = 0
         while position < len(children):
@@ -125,7 +124,7 @@ class FusedSequential(Fused, nn.Sequential):
 
 
 def norm_silu(norm: Any, x: Tensor) -> Tensor:
-    """A GroupNorm module and SiLU, in one pass."""
+    """Apply a GroupNorm module and SiLU, in one pass."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
@@ -133,17 +132,16 @@ def _is_pair(norm: nn.Module, activation: nn.Module) -> bool:
     return type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and bare(norm, activation)
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    return (item for item in module.modules() if not any(item.children()))
-
-
 def _may_fuse(x: Any, following: list[nn.Module]) -> bool:
-    """On 3D maps; under autocast only in front of a convolution, which casts what the pair would widen."""
+    """Tell whether x is a 3D map; under autocast, one that goes into a convolution, which casts it anyway."""
     if not isinstance(x, Tensor) or x.dim() != 5 or not x.is_floating_point():
         return False
     if autocast_dtype(x) is None or x.dtype in (torch.float32, torch.float64):
         return True
-    return bool(following) and isinstance(next(_leaves(following[0])), nn.Conv3d)
+    if not following:
+        return False
+    first = next(item for item in following[0].modules() if not any(item.children()))
+    return isinstance(first, nn.Conv3d)
 
 
 RULES: dict[type[nn.Module], type[Fused]] = {nn.Conv3d: PatchConv3d, nn.Sequential: FusedSequential}

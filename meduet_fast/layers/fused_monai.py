@@ -23,7 +23,7 @@ from .fused import Fused, PatchConv3d, bare, cut_to_patches, norm_silu
 
 
 def _known_linear(embedding: Any) -> bool:
-    """Whether a "perceptron" is what it is in MONAI: Rearrange, which knows the patch, and Linear."""
+    """Tell whether a "perceptron" is what it is in MONAI: Rearrange, which knows the patch, and Linear."""
     if type(embedding) is not nn.Sequential or len(embedding) != 2 or type(embedding[1]) is not nn.Linear:
         return False
     edges = getattr(embedding[0], "axes_lengths", {})
@@ -48,7 +48,7 @@ class FusedPatchEmbeddingBlock(Fused, PatchEmbeddingBlock):
         return list(module.patch_embeddings.modules())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, L, D)."""
+        """Embed (B, C, X, Y, Z) as tokens (B, L, D)."""
         if not self.fits(self) or x.dim() != 5:
             return super().forward(x)
         embedding: Any = self.patch_embeddings
@@ -72,7 +72,7 @@ class FusedPatchEmbeddingBlock(Fused, PatchEmbeddingBlock):
 
 
 def _plain_attention(module: Any) -> bool:
-    """Scores in the values' dtype that nobody wants to see, without relative positions, not fused already."""
+    """Tell whether scores have the values' dtype, nobody wants to see them, and nothing is fused already."""
     return not (
         module.use_flash_attention
         or module.save_attn
@@ -84,15 +84,15 @@ def _plain_attention(module: Any) -> bool:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
 ) -> Tensor:
-    """(B, N, heads*d) each -> (B, N, heads*d)."""
+    """Attend: (B, N, H*d) and twice (B, M, H*d) -> (B, N, H*d)."""
     query, key, value = (
         item.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for item in (query, key, value)
-    )
+    )  # (B, H, N or M, d)
     dropout = module.drop_weights.p if module.drop_weights.training else 0.0
     y = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=module.scale
-    )
-    return y.transpose(1, 2).flatten(2)
+    )  # (B, H, N, d)
+    return y.transpose(1, 2).flatten(2)  # (B, N, H*d)
 
 
 class FusedSABlock(Fused, SABlock):
@@ -108,15 +108,15 @@ class FusedSABlock(Fused, SABlock):
         return _plain_attention(module)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) and, where not causal, (B, N) with 0 for tokens to leave out -> (B, N, C)."""
+        """Attend among (B, N, C); ``attn_mask`` (B, N), where not causal, is 0 for tokens to leave out."""
         if not self.fits(self) or (self.causal and attn_mask is not None):
             return super().forward(x, attn_mask)
         if self.use_combined_linear:
             query, key, value = self.qkv(x).chunk(3, -1)
         else:
             query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
-        mask = None if attn_mask is None else (attn_mask != 0)[:, None, None]
-        y = _attend(self, query, key, value, mask, self.causal)
+        mask = None if attn_mask is None else (attn_mask != 0)[:, None, None]  # (B, 1, 1, N)
+        y = _attend(self, query, key, value, mask, self.causal)  # (B, N, H*d)
         return self.drop_output(self.out_proj(y) if self.include_fc else y)
 
 
@@ -130,7 +130,7 @@ class FusedCrossAttentionBlock(Fused, CrossAttentionBlock):
         return _plain_attention(module) and not module.causal
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, C) and (B, M, D) or None -> (B, N, C)."""
+        """Attend from (B, N, C) to a context (B, M, D), or among themselves."""
         if not self.fits(self):
             return super().forward(x, context)
         seen = x if context is None else context
@@ -156,14 +156,14 @@ class FusedDiffusionUNetResnetBlock(Fused, DiffusionUNetResnetBlock):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) and the embedded time (B, E) -> (B, C', X', Y', Z')."""
+        """Map (B, C, X, Y, Z) and the embedded time (B, E) to (B, C', X', Y', Z')."""
         if not self.fits(self):
             return super().forward(x, emb)
         hidden = norm_silu(self.norm1, x)
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
             x, hidden = resample(x), resample(hidden)
-        time = self.time_emb_proj(self.nonlinearity(emb))
+        time = self.time_emb_proj(self.nonlinearity(emb))  # (B, C')
         hidden = self.conv1(hidden) + time[:, :, None, None, None]
         return self.skip_connection(x) + self.conv2(norm_silu(self.norm2, hidden))
 
@@ -179,7 +179,7 @@ class FusedAEKLResBlock(Fused, AEKLResBlock):
         return all(type(norm) is nn.GroupNorm for norm in norms) and bare(*norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, C', X, Y, Z); 2D maps run the original."""
+        """Map (B, C, X, Y, Z) to (B, C', X, Y, Z); 2D maps run the original."""
         if not self.fits(self) or x.dim() != 5:
             return super().forward(x)
         hidden = self.conv1(norm_silu(self.norm1, x))
@@ -209,7 +209,7 @@ class FusedMaisiResBlock(Fused, MaisiResBlock):
         return [module.norm1, module.norm2]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, C', X, Y, Z)."""
+        """Map (B, C, X, Y, Z) to (B, C', X, Y, Z)."""
         if not self.fits(self):
             return super().forward(x)
         hidden = self.conv1(norm_silu(self.norm1, x))
@@ -228,7 +228,7 @@ class FusedMaisiGroupNorm3D(Fused, MaisiGroupNorm3D):
         return _plain_maisi_norm(module)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> the same, float32."""
+        """Normalise (B, C, X, Y, Z), in float32."""
         if not self.fits(self) or input.dim() != 5:
             return super().forward(input)
         return group_norm_silu(

@@ -1,4 +1,4 @@
-"""The patch embedding as a module."""
+"""Embed patches of a volume as tokens; MeDUET's own embedding is this one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from meduet_fast.kernels import patch_embed_3d, patch_grid
+from meduet_fast.kernels import patch_embed_3d, patch_embed_tokens, patch_grid
 
 from .positions import sincos_positions_3d
 
@@ -65,19 +65,38 @@ class PatchEmbed3d(nn.Module):
             raise ValueError(f"img_size is None, expected the volume's size for position {position!r}")
         grid = patch_grid(_triple(img_size), self.patch_size)
         if position == "sincos":
-            table = sincos_positions_3d(hidden_size, grid).to(device=device, dtype=self.weight.dtype)
+            table = sincos_positions_3d(hidden_size, grid).to(
+                device=device, dtype=self.weight.dtype
+            )  # (L, D)
             self.register_buffer("position", table, persistent=False)
         else:
             table = torch.empty(grid[0] * grid[1] * grid[2], hidden_size, device=device, dtype=dtype)
             self.position = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
-    def forward(self, x: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """(B, C, X, Y, Z), and a mask (B, L) as :func:`patch_embed_3d` takes it -> (B, P+L, D)."""
+    def forward(self, x: Tensor, source_mask: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """Embed a volume.
+
+        Args:
+            x: (B, C, X, Y, Z).
+            source_mask: (B, L), 1 where the token is to be the partner's, see :func:`patch_embed_3d`.
+            position: (L, D) in place of the layer's own, for models that keep positions themselves.
+
+        Returns:
+            (B, P+L, D), P prefix rows first.
+        """
+        position = self.position if position is None else position  # (L, D)
         return patch_embed_3d(
-            x, self.weight, self.bias, self.position, source_mask, num_prefix_tokens=self.num_prefix_tokens
-        )
+            x, self.weight, self.bias, position, source_mask, num_prefix_tokens=self.num_prefix_tokens
+        )  # (B, P+L, D)
+
+    def embed_patches(self, patches: Tensor, position: Tensor | None = None) -> Tensor:
+        """Embed patches (B, L, p*q*r*C) that are cut already: (B, P+L, D), as of their volume."""
+        position = self.position if position is None else position  # (L, D)
+        return patch_embed_tokens(
+            patches, self.weight, self.bias, position, num_prefix_tokens=self.num_prefix_tokens
+        )  # (B, P+L, D)
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(module)``."""
+        """Return the sizes, for ``print(module)``."""
         hidden_size, in_channels = self.weight.shape[:2]
         return f"{in_channels}, {hidden_size}, patch_size={self.patch_size}"

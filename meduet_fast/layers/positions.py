@@ -1,4 +1,4 @@
-"""Fixed 3D sine-cosine positions. Source: MeDUET section "Network"."""
+"""Compute fixed 3D sine-cosine positions. Source: MeDUET section "Network"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_positions_3d(width: int, grid: tuple[int, int, int], theta: float = 10000.0) -> Tensor:
-    """A third of the width for each axis (x, y, z), sines in its first half, cosines in its second.
+    """Give each axis (x, y, z) a third of the width, sines in its first half, cosines in its second.
 
     Args:
         width: a multiple of 6.
@@ -22,8 +22,8 @@ def sincos_positions_3d(width: int, grid: tuple[int, int, int], theta: float = 1
     """
     if width % 6:
         raise ValueError(f"width is {width}, expected a multiple of 6 for sine-cosine positions")
-    frequencies = theta ** -(torch.arange(width // 6, dtype=torch.float64) / (width // 6))
+    frequencies = theta ** -(torch.arange(width // 6, dtype=torch.float64) / (width // 6))  # (D/6,)
     axes = [torch.arange(size, dtype=torch.float64) for size in grid]
-    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    angles = coordinates.unsqueeze(-1) * frequencies
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)  # (L, 3)
+    angles = coordinates.unsqueeze(-1) * frequencies  # (L, 3, D/6)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()  # (L, D)

@@ -1,4 +1,7 @@
-"""Transformer blocks with timm's parameter names, and fixed 3D sine-cosine positions."""
+"""Transformer blocks with timm's parameter names, and fixed 3D sine-cosine positions.
+
+Shapes: B sequences of N tokens of width D; H heads of width d = D / H.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from meduet_fast.layers import attention, sincos_positions_3d
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on (B, N, D), computed as :func:`set_attention_backend` says."""
+    """Multi-head self-attention, computed as :func:`~meduet_fast.layers.set_attention_backend` says."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -20,11 +23,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = attention.attend(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+        batch, length, dim = x.shape  # (B, N, D)
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)  # (B, N, 3, H, d)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d) each
+        attended = attention.attend(query, key, value)  # (B, H, N, d)
+        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))  # (B, N, D)
 
 
 class Mlp(nn.Module):
@@ -36,7 +39,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = F.gelu(self.fc1(x))  # (B, N, hidden)
+        return self.fc2(x)  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -50,12 +54,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(self.norm1(x))  # (B, N, D)
+        return x + self.mlp(self.norm2(x))  # (B, N, D)
 
 
 def residual_stream(tokens: Tensor) -> Tensor:
-    """What blocks add to: in float32 under autocast, where bfloat16 would round every sum.
+    """Widen what blocks add to: to float32 under autocast, where bfloat16 would round every sum.
 
     Source: so it is in the published step, whose positions are float32.
     """
@@ -63,7 +67,7 @@ def residual_stream(tokens: Tensor) -> Tensor:
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Fixed positions of a cubic token grid, with a zero row for CLS in front.
+    """Compute fixed positions of a cubic token grid, with a zero row for CLS in front.
 
     Args:
         dim: width, a multiple of 6.
@@ -72,5 +76,5 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
     Returns:
         (1, 1 + grid^3, dim) float32.
     """
-    table = sincos_positions_3d(dim, (grid, grid, grid))
-    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0)
+    table = sincos_positions_3d(dim, (grid, grid, grid))  # (L, D)
+    return torch.cat([table.new_zeros(1, dim), table]).unsqueeze(0)  # (1, 1+L, D)

@@ -1,4 +1,4 @@
-"""Sizes of the network."""
+"""Hold the sizes of the network, and check that they fit together."""
 
 from __future__ import annotations
 
@@ -55,15 +55,13 @@ class MeDUETConfig:
                 f"latent_size {self.latent_size} and patch_size {self.patch_size} give "
                 f"{self.num_tokens} tokens, expected an even number: half of them are mixed"
             )
-        for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
-            if getattr(self, width) % getattr(self, heads):
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
+            if width % heads:
+                raise ValueError(f"{prefix}embed_dim {width} is not a multiple of {prefix}num_heads {heads}")
+            if width % 6:
                 raise ValueError(
-                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}"
-                )
-        for width in ("embed_dim", "decoder_embed_dim"):
-            if getattr(self, width) % 6:
-                raise ValueError(
-                    f"{width} {getattr(self, width)} is not a multiple of 6, as 3D sine-cosine positions need"
+                    f"{prefix}embed_dim {width} is not a multiple of 6, as 3D sine-cosine positions need"
                 )
         if self.style_dim < 1:
             raise ValueError(f"style_ratio {self.style_ratio} of embed_dim {self.embed_dim} leaves no style")
@@ -93,31 +91,29 @@ class MeDUETConfig:
             ValueError: naming the first missing key, or sizes that do not fit together.
         """
 
-        def shape(key: str) -> tuple[int, ...]:
-            if key not in state:
-                raise ValueError(f"not a MeDUET state dict: {key!r} is missing")
-            return tuple(state[key].shape)
-
         def count(prefix: str) -> int:
             indices = {int(key.split(".")[1]) for key in state if key.startswith(prefix + ".")}
             if indices != set(range(len(indices))) or not indices:
                 raise ValueError(f"not a MeDUET state dict: {prefix}.N found for N in {sorted(indices)}")
             return len(indices)
 
-        embed_dim, in_channels, patch_size = shape("embed_layer.proj.weight")[:3]
-        num_tokens = shape("pos_embed")[1] - 1
-        grid = round(num_tokens ** (1 / 3))
-        if grid**3 != num_tokens:
-            raise ValueError(f"pos_embed has {num_tokens} positions after CLS, expected a cubic number")
-        return cls(
-            latent_size=grid * patch_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=count("blocks"),
-            decoder_embed_dim=shape("decoder_embed.weight")[0],
-            decoder_depth=count("decoder_blocks"),
-            mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / embed_dim,
-            num_domains=shape("domain_classifier.domain_classifier_c.4.bias")[0],
-            style_ratio=shape("disentangled_factorizer.proj_s.weight")[0] / embed_dim,
-        )
+        try:
+            embed_dim, in_channels, patch_size = state["embed_layer.proj.weight"].shape[:3]
+            num_tokens = state["pos_embed"].shape[1] - 1
+            grid = round(num_tokens ** (1 / 3))
+            if grid**3 != num_tokens:
+                raise ValueError(f"pos_embed has {num_tokens} positions after CLS, expected a cubic number")
+            return cls(
+                latent_size=grid * patch_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                embed_dim=embed_dim,
+                depth=count("blocks"),
+                decoder_embed_dim=state["decoder_embed.weight"].shape[0],
+                decoder_depth=count("decoder_blocks"),
+                mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+                num_domains=state["domain_classifier.domain_classifier_c.4.bias"].shape[0],
+                style_ratio=state["disentangled_factorizer.proj_s.weight"].shape[0] / embed_dim,
+            )
+        except KeyError as error:
+            raise ValueError(f"not a MeDUET state dict: {error} is missing") from error

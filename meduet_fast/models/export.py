@@ -1,4 +1,4 @@
-"""A model as one file for everybody else: in our names, the published ones, or MONAI's."""
+"""Write a model as one file for everybody else: in our names, the published ones, or MONAI's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
@@ -19,21 +18,6 @@ from .monai_names import to_monai_unetr, to_monai_vit
 
 CONFIG_FILE = "config.json"
 ExportFormat = Literal["meduet", "reference", "monai-vit", "unetr"]
-
-
-def _converted(model: MeDUET, form: ExportFormat) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict, and what ``config.json`` says of it."""
-    state = {key: value.detach().cpu() for key, value in model.to_reference().items()}
-    if form == "reference":
-        return state, {"class": "meduet_fast.models.MeDUET", "arguments": asdict(model.config)}
-    # Their LayerNorms take no epsilon as an argument.
-    notes: dict[str, Any] = {"layer_norm_eps": model.config.layer_norm_eps}
-    if form == "monai-vit":
-        tensors, arguments = to_monai_vit(state, model.config)
-        return tensors, {"class": "monai.networks.nets.ViT", "arguments": arguments, **notes}
-    tensors, arguments = to_monai_unetr(state, model.config)
-    notes["latents_repeated"] = arguments["img_size"][0] // model.config.latent_size
-    return tensors, {"class": "monai.networks.nets.UNETR", "arguments": arguments, **notes}
 
 
 def export_model(
@@ -58,15 +42,23 @@ def export_model(
     """
     single = output.suffix == ".safetensors"
     file = output if single else output / MODEL_FILE
+    about: dict[str, Any] = {"class": "meduet_fast.models.MeDUET", "arguments": asdict(model.config)}
+    tensors = model.to_reference()
+    if form in ("monai-vit", "unetr"):
+        name, convert = ("ViT", to_monai_vit) if form == "monai-vit" else ("UNETR", to_monai_unetr)
+        tensors, arguments = convert(tensors, model.config)
+        about = {"class": f"monai.networks.nets.{name}", "arguments": arguments}
+        about["layer_norm_eps"] = model.config.layer_norm_eps  # their LayerNorms take it as no argument
+        if form == "unetr":
+            about["latents_repeated"] = arguments["img_size"][0] // model.config.latent_size
     try:
         if form == "meduet":
-            about = {"class": "meduet_fast.models.MeDUET", "arguments": asdict(model.config)}
             model.save_pretrained(file)
         else:
-            tensors, about = _converted(model, form)
             metadata = {"format": "pt", "config": json.dumps(about)}
+            tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
             with atomic_path(file) as temporary:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+                save_file(tensors, temporary, metadata)
         if single:
             return [file]
         config = output / CONFIG_FILE

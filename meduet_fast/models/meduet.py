@@ -2,6 +2,9 @@
 
 Source: MeDUET sections "Network" and "Mixing and demixing". Passes are split so that the objective can batch
 passes of equal weights and decode nothing twice.
+
+Shapes: B crops of C x S x S x S latents; L tokens, each a cubic patch of K = p^3 * C values; D the width of
+encoder and content, Ds of style, E of the decoder.
 """
 
 from __future__ import annotations
@@ -19,13 +22,8 @@ from torch import Tensor, nn
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
-from meduet_fast.kernels import (
-    MixTables,
-    assemble_streams,
-    patch_embed_3d,
-    patch_embed_tokens,
-    style_convolution,
-)
+from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution
+from meduet_fast.layers import PatchEmbed3d
 
 from .blocks import Block, residual_stream, sincos_positions
 from .config import MeDUETConfig
@@ -61,21 +59,20 @@ class Streams(NamedTuple):
 
 
 def reverse_gradient(x: Tensor) -> Tensor:
-    """Identity whose gradient has the opposite sign (lambda 1)."""
+    """Return x; its gradient has the opposite sign (lambda 1)."""
     return 2 * x.detach() - x
 
 
 class PatchEmbedding(nn.Module):
-    """Holds the Conv3d of the published checkpoints; applied as a matrix product."""
+    """Hold the patch embedding under its published name; checkpoints have its positions in the model."""
 
     def __init__(self, config: MeDUETConfig) -> None:
         super().__init__()
-        edge = config.patch_size
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel_size=edge, stride=edge)
+        self.proj = PatchEmbed3d(config.in_channels, config.embed_dim, config.patch_size, num_prefix_tokens=1)
 
 
 class Factorizer(nn.Module):
-    """Token -> content and style, without bias; style is smoothed along the sequence of its own source."""
+    """Project tokens on content and style, without bias; smooth style along its own source's sequence."""
 
     def __init__(self, config: MeDUETConfig) -> None:
         super().__init__()
@@ -85,14 +82,15 @@ class Factorizer(nn.Module):
             config.style_dim, config.style_dim, 3, padding=1, groups=config.style_dim, bias=False
         )
 
-    def forward(self, tokens: Tensor, tables: MixTables | None) -> tuple[Tensor, Tensor]:
-        content = F.linear(tokens, self.proj_c.weight.squeeze(-1))
-        style = F.linear(tokens, self.proj_s.weight.squeeze(-1))
-        return content, style_convolution(style, self.smooth.weight, tables)
+    def forward(self, tokens: Tensor, index: MixIndex | None) -> tuple[Tensor, Tensor]:
+        content = F.linear(tokens, self.proj_c.weight.squeeze(-1))  # (B, L, D)
+        style = F.linear(tokens, self.proj_s.weight.squeeze(-1))  # (B, L, Ds)
+        style = style_convolution(style, self.smooth.weight, index)  # (B, L, Ds)
+        return content, style
 
 
 class Fusion(nn.Module):
-    """[content | style] -> token."""
+    """Hold the map from [content | style] to a token; applied in :meth:`MeDUET.decode`."""
 
     def __init__(self, config: MeDUETConfig) -> None:
         super().__init__()
@@ -100,7 +98,7 @@ class Fusion(nn.Module):
 
 
 class DomainClassifiers(nn.Module):
-    """Which data set a pooled factor comes from; content is behind a gradient reversal."""
+    """Classify which data set a pooled factor comes from; content is behind a gradient reversal."""
 
     def __init__(self, config: MeDUETConfig) -> None:
         super().__init__()
@@ -115,11 +113,13 @@ class DomainClassifiers(nn.Module):
         )  # fmt: skip
 
     def forward(self, content: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-        return self.domain_classifier_c(reverse_gradient(content)), self.domain_classifier_s(style)
+        logits_content = self.domain_classifier_c(reverse_gradient(content))  # (N, D) -> (N, domains)
+        logits_style = self.domain_classifier_s(style)  # (N, Ds) -> (N, domains)
+        return logits_content, logits_style
 
 
 class MeDUET(nn.Module):
-    """The student or the teacher.
+    """MeDUET's ViT: encoder, factors of content and style, decoder. Student and teacher are one each.
 
     ``model(latents)`` encodes unmixed crops: what downstream users need. The other methods are the passes of
     pretraining, see :func:`meduet_fast.pretraining.pretraining_losses`.
@@ -135,7 +135,7 @@ class MeDUET(nn.Module):
         grid = config.latent_size // config.patch_size
         self.embed_layer = PatchEmbedding(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("pos_embed", sincos_positions(dim, grid))
+        self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, 1+L, D)
         self.blocks = nn.ModuleList(
             Block(dim, config.num_heads, config.mlp_ratio, config.layer_norm_eps) for _ in range(config.depth)
         )
@@ -145,7 +145,7 @@ class MeDUET(nn.Module):
         self.domain_classifier = DomainClassifiers(config)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, grid))
+        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, grid))  # (1, 1+L, E)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio, config.layer_norm_eps)
             for _ in range(config.decoder_depth)
@@ -169,12 +169,12 @@ class MeDUET(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def _with_cls(self, tokens: Tensor) -> Tensor:
-        """Fill the row that the patch embedding left free."""
-        tokens[:, :1] = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)
+        """Fill the row that the patch embedding left free, in place."""
+        tokens[:, :1] = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype)  # (1, 1, D)
         return tokens
 
     def embed(self, latents: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """Latents (B, C, S, S, S) -> tokens (B, 1+L, D), with the partner's where the mask is 1.
+        """Embed crops (B, C, S, S, S) as tokens (B, 1+L, D), the partner's where the mask (B, L) is 1.
 
         Raises:
             ValueError: if the crop is not the configured size.
@@ -185,62 +185,50 @@ class MeDUET(nn.Module):
                 f"latents has shape {tuple(latents.shape)}, "
                 f"expected (B, {config.in_channels}, {', '.join([str(config.latent_size)] * 3)})"
             )
-        projection = self.embed_layer.proj
-        tokens = patch_embed_3d(
-            latents,
-            projection.weight,
-            projection.bias,
-            self.pos_embed[0, 1:],
-            source_mask,
-            num_prefix_tokens=1,
-        )
+        tokens = self.embed_layer.proj(latents, source_mask, self.pos_embed[0, 1:])  # (B, 1+L, D)
         return self._with_cls(tokens)
 
-    def embed_predicted(self, tokens: Tensor) -> Tensor:
-        """Predicted tokens (B, L, p^3*C) -> tokens (B, 1+L, D), as if the volume had been put together."""
-        projection = self.embed_layer.proj
-        return self._with_cls(
-            patch_embed_tokens(
-                tokens, projection.weight, projection.bias, self.pos_embed[0, 1:], num_prefix_tokens=1
-            )
-        )
+    def embed_predicted(self, patches: Tensor) -> Tensor:
+        """Embed predicted patches (B, L, K) as tokens (B, 1+L, D), as if their crop had been put together."""
+        tokens = self.embed_layer.proj.embed_patches(patches, self.pos_embed[0, 1:])  # (B, 1+L, D)
+        return self._with_cls(tokens)
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, 1+L, D) through the encoder and its final LayerNorm."""
-        tokens = residual_stream(tokens)
+        """Encode tokens (B, 1+L, D): blocks and the final LayerNorm."""
+        x = residual_stream(tokens)  # (B, 1+L, D)
         for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+            x = block(x)  # (B, 1+L, D)
+        return self.norm(x)  # (B, 1+L, D)
 
-    def factorize(self, encoded: Tensor, tables: MixTables | None = None) -> Factors:
-        """Split an encoding (B, 1+L, D); ``tables`` of the mask if it is a mixed one."""
-        content, style = self.disentangled_factorizer(encoded[:, 1:], tables)
+    def factorize(self, encoded: Tensor, index: MixIndex | None = None) -> Factors:
+        """Split an encoding (B, 1+L, D); ``index`` of the mask if it is a mixed one."""
+        content, style = self.disentangled_factorizer(encoded[:, 1:], index)  # (B, L, D), (B, L, Ds)
         return Factors(encoded[:, :1], content, style)
 
     def decode(
-        self, factors: Factors, tables: MixTables, straight: bool = True, swapped: bool = True
+        self, factors: Factors, index: MixIndex, straight: bool = True, swapped: bool = True
     ) -> Streams:
         """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles."""
         # Fusion and decoder_embed are both linear: their product acts on each factor once, and the swap
         # is a choice between style parts.
         fusion, embed = self.latent_entanglement.proj, self.decoder_embed
         assert fusion.bias is not None
-        weight = embed.weight @ fusion.weight.squeeze(-1)
-        bias = F.linear(fusion.bias, embed.weight, embed.bias)
+        weight = embed.weight @ fusion.weight.squeeze(-1)  # (E, D+Ds)
+        bias = F.linear(fusion.bias, embed.weight, embed.bias)  # (E,)
         dim = self.config.embed_dim
         x = assemble_streams(
-            F.linear(factors.content, weight[:, :dim], bias),
-            F.linear(factors.style, weight[:, dim:]),
-            embed(factors.cls),
-            self.mask_token.flatten(),
-            self.decoder_pos_embed[0],
-            tables,
+            F.linear(factors.content, weight[:, :dim], bias),  # (B, L, E)
+            F.linear(factors.style, weight[:, dim:]),  # (B, L, E)
+            embed(factors.cls),  # (B, 1, E)
+            self.mask_token.flatten(),  # (E,)
+            self.decoder_pos_embed[0],  # (1+L, E)
+            index,
             straight,
             swapped,
-        )
+        )  # (n*B, 1+L, E)
         x = residual_stream(x)
         for block in self.decoder_blocks:
-            x = block(x)
+            x = block(x)  # (n*B, 1+L, E)
         tokens = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (n*B, L, p^3*C)
         own = 2 * len(factors.cls) * straight
         return Streams(tokens, tokens[:own], tokens[own:])
@@ -250,8 +238,9 @@ class MeDUET(nn.Module):
         return [*self.blocks, *self.decoder_blocks]
 
     def forward(self, latents: Tensor) -> Factors:
-        """Encode unmixed crops: latents (B, C, S, S, S) -> content and style of every token."""
-        return self.factorize(self.encode(self.embed(latents)))
+        """Encode unmixed crops (B, C, S, S, S): CLS, content and style of every token."""
+        tokens = self.embed(latents)  # (B, 1+L, D)
+        return self.factorize(self.encode(tokens))
 
     @classmethod
     def from_reference(cls, state: Mapping[str, Tensor], config: MeDUETConfig | None = None) -> MeDUET:
@@ -284,7 +273,7 @@ class MeDUET(nn.Module):
         return model
 
     def to_reference(self) -> dict[str, Tensor]:
-        """State dict with the published names, shapes and values."""
+        """Return the state dict with the published names, shapes and values."""
         return {key: value for key, value in self.state_dict().items() if key != "siqc_log_scale"}
 
     def save_pretrained(self, path: Path | str) -> None:

@@ -1,4 +1,4 @@
-"""The encoder in the names of MONAI 1.6's ``ViT`` and ``UNETR``, and back. MONAI itself is not imported here.
+"""Name the encoder as MONAI 1.6's ``ViT`` and ``UNETR`` do, and back. MONAI itself is not imported here.
 
 Both order tokens, queries, keys, values and heads as this package does. What differs, besides names:
 
@@ -45,7 +45,7 @@ _POSITIONS = "patch_embedding.position_embeddings"
 def to_monai_vit(
     state: Mapping[str, Tensor], config: MeDUETConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict of MeDUET -> state dict and arguments of ``monai.networks.nets.ViT``.
+    """Turn a state dict of MeDUET into state dict and arguments of ``monai.networks.nets.ViT``.
 
     Args:
         state: the published names.
@@ -82,7 +82,7 @@ def to_monai_vit(
 def to_monai_unetr(
     state: Mapping[str, Tensor], config: MeDUETConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict of MeDUET -> the ``vit.`` part of one of ``monai.networks.nets.UNETR``, and arguments.
+    """Turn a state dict of MeDUET into ``vit.`` of one of ``monai.networks.nets.UNETR``, and arguments.
 
     The argument ``out_channels`` is left to whoever segments.
 
@@ -103,14 +103,12 @@ def to_monai_unetr(
         f"vit.{key}": value for key, value in vit.items() if not key.startswith(("cls_", "classification_"))
     }
     shared = ("in_channels", "hidden_size", "mlp_dim", "num_heads", "qkv_bias")
-    return tensors, {
-        **{name: arguments[name] for name in shared},
-        "img_size": [config.latent_size * scale] * 3,
-    }
+    unetr = {name: arguments[name] for name in shared}
+    return tensors, {**unetr, "img_size": [config.latent_size * scale] * 3}
 
 
 def from_monai(state: Mapping[str, Tensor], config: MeDUETConfig) -> dict[str, Tensor]:
-    """The inverse: the encoder of a MONAI ``ViT`` or ``UNETR``, perhaps trained on.
+    """Turn a state dict of a MONAI ``ViT`` or ``UNETR``, perhaps trained on, into the encoder's of MeDUET.
 
     Args:
         state: the net's state dict, whole.
@@ -142,7 +140,7 @@ def from_monai(state: Mapping[str, Tensor], config: MeDUETConfig) -> dict[str, T
         weight = tensors["embed_layer.proj.weight"]
         whole = weight.double()  # in which equal shares add up exactly
         for axis in (2, 3, 4):
-            whole = whole.unflatten(axis, (-1, scale)).sum(axis + 1)
+            whole = whole.unflatten(axis, (-1, scale)).sum(axis + 1)  # in the end (D, C, p, p, p)
         tensors["embed_layer.proj.weight"] = whole.to(weight.dtype)
     tensors["pos_embed"] = F.pad(state[_POSITIONS], (0, 0, 1, 0))  # CLS has none
     return tensors

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.kernels import (
-    MixTables,
+    MixIndex,
     at_least_float32,
+    build_mix_index,
     check_mask,
     dual_reconstruction_loss,
-    mix_tables,
     pooled_layer_norm,
     quadruplet_contrast,
 )
@@ -130,7 +130,7 @@ def pretraining_losses(
     """
     config = config or ObjectiveConfig()
     _check_inputs(latents, domain, mask, student, check_values)
-    index = mix_tables(mask)
+    index = build_mix_index(mask)
     domains = torch.cat([domain, domain.flip(0)])  # (2B,)
 
     encoded = student.encode(student.embed(latents, index.mask))  # (B, 1+L, D)
@@ -185,7 +185,7 @@ def pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def watch_domains(
-    means: DomainMeans, student: MeDUET, latents: Tensor, encoded: Tensor, domain: Tensor, index: MixTables
+    means: DomainMeans, student: MeDUET, latents: Tensor, encoded: Tensor, domain: Tensor, index: MixIndex
 ) -> None:
     """Show pooled encodings of mixed and of whole crops, with their domains, to the erasure."""
     whole = student.encode(student.embed(latents))  # (B, 1+L, D)
@@ -196,7 +196,7 @@ def watch_domains(
 
 @torch.no_grad()
 def teach(
-    teacher: MeDUET, latents: Tensor, index: MixTables, config: ObjectiveConfig
+    teacher: MeDUET, latents: Tensor, index: MixIndex, config: ObjectiveConfig
 ) -> tuple[tuple[Tensor, Tensor] | None, Factors | None]:
     """Run the teacher, on the complementary mask.
 

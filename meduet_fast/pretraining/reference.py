@@ -39,7 +39,9 @@ def compact(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _embed(model: MeDUET, latents: Tensor) -> Tensor:
-    return model.embed_layer.proj(latents).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+    proj = model.embed_layer.proj
+    tokens = F.conv3d(latents, proj.weight, proj.bias, stride=model.config.patch_size)  # (B, D, g, g, g)
+    return tokens.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]  # (B, L, D)
 
 
 def _encode(model: MeDUET, tokens: Tensor) -> Tensor:

@@ -1,26 +1,25 @@
-"""What a pretrained network has learnt: factors of crops, and how well content and style are separated."""
+"""Probe what a pretrained network has learnt: its factors, and how well content and style are separated."""
 
-from .crops import EvaluationPlan, plan_evaluation, same_anatomy_groups, structured_starts
+from .crops import ProbeCrops, choose_crops, same_anatomy_groups, structured_starts
 from .factors import FactorTable, extract_factors, factor_table
-from .probe import FactorScores, Separation, measure, separation, untrained_like
-from .style_swap import Exchange, ExchangeErrors, exchange_errors, exchange_styles, far_start
+from .probe import FactorScores, ProbeResult, probe_factors, untrained_like
+from .style_swap import StyleSwap, SwapErrors, far_start, swap_errors, swap_styles
 
 __all__ = [
-    "EvaluationPlan",
-    "Exchange",
-    "ExchangeErrors",
     "FactorScores",
     "FactorTable",
-    "Separation",
-    "exchange_errors",
-    "exchange_styles",
+    "ProbeCrops",
+    "ProbeResult",
+    "StyleSwap",
+    "SwapErrors",
+    "choose_crops",
     "extract_factors",
     "factor_table",
     "far_start",
-    "measure",
-    "plan_evaluation",
+    "probe_factors",
     "same_anatomy_groups",
-    "separation",
     "structured_starts",
+    "swap_errors",
+    "swap_styles",
     "untrained_like",
 ]

@@ -1,4 +1,4 @@
-"""Which crops separation is measured on: volumes that show one anatomy, places that show something."""
+"""Choose the crops to probe: volumes that show one anatomy, places that show something."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FALLBACK_FRACTION = 1 / 3  # of axis 0, for runs that held nothing out
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """The crops of an evaluation. Volumes are positions in ``store.entries``.
+class ProbeCrops:
+    """The crops that factors are probed on. Volumes are positions in ``store.entries``.
 
     Attributes:
         volumes: all volumes looked at.
@@ -49,12 +49,12 @@ class EvaluationPlan:
 
     @property
     def num_crops(self) -> int:
-        """Crops in the plan."""
+        """Crops of all volumes."""
         return sum(len(self.fitted[volume]) + len(self.tested[volume]) for volume in self.volumes)
 
 
 def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
-    """Volumes that show the same anatomy in several acquisitions: the ground truth of separation.
+    """Find volumes that show the same anatomy in several acquisitions: the ground truth of separation.
 
     Taken to be those of one body part on one grid: equal shape, and an affine that differs by less than half
     a voxel of the prepared image everywhere. A group has at least two domains. A volume whose corner lies
@@ -69,42 +69,40 @@ def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
         by_shape[entry.body_part, entry.shape].append(index)
     groups: list[list[int]] = []
     for candidates in by_shape.values():
-        corners: list[np.ndarray] = []  # one per group of this shape
-        members: list[list[int]] = []
+        found: list[tuple[np.ndarray, list[int]]] = []  # corners and members of this shape's groups
         for index in candidates if len(candidates) > 1 else ():
             own = _corners(store, index)
             if not own[0].any():
                 continue
             tolerance = min(store.entries[index].spacing) / 2
-            for other, group in zip(corners, members, strict=True):
-                if np.abs(own - other).max() < tolerance:
-                    group.append(index)
+            for corners, members in found:
+                if np.abs(own - corners).max() < tolerance:
+                    members.append(index)
                     break
             else:
-                corners.append(own)
-                members.append([index])
-        groups += [group for group in members if len({store.entries[index].domain for index in group}) > 1]
+                found.append((own, [index]))
+        groups += [
+            members for _, members in found if len({store.entries[index].domain for index in members}) > 1
+        ]
     return sorted(groups)
 
 
 def _corners(store: LatentStore, index: int) -> np.ndarray:
-    """Positions in mm of the eight corners of a volume's image, (8, 3)."""
+    """Compute the positions in mm of the eight corners of a volume's image, (8, 3)."""
     affine = np.array(json.loads(store.metadata(index)["affine"]))
     size = np.array(store.entries[index].grid) * store.index.compression
-    ends = np.array(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij")).reshape(3, -1)
+    ends = np.array(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij")).reshape(3, -1)  # (3, 8)
     return (affine[:3, :3] @ ends + affine[:3, 3:]).T
 
 
-def plan_evaluation(
+def choose_crops(
     store: LatentStore,
     crop_size: int,
     held_out_fraction: float,
     positions: int = POSITIONS,
     seed: int = 0,
-) -> EvaluationPlan:
-    """Choose volumes and places.
-
-    For the places see :func:`structured_starts`.
+) -> ProbeCrops:
+    """Choose volumes and places; for the places see :func:`structured_starts`.
 
     Args:
         store: an open store.
@@ -118,10 +116,19 @@ def plan_evaluation(
         UserError: if no two domains have volumes that hold a crop on both sides of the border.
     """
     fraction = held_out_fraction or FALLBACK_FRACTION
-    groups = _first_volumes(
-        [group for group in same_anatomy_groups(store) if holds_both(store, group[0], crop_size, fraction)]
-    )
-    together = groups or [[index] for index in _spread_over_domains(store, crop_size, fraction)]
+    groups = [
+        group for group in same_anatomy_groups(store) if holds_both(store, group[0], crop_size, fraction)
+    ]
+    ends = np.cumsum([len(group) for group in groups])
+    groups = [group for group, end in zip(groups, ends, strict=True) if end <= MAX_VOLUMES] or groups[:1]
+    together = groups
+    if not groups:  # volumes of every domain, the same number of each where there are as many
+        by_domain: defaultdict[str, list[int]] = defaultdict(list)
+        share = max(1, MAX_VOLUMES // len(store.domains))
+        for index, entry in enumerate(store.entries):
+            if len(by_domain[entry.domain]) < share and holds_both(store, index, crop_size, fraction):
+                by_domain[entry.domain].append(index)
+        together = [[index] for indices in by_domain.values() for index in indices]
     volumes = sorted(index for group in together for index in group)
     if len({store.entries[index].domain for index in volumes}) < 2:
         raise UserError(
@@ -136,7 +143,7 @@ def plan_evaluation(
         fitted.update(dict.fromkeys(group, anywhere))
         structured = structured_starts(store, group, crop_size, fraction, positions, seed)
         tested.update(dict.fromkeys(group, structured))
-    return EvaluationPlan(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
+    return ProbeCrops(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
 
 
 def evaluation_starts(
@@ -169,57 +176,34 @@ def evaluation_starts(
 
 
 def structured_starts(
-    store: LatentStore,
-    volumes: Sequence[int],
-    crop_size: int,
-    fraction: float,
-    count: int,
-    seed: int = 0,
-    *,
-    held_out: bool = True,
+    store: LatentStore, volumes: Sequence[int], crop_size: int, fraction: float, count: int, seed: int = 0
 ) -> list[Start]:
-    """Corners of crops that show something: in empty air there is neither content nor style.
+    """Choose corners of held-out crops that show something: in empty air is neither content nor style.
 
     Of twice as many random places the half with more structure is kept: variance of the latents within the
     crop, mean over the volumes.
 
     Args:
         volumes: volumes on one grid.
-        crop_size, fraction, count, seed, held_out: see :func:`evaluation_starts`.
+        crop_size, fraction, count, seed: see :func:`evaluation_starts`.
 
     Returns:
         Corners, those with the most structure first.
     """
     grid = store.entries[volumes[0]].grid
-    starts = evaluation_starts(grid, crop_size, fraction, 2 * count, seed, held_out=held_out)
+    starts = evaluation_starts(grid, crop_size, fraction, 2 * count, seed, held_out=True)
     structure = np.zeros(len(starts))
     for index in volumes:
-        crops = sample_crops(store, index, starts, crop_size).float()
-        structure += crops.flatten(2).var(2).mean(1).numpy()
+        latents = sample_crops(store, index, starts, crop_size).float()  # (N, C, S, S, S)
+        structure += latents.flatten(2).var(2).mean(1).numpy()  # (N,)
     order = np.argsort(-structure, kind="stable")
     return [starts[i] for i in order[: (len(starts) + 1) // 2]]
 
 
 def holds_both(store: LatentStore, index: int, crop_size: int, fraction: float) -> bool:
-    """Whether a volume has room for a crop on both sides of the border."""
+    """Tell whether a volume has room for a crop on both sides of the border."""
     try:
         evaluation_starts(store.entries[index].grid, crop_size, fraction, 1, 0, held_out=True)
     except UserError:
         return False
     return True
-
-
-def _first_volumes(groups: list[list[int]]) -> list[list[int]]:
-    """The first groups, up to ``MAX_VOLUMES`` volumes but at least one group."""
-    total = np.cumsum([len(group) for group in groups])
-    return [group for group, end in zip(groups, total, strict=True) if end <= MAX_VOLUMES] or groups[:1]
-
-
-def _spread_over_domains(store: LatentStore, crop_size: int, fraction: float) -> list[int]:
-    """Up to ``MAX_VOLUMES`` usable volumes, the same number of every domain where there are as many."""
-    by_domain: defaultdict[str, list[int]] = defaultdict(list)
-    share = max(1, MAX_VOLUMES // len(store.domains))
-    for index, entry in enumerate(store.entries):
-        if len(by_domain[entry.domain]) < share and holds_both(store, index, crop_size, fraction):
-            by_domain[entry.domain].append(index)
-    return [index for indices in by_domain.values() for index in indices]

@@ -1,4 +1,4 @@
-"""Content and style of crops, for probes, retrieval and plots. Source: downstream section "Factors"."""
+"""Extract content and style of crops for probes and plots. Source: downstream section "Factors"."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meduet_fast.kernels import token_mean
 from meduet_fast.models import MeDUET
 from meduet_fast.progress import ProgressBar
 
-from .crops import EvaluationPlan
+from .crops import ProbeCrops
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def extract_factors(
     starts: Sequence[tuple[int, int, int]],
     batch_size: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token means of content and style of unmixed crops of one volume.
+    """Encode unmixed crops of one volume and average content and style over their tokens.
 
     Args:
         model: works on its own device.
@@ -42,14 +42,14 @@ def extract_factors(
         UserError: a latent file is missing, damaged or not the one that the index describes.
     """
     device = model.cls_token.device
-    content = np.empty((len(starts), model.config.embed_dim), np.float32)
-    style = np.empty((len(starts), model.config.style_dim), np.float32)
+    content = np.empty((len(starts), model.config.embed_dim), np.float32)  # (N, D)
+    style = np.empty((len(starts), model.config.style_dim), np.float32)  # (N, Ds)
     for first in range(0, len(starts), batch_size):
         rows = slice(first, first + batch_size)
-        crops = sample_crops(store, volume_index, list(starts[rows]), model.config.latent_size)
-        factors = model(crops.to(device).float())
-        content[rows] = token_mean(factors.content)[0].cpu().numpy()
-        style[rows] = token_mean(factors.style)[0].cpu().numpy()
+        latents = sample_crops(store, volume_index, list(starts[rows]), model.config.latent_size)
+        factors = model(latents.to(device).float())  # (B, L, D) and (B, L, Ds) of (B, C, S, S, S)
+        content[rows] = token_mean(factors.content)[0].cpu().numpy()  # (B, D)
+        style[rows] = token_mean(factors.style)[0].cpu().numpy()  # (B, Ds)
     return content, style
 
 
@@ -75,25 +75,30 @@ class FactorTable:
     held_out: np.ndarray
 
     def rows(self, chosen: np.ndarray) -> FactorTable:
-        """The table of some rows."""
+        """Return the table of some rows."""
         return FactorTable(**{name: values[chosen] for name, values in vars(self).items()})
 
 
 def factor_table(
-    model: MeDUET, store: LatentStore, plan: EvaluationPlan, bar: ProgressBar | None = None
+    model: MeDUET, store: LatentStore, crops: ProbeCrops, bar: ProgressBar | None = None
 ) -> FactorTable:
-    """Factors of every crop of a plan; ``bar`` counts the crops."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in FactorTable.__dataclass_fields__}
-    for volume in plan.volumes:
-        for held_out, starts in ((False, plan.fitted[volume]), (True, plan.tested[volume])):
+    """Extract the factors of all crops; ``bar`` counts them."""
+    parts: list[FactorTable] = []
+    for volume in crops.volumes:
+        for held_out, starts in ((False, crops.fitted[volume]), (True, crops.tested[volume])):
             content, style = extract_factors(model, store, volume, starts)
-            count = len(starts)
-            parts["content"].append(content)
-            parts["style"].append(style)
-            parts["domain"].append(np.full(count, store.domain_id(volume)))
-            parts["volume"].append(np.full(count, volume))
-            parts["position"].append(np.arange(count))
-            parts["held_out"].append(np.full(count, held_out))
+            count, domain = len(starts), store.domain_id(volume)
+            parts.append(
+                FactorTable(
+                    content,
+                    style,
+                    domain=np.full(count, domain),
+                    volume=np.full(count, volume),
+                    position=np.arange(count),
+                    held_out=np.full(count, held_out),
+                )
+            )
             if bar is not None:
                 bar.update(count, store.entries[volume].name)
-    return FactorTable(**{name: np.concatenate(values) for name, values in parts.items()})
+    columns = FactorTable.__dataclass_fields__
+    return FactorTable(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))

@@ -1,4 +1,4 @@
-"""How well content and style are separated: a linear probe for the domain, a search for the same place."""
+"""Measure how well content and style are separated: a linear probe for the domain, a search for the place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.progress import progress_bar
 
-from .crops import POSITIONS, EvaluationPlan, plan_evaluation
+from .crops import ProbeCrops
 from .factors import FactorTable, factor_table
 
 
@@ -28,8 +28,8 @@ class FactorScores:
 
 
 @dataclass(frozen=True)
-class Separation:
-    """What was measured.
+class ProbeResult:
+    """Separation of content and style, as probe and retrieval measure it.
 
     Attributes:
         probe: balanced accuracy of a linear probe for the domain on held-out crops. Style should be high,
@@ -63,72 +63,58 @@ class Separation:
         return 100 * (self.probe.style - self.probe.content)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, as JSON values."""
+        """Return all numbers, as JSON values."""
         return {**asdict(self), "gap_points": self.gap_points}
 
 
 def untrained_like(config: MeDUETConfig, seed: int) -> MeDUET:
-    """A network as it is before its first step; with a run's seed, that run's own start."""
+    """Build a network as it is before its first step; with a run's seed, that run's own start."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MeDUET(config)
 
 
-def separation(
-    model: MeDUET,
-    untrained: MeDUET,
-    store: LatentStore,
-    held_out_fraction: float,
-    positions: int = POSITIONS,
-    seed: int = 0,
-) -> Separation:
-    """Measure separation on held-out crops of a store.
+def probe_factors(
+    model: MeDUET, untrained: MeDUET, store: LatentStore, crops: ProbeCrops
+) -> tuple[ProbeResult, FactorTable]:
+    """Measure how well a network separates content and style, by probe and by retrieval.
 
     Args:
         model: the trained network; the teacher is the one to use downstream.
         untrained: the same architecture before training, see :func:`untrained_like`.
         store: the latents.
-        held_out_fraction: that of the run.
-        positions: places of each volume, in the training region and in the held-out slab.
-        seed: chooses the places.
+        crops: see :func:`~meduet_fast.probing.crops.choose_crops`.
 
-    Raises:
-        UserError: see :func:`~meduet_fast.probing.crops.plan_evaluation`.
+    Returns:
+        What was measured, and the trained network's factors.
     """
-    plan = plan_evaluation(store, model.config.latent_size, held_out_fraction, positions, seed)
-    with progress_bar("Measuring separation", 2 * plan.num_crops, "crop") as bar:
-        trained = factor_table(model, store, plan, bar)
-        return measure(trained, factor_table(untrained, store, plan, bar), plan, store)
-
-
-def measure(
-    trained: FactorTable, untrained: FactorTable, plan: EvaluationPlan, store: LatentStore
-) -> Separation:
-    """Probe and retrieval from the factors of both networks."""
-    tables = (trained, untrained)
-    probe = [probe_accuracy(table, name) for table in tables for name in ("content", "style")]
-    retrieval, chance = None, None
-    if plan.groups:
-        found = [
-            place_retrieval(table, plan.groups, name) for table in tables for name in ("content", "style")
-        ]
-        retrieval, chance = FactorScores(*(accuracy for accuracy, _ in found)), found[0][1]
-    return Separation(
-        probe=FactorScores(*probe),
-        probe_chance=1 / len(np.unique(trained.domain)),
+    with progress_bar("Measuring separation", 2 * crops.num_crops, "crop") as bar:
+        tables = [factor_table(network, store, crops, bar) for network in (model, untrained)]
+    both = [(table, factor) for table in tables for factor in ("content", "style")]
+    probe = FactorScores(*(probe_accuracy(table, factor) for table, factor in both))
+    retrieval, retrieval_chance = None, None
+    if crops.groups:
+        found = [place_retrieval(table, crops.groups, factor) for table, factor in both]
+        retrieval, retrieval_chance = FactorScores(*(accuracy for accuracy, _ in found)), found[0][1]
+    trained = tables[0]
+    domains = np.unique(trained.domain)
+    result = ProbeResult(
+        probe=probe,
+        probe_chance=1 / len(domains),
         retrieval=retrieval,
-        retrieval_chance=chance,
-        domains=[store.domains[index] for index in np.unique(trained.domain)],
-        volumes=[store.entries[index].name for index in plan.volumes],
-        same_anatomy=bool(plan.groups),
-        unseen=plan.unseen,
+        retrieval_chance=retrieval_chance,
+        domains=[store.domains[index] for index in domains],
+        volumes=[store.entries[index].name for index in crops.volumes],
+        same_anatomy=bool(crops.groups),
+        unseen=crops.unseen,
         crops_fitted=int((~trained.held_out).sum()),
         crops_tested=int(trained.held_out.sum()),
     )
+    return result, trained
 
 
 def probe_accuracy(table: FactorTable, factor: str) -> float:
-    """Balanced accuracy (0 to 1) of a linear probe for the domain.
+    """Fit a linear probe for the domain and measure its balanced accuracy (0 to 1).
 
     Each dimension is scaled to mean 0 and deviation 1 on the fitted crops; logistic regression with an L2
     penalty of C = 1. Fitted on the crops of the training region, measured on the held-out ones.
@@ -150,7 +136,7 @@ def probe_accuracy(table: FactorTable, factor: str) -> float:
 
 
 def place_retrieval(table: FactorTable, groups: Sequence[Sequence[int]], factor: str) -> tuple[float, float]:
-    """How often the nearest held-out crop of another acquisition shows the same place.
+    """Measure how often the nearest held-out crop of another acquisition shows the same place.
 
     For every ordered pair of volumes of a group, of different domains: each crop of the first looks for its
     nearest among the crops of the second, by the cosine of the factors after the group's mean was subtracted.
@@ -166,7 +152,7 @@ def place_retrieval(table: FactorTable, groups: Sequence[Sequence[int]], factor:
     hits, chances = [], []
     for group in groups:
         rows = table.rows(table.held_out & np.isin(table.volume, group))
-        values = getattr(rows, factor) - getattr(rows, factor).mean(0)
+        values = getattr(rows, factor) - getattr(rows, factor).mean(0)  # (N, D)
         values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
         for query in group:
             own = rows.volume == query
@@ -174,7 +160,7 @@ def place_retrieval(table: FactorTable, groups: Sequence[Sequence[int]], factor:
                 candidates = rows.volume == other
                 if rows.domain[candidates][0] == rows.domain[own][0]:
                     continue
-                nearest = (values[own] @ values[candidates].T).argmax(1)
+                nearest = (values[own] @ values[candidates].T).argmax(1)  # (queries,)
                 hits.append(rows.position[candidates][nearest] == rows.position[own])
                 chances.append(np.full(own.sum(), 1 / candidates.sum()))
     return float(np.concatenate(hits).mean()), float(np.concatenate(chances).mean())

@@ -1,4 +1,4 @@
-"""Reconstruction with exchanged styles, and its error where the truth is known."""
+"""Reconstruct crops with swapped styles, and measure the error where the truth is known."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import mix_tables, unpatchify_3d
+from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 from meduet_fast.pretraining.losses import random_mix_mask
 
-from .crops import EvaluationPlan, Start
+from .crops import ProbeCrops, Start
 
 PLACES = 16  # pairs of crops that errors are averaged over
 
 
-class Exchange(NamedTuple):
-    """Predicted latents, each (N, C, S, S, S): crops of two kinds, as they are and with exchanged styles."""
+class StyleSwap(NamedTuple):
+    """Predicted latents, each (N, C, S, S, S): crops of two kinds, as they are and with swapped styles."""
 
     first: Tensor
     second: Tensor
@@ -31,10 +31,10 @@ class Exchange(NamedTuple):
 
 
 @torch.inference_mode()
-def exchange_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0) -> Exchange:
+def swap_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0) -> StyleSwap:
     """Mix pairs of crops, take them apart again and reconstruct each with its own and the other's style.
 
-    A pair is mixed twice, with a random mask and with the sources exchanged, so that each token of each crop
+    A pair is mixed twice, with a random mask and with the sources swapped, so that each token of each crop
     is hidden from the decoder in one of the two passes; that prediction is the one returned. No token that is
     returned was visible to the decoder at its place.
 
@@ -43,62 +43,60 @@ def exchange_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0)
         first, second: latents (N, C, S, S, S); ``first[i]`` is mixed with ``second[i]``.
         seed: of the masks.
     """
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    mask = random_mix_mask(len(first), config.num_tokens, generator)
-    # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources exchanged.
-    latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()
-    tables = mix_tables(torch.cat([mask, mask.flip(0)]).to(latents.device))
-    mixed = model.factorize(model.encode(model.embed(latents, tables.mask)), tables)
-    own_1, own_2, swapped_1, swapped_2 = model.decode(mixed, tables).tokens.chunk(4)
+    config, count = model.config, len(first)
     edge = config.latent_size // config.patch_size
-
-    def put_together(stream_1: Tensor, stream_2: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = torch.where(tables.mask.unsqueeze(-1), stream_1, stream_2.flip(0))
-        volumes = unpatchify_3d(tokens, config.patch_size, (edge, edge, edge)).cpu()
-        return volumes[: len(first)], volumes[len(first) :].flip(0)
-
-    return Exchange(*put_together(own_1, own_2), *put_together(swapped_1, swapped_2))
+    mask = random_mix_mask(count, config.num_tokens, torch.Generator().manual_seed(seed))  # (N, L)
+    # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources swapped.
+    latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()  # (2N, C, S, S, S)
+    index = build_mix_index(torch.cat([mask, mask.flip(0)]).to(latents.device))  # of (2N, L)
+    mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
+    straight_1, straight_2, swapped_1, swapped_2 = model.decode(mixed, index).tokens.chunk(
+        4
+    )  # (2N, L, K) each
+    volumes: list[Tensor] = []
+    for source_1, source_2 in ((straight_1, straight_2), (swapped_1, swapped_2)):
+        tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))  # (2N, L, K)
+        pairs = unpatchify_3d(tokens, config.patch_size, (edge, edge, edge)).cpu()  # (2N, C, S, S, S)
+        volumes += [pairs[:count], pairs[count:].flip(0)]
+    return StyleSwap(*volumes)
 
 
 @dataclass(frozen=True)
-class ExchangeErrors:
-    """Mean squared errors of latents (about unit variance), over both directions of an exchange.
+class SwapErrors:
+    """Mean squared errors of latents (about unit variance), over both directions of a swap.
 
     Attributes:
-        exchanged: a place with the style of the other volume, against that volume's own crop of the place.
+        swapped: a place with the style of the other volume, against that volume's own crop of the place.
         kept: the same place with its own style against the same crop: what leaving the style alone gives.
         own: the place with its own style against its own crop: how well this network reconstructs at all.
         places: pairs of crops averaged over.
     """
 
-    exchanged: float
+    swapped: float
     kept: float
     own: float
     places: int
 
 
 def far_start(start: Start, others: Sequence[Start]) -> Start:
-    """The one of ``others`` that is farthest away."""
+    """Return the one of ``others`` that is farthest away."""
     return max(others, key=lambda other: sum((a - b) ** 2 for a, b in zip(start, other, strict=True)))
 
 
-def exchange_errors(
-    model: MeDUET, store: LatentStore, plan: EvaluationPlan, first: int, second: int
-) -> ExchangeErrors:
-    """Errors of exchanging styles between two volumes of one group, on held-out crops.
+def swap_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, first: int, second: int) -> SwapErrors:
+    """Measure the errors of swapping styles between two volumes of one group, on held-out crops.
 
-    The style comes from the farthest place of the plan, lest the encoder see the truth.
+    The style comes from the farthest of the crops, lest the encoder see the truth.
 
     Args:
         first, second: positions in ``store.entries``.
     """
-    places = plan.tested[first][:PLACES]
-    far = [far_start(place, plan.tested[first]) for place in places]
+    places = crops.tested[first][:PLACES]
+    far = [far_start(place, crops.tested[first]) for place in places]
     size = model.config.latent_size
     own = sample_crops(store, first, places, size), sample_crops(store, second, far, size)
     truth = sample_crops(store, second, places, size), sample_crops(store, first, far, size)
-    result = exchange_styles(model, *own)
+    result = swap_styles(model, *own)
 
     def error(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         squares = [(a - b.float()).square().mean() for a, b in zip(predictions, targets, strict=True)]
@@ -106,4 +104,4 @@ def exchange_errors(
 
     straight = (result.first, result.second)
     swapped = (result.first_in_second_style, result.second_in_first_style)
-    return ExchangeErrors(error(swapped, truth), error(straight, truth), error(straight, own), len(places))
+    return SwapErrors(error(swapped, truth), error(straight, truth), error(straight, own), len(places))

@@ -1,9 +1,11 @@
-"""What a run told while it went: losses, speed, waiting, memory."""
+"""Draw what a run logged while it went: losses, speed, waiting, memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,21 +15,81 @@ from .plotting import COLORS, GREY, styled, subplots
 
 Records = Sequence[dict[str, float]]
 
-LOSS_TITLES = {
-    "total": "Total (weighted sum)",
-    "reconstruction": "Reconstruction of hidden tokens",
-    "siqc": "Contrast of factors (SiQC)",
-    "mftd": "Token distillation (MFTD)",
-    "domain_style": "Domain from style (to be low)",
-    "domain_content": "Domain from content (to be high)",
-}
-UNITS = {"reconstruction": "squared error", "mftd": "squared error"}
-NAMES = {"siqc": "SiQC", "mftd": "MFTD"}
 SMOOTHED_SHARE = 0.1  # of the records
 
 
+@dataclass(frozen=True)
+class LossPanel:
+    """Words and marks of the panel that shows the curve of one loss.
+
+    Attributes:
+        title: of its panel.
+        unit: of its values.
+        mark: short name for the line at the step where it sets in, in the panel of the total.
+        chance: whether it is a classification of the domain, in which guessing gives ln(domains).
+        note: for the caption below all panels.
+    """
+
+    title: str
+    unit: str = "loss in nats"
+    mark: str = ""
+    chance: bool = False
+    note: str = ""
+
+
+# In the order of the panels. A loss of the run that is not here is shown under its own name behind these.
+LOSS_PANELS = {
+    "total": LossPanel("Total (weighted sum)", "loss"),
+    "reconstruction": LossPanel(
+        "Reconstruction of hidden tokens", "squared error", note="Latents have a variance of about 1."
+    ),
+    "siqc": LossPanel("Contrast of factors (SiQC)", mark="SiQC"),
+    "mftd": LossPanel(
+        "Token distillation (MFTD)",
+        "squared error",
+        mark="MFTD",
+        note="Where MFTD starts (dotted), the total takes on another term.",
+    ),
+    "domain_style": LossPanel("Domain from style (to be low)", chance=True),
+    "domain_content": LossPanel(
+        "Domain from content (to be high)",
+        chance=True,
+        note="All should fall but the content's domain loss: it should be at the dashed line, where content "
+        "tells no more about the domain than guessing.",
+    ),
+}
+HEADLINE_LOSS = "reconstruction"  # whose fall the summary tells
+
+
+def loss_names(records: Records) -> list[str]:
+    """Return the names of a run's losses in the task's order: those of its records, up to the total."""
+    names = list(records[0])
+    return names[names.index("step") + 1 : names.index("total") + 1]
+
+
+def loss_panels(records: Records) -> dict[str, LossPanel]:
+    """Return how each loss of a run is shown, in the order of the panels."""
+    names = loss_names(records)
+    known = {name: panel for name, panel in LOSS_PANELS.items() if name in names}
+    return known | {name: LossPanel(name, "loss") for name in names if name not in known}
+
+
+def loss_axes(records: Records, row_height: float) -> tuple[Figure, dict[str, Axes]]:
+    """Make a figure with a panel for each loss of a run, three in a row of ``row_height`` inches."""
+    panels = loss_panels(records)
+    rows = math.ceil(len(panels) / 3)
+    figure, axes = subplots(row_height * rows, rows, 3)
+    for ax, panel in zip(axes, panels.values(), strict=False):
+        ax.set(title=panel.title, ylabel=panel.unit, xlim=(0, max(records[-1]["step"], 1)))
+    for ax in axes[max(0, len(panels) - 3) : len(panels)]:
+        ax.set_xlabel("step")
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    return figure, dict(zip(panels, axes, strict=False))
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a tenth of the records; shorter at the ends."""
+    """Average over a centred window of a tenth of the records; shorter at the ends."""
     half = max(1, round(SMOOTHED_SHARE * len(values) / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -36,7 +98,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def first_and_last(records: Records, name: str) -> tuple[float, float]:
-    """Mean of a value over the first and over the last tenth of the records."""
+    """Average a value over the first and over the last tenth of the records."""
     values = [record[name] for record in records]
     count = max(1, round(SMOOTHED_SHARE * len(values)))
     return float(np.mean(values[:count])), float(np.mean(values[-count:]))
@@ -44,42 +106,38 @@ def first_and_last(records: Records, name: str) -> tuple[float, float]:
 
 @styled
 def draw_losses(records: Records, starts: Mapping[str, float], num_domains: int) -> Figure:
-    """All loss terms over steps, six panels; chance is marked where it means something.
+    """Draw every loss over steps, a panel each; chance is marked where it means something.
 
     Args:
         records: of the run.
-        starts: first step of "siqc" and of "mftd"; infinite if it is off.
+        starts: first step of losses that set in later; infinite for one that is off.
         num_domains: domains in the data.
     """
-    figure, axes = subplots(5.6, 2, 3)
+    panels = loss_panels(records)
+    figure, axes = loss_axes(records, 2.8)
     steps = np.array([record["step"] for record in records])
-    for ax, (name, title), color in zip(axes, LOSS_TITLES.items(), COLORS, strict=True):
+    for (name, ax), color in zip(axes.items(), itertools.cycle(COLORS), strict=False):
         values = np.array([record[name] for record in records])
         shown = steps >= starts.get(name, 0)
         _line(ax, steps[shown], values[shown], color)
-        ax.set_xlim(0, max(steps[-1], 1))
-        ax.set_title(title)
-        ax.set_ylabel(UNITS.get(name, "loss in nats" if name != "total" else "loss"))
-        if name.startswith("domain"):
+        if panels[name].chance:
             label = f"guessing: ln {num_domains}"
             ax.axhline(math.log(num_domains), color=GREY, linestyle="--", linewidth=1, label=label)
-        for (term, start), line in zip(starts.items(), ("-.", ":"), strict=True):
+        for (term, start), line in zip(starts.items(), itertools.cycle(("-.", ":")), strict=False):
             if steps[0] < start <= steps[-1]:
                 mark = ax.axvline(start, color=GREY, linestyle=line, linewidth=1.2)
                 if name == "total":
-                    mark.set_label(f"{NAMES[term]} starts")
+                    mark.set_label(f"{panels[term].mark or term} starts")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="best", labelcolor=GREY)
         if not shown.any():
             ax.text(0.5, 0.5, "not on in this run", transform=ax.transAxes, ha="center", color=GREY)
-    for ax in axes[3:]:
-        ax.set_xlabel("step")
     return figure
 
 
 @styled
 def draw_speed(records: Records) -> Figure:
-    """Throughput, share of time spent waiting for data, and peak memory, over the time of the run."""
+    """Draw throughput, share of time spent waiting for data, and peak memory, over the time of the run."""
     figure, axes = subplots(2.8, 1, 3)
     times = np.array([record["time"] for record in records])
     minutes = (times - times[0]) / 60
@@ -104,7 +162,7 @@ def draw_speed(records: Records) -> Figure:
 
 
 def _line(ax: Axes, x: np.ndarray, values: np.ndarray, color: str, smoothed: bool = True) -> None:
-    """Values, faint behind their running mean where that is wanted."""
+    """Plot values, faint behind their running mean where that is wanted."""
     if smoothed and len(values) > 4:
         ax.plot(x, values, color=color, alpha=0.3, linewidth=1)
         values = smooth(values)

@@ -1,9 +1,8 @@
-"""What a report is made of: the run, its store, its networks; and everything that is measured on them."""
+"""Gather what a report is made of, the run, its store and its networks, and measure everything on them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,27 @@ from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
 from meduet_fast.probing import (
-    EvaluationPlan,
-    ExchangeErrors,
     FactorTable,
-    Separation,
-    exchange_errors,
-    factor_table,
-    measure,
-    plan_evaluation,
+    ProbeResult,
+    SwapErrors,
+    choose_crops,
+    probe_factors,
+    swap_errors,
     untrained_like,
 )
-from meduet_fast.progress import progress_bar, track
+from meduet_fast.progress import track
 
-from .curves import Records, first_and_last
-from .pictures import Pair, Side, choose_pairs, make_sides, prepared_image
+from .curves import HEADLINE_LOSS, Records, first_and_last
+from .pictures import Side, choose_pairs, make_sides, prepared_image
 
-RECIPE = 1  # raised when the code makes other reports of the same run, so that earlier ones count as stale
+RECIPE = 2  # raised when the code makes other reports of the same run, so that earlier ones count as stale
 # The average of the weights over the last steps: steadier than the student, and what users take downstream.
 NETWORK = "teacher"
 
 
 @dataclass(frozen=True)
-class Material:
-    """A run and what belongs to it.
+class ReportInputs:
+    """Run, store and networks of a report.
 
     Attributes:
         run: its folder.
@@ -63,14 +60,14 @@ class Material:
     tokenizer: Tokenizer | None
 
     def identity(self) -> str:
-        """SHA-256 (hex) of all that a report depends on."""
+        """Compute the SHA-256 (hex) of all that a report depends on."""
         digest = hashlib.sha256(f"{meduet_fast.__version__} {RECIPE} {self.store.path.resolve()}".encode())
         for path in (self.run / METRICS_FILE, self.weights, self.store.path / INDEX_NAME):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
 
-def open_run(run: Path, data: Path | None) -> Material:
+def open_run(run: Path, data: Path | None) -> ReportInputs:
     """Find and check everything, before any long work.
 
     Raises:
@@ -98,114 +95,80 @@ def open_run(run: Path, data: Path | None) -> Material:
     weights = checkpoint / f"{NETWORK}.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights}: not found; the checkpoint is not complete")
-    return Material(run, config, records, weights, step, store, _tokenizer_of(store))
-
-
-def _tokenizer_of(store: LatentStore) -> Tokenizer | None:
-    if store.tokenizer == IMPORTED:
-        return None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(store.index.tokenizer_spec, device)
-    if tokenizer.identity != store.tokenizer:
-        raise UserError(
-            f"{store.path}: its latents are of tokenizer {store.tokenizer}, but "
-            f"{store.index.tokenizer_spec!r} is now {tokenizer.identity}; run `meduet-fast prepare` and "
-            "pretrain again, or put the old tokenizer back"
-        )
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class ExchangeResult:
-    """Exchanged styles between two domains: mean errors over many places."""
-
-    first: str
-    second: str
-    errors: ExchangeErrors
+    tokenizer = None
+    if store.tokenizer != IMPORTED:
+        spec = store.index.tokenizer_spec
+        tokenizer = load_tokenizer(spec, "cuda" if torch.cuda.is_available() else "cpu")
+        if tokenizer.identity != store.tokenizer:
+            raise UserError(
+                f"{store.path}: its latents are of tokenizer {store.tokenizer}, but {spec!r} is now "
+                f"{tokenizer.identity}; run `meduet-fast prepare` and pretrain again, or put the old "
+                "tokenizer back"
+            )
+    return ReportInputs(run, config, records, weights, step, store, tokenizer)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was measured.
+    """Results of all measurements.
 
     Attributes:
-        reconstruction: loss of hidden tokens over the first and over the last tenth of the records.
+        loss: the headline's, see ``curves.py``, over the first and over the last tenth of the records.
         separation: None if the store cannot tell.
         why_not: the reason, then.
         table: factors of the trained network; None as above.
-        exchanges: between volumes of one anatomy.
+        swaps: names of two domains of one anatomy, and the errors of swapping their styles.
         pictures: pairs of crops and what became of them.
     """
 
-    reconstruction: tuple[float, float]
-    separation: Separation | None
+    loss: tuple[float, float]
+    separation: ProbeResult | None
     why_not: str
     table: FactorTable | None
-    exchanges: list[ExchangeResult]
-    pictures: list[tuple[Pair, tuple[Side, Side]]]
+    swaps: list[tuple[str, str, SwapErrors]]
+    pictures: list[tuple[Side, Side]]
 
     def numbers(self) -> dict[str, Any]:
-        """Everything but the images, as JSON values."""
-        first, last = self.reconstruction
+        """Return everything but the images, as JSON values."""
+        first, last = self.loss
         return {
-            "reconstruction_loss": {"first_tenth": first, "last_tenth": last},
+            f"{HEADLINE_LOSS}_loss": {"first_tenth": first, "last_tenth": last},
             "separation": self.separation.to_dict() if self.separation else None,
             "why_no_separation": self.why_not,
-            "exchanges": [asdict(item) for item in self.exchanges],
+            "swaps": [
+                {"first": first, "second": second, "errors": asdict(errors)}
+                for first, second, errors in self.swaps
+            ],
             "pictures": [
                 {"first": sides[0].own, "second": sides[1].own, "psnr_db": [side.psnr() for side in sides]}
-                for _, sides in self.pictures
+                for sides in self.pictures
             ],
         }
 
 
-def investigate(material: Material) -> Findings:
-    """Measure separation and exchange styles, on held-out crops."""
-    reconstruction = first_and_last(material.records, "reconstruction")
-    model = MeDUET.from_pretrained(material.weights)
+def measure(inputs: ReportInputs) -> Findings:
+    """Measure separation and swap styles, on held-out crops."""
+    loss = first_and_last(inputs.records, HEADLINE_LOSS)
+    model = MeDUET.from_pretrained(inputs.weights)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    store = material.store
+    store, config = inputs.store, inputs.config
     try:
-        plan = plan_evaluation(store, model.config.latent_size, material.config["held_out_fraction"])
+        crops = choose_crops(store, model.config.latent_size, config["held_out_fraction"])
     except UserError as error:  # the rest of the report is worth having; the page gives the reason
-        return Findings(reconstruction, None, str(error), None, [], [])
-    untrained = untrained_like(model.config, material.config["seed"]).to(model.cls_token.device)
-    with progress_bar("Measuring separation", 2 * plan.num_crops, "crop") as bar:
-        table = factor_table(model, store, plan, bar)
-        separation = measure(table, factor_table(untrained, store, plan, bar), plan, store)
-    pairs = choose_pairs(store, plan)
-    return Findings(
-        reconstruction,
-        separation,
-        "",
-        table,
-        _exchanges(model, store, plan, pairs),
-        _pictures(model, material, pairs),
-    )
-
-
-def _exchanges(
-    model: MeDUET, store: LatentStore, plan: EvaluationPlan, pairs: Sequence[Pair]
-) -> list[ExchangeResult]:
-    known = [pair for pair in pairs if pair.same_anatomy]
-    found = []
-    for pair in track(known, "Exchanging styles", unit="pair"):
+        return Findings(loss, None, str(error), None, [], [])
+    untrained = untrained_like(model.config, config["seed"]).to(model.cls_token.device)
+    separation, table = probe_factors(model, untrained, store, crops)
+    pairs = choose_pairs(store, crops)
+    swaps: list[tuple[str, str, SwapErrors]] = []
+    for pair in track([pair for pair in pairs if pair.same_anatomy], "Swapping styles", unit="pair"):
         first, second = (store.entries[index].domain for index in pair.volumes)
-        found.append(ExchangeResult(first, second, exchange_errors(model, store, plan, *pair.volumes)))
-    return found
-
-
-def _pictures(
-    model: MeDUET, material: Material, pairs: Sequence[Pair]
-) -> list[tuple[Pair, tuple[Side, Side]]]:
-    if material.tokenizer is None:
-        return []
-    store = material.store
-    volumes = sorted({index for pair in pairs for index in pair.volumes})
-    images = {
-        index: prepared_image(store, index) for index in track(volumes, "Reading images", unit="volume")
-    }
-    return [
-        (pair, make_sides(model, material.tokenizer, store, pair, images))
-        for pair in track(pairs, "Decoding", unit="pair")
-    ]
+        swaps.append((first, second, swap_errors(model, store, crops, *pair.volumes)))
+    pictures: list[tuple[Side, Side]] = []
+    if inputs.tokenizer is not None:
+        volumes = sorted({index for pair in pairs for index in pair.volumes})
+        images = {
+            index: prepared_image(store, index) for index in track(volumes, "Reading images", unit="volume")
+        }
+        for pair in track(pairs, "Decoding", unit="pair"):
+            pictures.append(make_sides(model, inputs.tokenizer, store, pair, images))
+    return Findings(loss, separation, "", table, swaps, pictures)

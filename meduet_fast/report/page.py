@@ -1,10 +1,9 @@
-"""The report as one HTML file that needs nothing else."""
+"""Build the report as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -27,26 +26,13 @@ nav a { margin-right: 1rem; } pre { overflow-x: auto; font-size: .85rem; }
 """
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: its heading and its HTML."""
-
-    title: str
-    body: str
-
-    @property
-    def anchor(self) -> str:
-        """The target of links to it."""
-        return self.title.lower().replace(" ", "-")
-
-
 def paragraph(text: str) -> str:
-    """Plain text as a paragraph."""
+    """Return plain text as a paragraph."""
     return f"<p>{escape(text)}</p>"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain texts as a table; the first column is the rows' headings."""
+    """Return plain texts as a table; the first column is the rows' headings."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>'
@@ -61,7 +47,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def figure(png: Path, caption: str, alternative: str) -> str:
-    """An image, embedded, with a plain text below it."""
+    """Return an image, embedded, with a plain text below it."""
     data = base64.b64encode(png.read_bytes()).decode("ascii")
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alternative)}">'
@@ -70,7 +56,7 @@ def figure(png: Path, caption: str, alternative: str) -> str:
 
 
 def details(summary: str, facts: Mapping[str, str], text: str) -> str:
-    """Facts as a table, and a longer text that opens on demand."""
+    """Return facts as a table, and a longer text that opens on demand."""
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in facts.items()
     )
@@ -80,12 +66,13 @@ def details(summary: str, facts: Mapping[str, str], text: str) -> str:
     )
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole document."""
-    links = "".join(f'<a href="#{section.anchor}">{escape(section.title)}</a>' for section in sections)
+def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
+    """Return the whole document; ``sections`` are HTML by heading."""
+    anchors = {heading: heading.lower().replace(" ", "-") for heading in sections}
+    links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for heading, anchor in anchors.items())
     bodies = "\n".join(
-        f'<section id="{section.anchor}"><h2>{escape(section.title)}</h2>\n{section.body}\n</section>'
-        for section in sections
+        f'<section id="{anchors[heading]}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
+        for heading, body in sections.items()
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,4 +1,4 @@
-"""Crops of two volumes: input, tokenizer round trip, reconstruction, exchanged styles, and the truth."""
+"""Draw crops of two volumes: input, tokenizer round trip, reconstruction, swapped styles, and the truth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
-from meduet_fast.probing import EvaluationPlan, exchange_styles, far_start, structured_starts
+from meduet_fast.probing import ProbeCrops, far_start, structured_starts, swap_styles
 from meduet_fast.probing.crops import Start, holds_both
 
 from .plotting import GREY, WIDTH, new_figure, styled
@@ -32,7 +32,7 @@ OTHER_PAIRS = 2
 
 @dataclass(frozen=True)
 class Pair:
-    """Two crops whose styles are exchanged.
+    """Two crops whose styles are swapped.
 
     Attributes:
         volumes: positions in ``store.entries``.
@@ -54,7 +54,7 @@ class Side:
         image: crop of the prepared image; None if its source is not there unchanged.
         decoded: the crop's latents, decoded: the best that the network could do.
         reconstructed: with its own style.
-        exchanged: with the other's style.
+        swapped: with the other's style.
         truth: the other volume's own crop of this place, decoded; None if it shows another anatomy.
     """
 
@@ -63,14 +63,14 @@ class Side:
     image: Tensor | None
     decoded: Tensor
     reconstructed: Tensor
-    exchanged: Tensor
+    swapped: Tensor
     truth: Tensor | None
 
     def psnr(self) -> dict[str, float]:
-        """PSNR in dB: reconstruction against ``decoded``; with and without exchange against ``truth``."""
+        """Compute PSNR in dB: reconstruction against ``decoded``; with and without swap against ``truth``."""
         values = {"reconstruction": _psnr(self.reconstructed, self.decoded)}
         if self.truth is not None:
-            values["exchanged"] = _psnr(self.exchanged, self.truth)
+            values["swapped"] = _psnr(self.swapped, self.truth)
             values["kept"] = _psnr(self.reconstructed, self.truth)
         return values
 
@@ -79,33 +79,33 @@ def _psnr(image: Tensor, truth: Tensor) -> float:
     return -10 * math.log10(max(float((image - truth).square().mean()), 1e-10))
 
 
-def choose_pairs(store: LatentStore, plan: EvaluationPlan) -> list[Pair]:
-    """Pairs to look at: the first volume of the first group with others of it, and with other body parts.
+def choose_pairs(store: LatentStore, crops: ProbeCrops) -> list[Pair]:
+    """Pair the first volume of the first group with others of it, and with other body parts.
 
     Without a group: the first volume with those of other domains. Places are held out; within a group, the
-    second crop is far from the first, so that the network never sees the answer while it exchanges.
+    second crop is far from the first, so that the network never sees the answer while it swaps.
     """
-    first = plan.groups[0][0] if plan.groups else plan.volumes[0]
-    place = plan.tested[first][0]
+    first = crops.groups[0][0] if crops.groups else crops.volumes[0]
+    place = crops.tested[first][0]
     pairs, known = [], {store.entries[first].domain}
-    if plan.groups:
-        far = far_start(place, plan.tested[first][: max(2, len(plan.tested[first]) // 2)])
-        for other in _one_of_each_domain(store, plan.groups[0], known)[:SAME_ANATOMY_PAIRS]:
+    if crops.groups:
+        far = far_start(place, crops.tested[first][: max(2, len(crops.tested[first]) // 2)])
+        for other in _one_of_each_domain(store, crops.groups[0], known)[:SAME_ANATOMY_PAIRS]:
             pairs.append(Pair((first, other), (place, far), True))
-        known |= {store.entries[index].domain for index in plan.groups[0]}
+        known |= {store.entries[index].domain for index in crops.groups[0]}
     usable = [
         index
         for index in range(len(store.entries))
-        if holds_both(store, index, plan.crop_size, plan.fraction)
+        if holds_both(store, index, crops.crop_size, crops.fraction)
     ]
     for other in _one_of_each_domain(store, usable, known)[:OTHER_PAIRS]:
-        there = structured_starts(store, [other], plan.crop_size, plan.fraction, 16)[0]
+        there = structured_starts(store, [other], crops.crop_size, crops.fraction, 16)[0]
         pairs.append(Pair((first, other), (place, there), False))
     return pairs
 
 
 def _one_of_each_domain(store: LatentStore, indices: Sequence[int], without: set[str]) -> list[int]:
-    """The first volume of each domain that is not in ``without``."""
+    """Return the first volume of each domain that is not in ``without``."""
     found: dict[str, int] = {}
     for index in indices:
         found.setdefault(store.entries[index].domain, index)
@@ -113,7 +113,7 @@ def _one_of_each_domain(store: LatentStore, indices: Sequence[int], without: set
 
 
 def prepared_image(store: LatentStore, index: int) -> Tensor | None:
-    """The image (X, Y, Z) that a volume's latents were made from, or None if its source is not as it was.
+    """Load the image (X, Y, Z) that a volume's latents were made from; None if its source has changed.
 
     Sources that were prepared with other than the default transforms count as changed.
     """
@@ -136,7 +136,7 @@ def make_sides(
     pair: Pair,
     images: dict[int, Tensor | None],
 ) -> tuple[Side, Side]:
-    """Exchange the styles of a pair and decode everything to images.
+    """Swap the styles of a pair and decode everything to images.
 
     Args:
         images: prepared images by volume.
@@ -148,14 +148,14 @@ def make_sides(
         return sample_crops(store, index, [start], size).float()
 
     own = crop(first, here), crop(second, there)
-    result = exchange_styles(model, *own)
+    result = swap_styles(model, *own)
     latents = [
         own[0], result.first, result.first_in_second_style,
         own[1], result.second, result.second_in_first_style,
     ]  # fmt: skip
     if pair.same_anatomy:
         latents += [crop(second, here), crop(first, there)]
-    decoded = tokenizer.decode(torch.cat(latents))[:, 0].cpu()
+    decoded = tokenizer.decode(torch.cat(latents))[:, 0].cpu()  # (6 or 8, X, Y, Z)
 
     def side(number: int) -> Side:
         image = images[pair.volumes[number]]
@@ -168,7 +168,7 @@ def make_sides(
             image=image,
             decoded=decoded[3 * number],
             reconstructed=decoded[3 * number + 1],
-            exchanged=decoded[3 * number + 2],
+            swapped=decoded[3 * number + 2],
             truth=decoded[6 + number] if pair.same_anatomy else None,
         )
 
@@ -176,14 +176,14 @@ def make_sides(
 
 
 def _subfigures(figure: FigureBase, rows: int, columns: int) -> list[SubFigure]:
-    """Parts of a figure, row by row."""
+    """Divide a figure, row by row."""
     parts: Any = figure.subfigures(rows, columns, squeeze=False, wspace=0.03)
     return list(parts.flat)
 
 
 @styled
 def draw_pair(sides: tuple[Side, Side]) -> Figure:
-    """Both sides beside each other, three planes each, one row for each kind of picture."""
+    """Draw both sides beside each other, three planes each, one row for each kind of picture."""
     left, right = (_rows(side) for side in sides)
     kinds = [kind for kind in left if left[kind][1] is not None or right[kind][1] is not None]
     figure = new_figure(0.2 + len(kinds) * (WIDTH / 6.2 + 0.3))
@@ -205,27 +205,24 @@ def draw_pair(sides: tuple[Side, Side]) -> Figure:
 
 
 def _rows(side: Side) -> dict[str, tuple[str, Tensor | None]]:
-    """Title and image of each kind of picture."""
+    """Return title and image of each kind of picture."""
     psnr = side.psnr()
-    exchanged = f"content of {side.own}, style of {side.other}"
-    truth = ""
+    swapped, truth = f"content of {side.own}, style of {side.other}", ""
     if side.truth is not None:
-        exchanged += f": {psnr['exchanged']:.1f} dB (own style: {psnr['kept']:.1f})"
+        swapped += f": {psnr['swapped']:.1f} dB (own style: {psnr['kept']:.1f})"
         truth = f"truth: the same place in {side.other}"
+    reconstructed = f"{side.own}: reconstructed ({psnr['reconstruction']:.1f} dB)"
     return {
         "image": (f"{side.own}: input", side.image),
         "decoded": (f"{side.own}: through the tokenizer", side.decoded),
-        "reconstructed": (
-            f"{side.own}: reconstructed ({psnr['reconstruction']:.1f} dB)",
-            side.reconstructed,
-        ),
-        "exchanged": (exchanged, side.exchanged),
+        "reconstructed": (reconstructed, side.reconstructed),
+        "swapped": (swapped, side.swapped),
         "truth": (truth, side.truth),
     }
 
 
 def _planes(image: Tensor | None) -> list[tuple[str, np.ndarray | None]]:
-    """Middle slices; superior (axial: anterior) is up, the patient's right (sagittal: anterior) is right."""
+    """Cut middle slices: superior (axial: anterior) is up, the patient's right (sagittal: anterior) right."""
     names = ("axial", "coronal", "sagittal")
     if image is None:
         return [(name, None) for name in names]

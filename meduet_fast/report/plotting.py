@@ -1,4 +1,4 @@
-"""One look for all figures."""
+"""Give all figures one look."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ styled = matplotlib.rc_context(STYLE)
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure, ``height`` inches high; needs no screen and no state of pyplot."""
+    """Make an empty figure, ``height`` inches high; needs no screen and no state of pyplot."""
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 def subplots(height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure and its axes, row by row."""
+    """Make a figure and its axes, row by row."""
     figure = new_figure(height)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

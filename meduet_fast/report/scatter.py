@@ -1,18 +1,18 @@
-"""Where crops of different domains lie in content and in style."""
+"""Draw where crops of different domains lie in content and in style."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from meduet_fast.probing import FactorTable, Separation
+from meduet_fast.probing import FactorTable, ProbeResult
 
 from .plotting import COLORS, MARKERS, styled, subplots
 
 
 @styled
-def draw_scatter(table: FactorTable, domains: list[str], separation: Separation) -> Figure:
-    """Held-out crops in the plane of the two largest principal components, content and style.
+def draw_scatter(table: FactorTable, domains: list[str], separation: ProbeResult) -> Figure:
+    """Draw held-out crops in the plane of the two largest principal components, content and style.
 
     Args:
         table: factors of the trained network.
@@ -27,7 +27,7 @@ def draw_scatter(table: FactorTable, domains: list[str], separation: Separation)
     order = np.random.default_rng(0).permutation(len(held_out.domain))  # no domain hides the others
     for ax, name in zip(axes, ("content", "style"), strict=True):
         pca = PCA(2, random_state=0)
-        points = pca.fit_transform(StandardScaler().fit_transform(getattr(held_out, name)))
+        points = pca.fit_transform(StandardScaler().fit_transform(getattr(held_out, name)))  # (N, 2)
         for rank, row in enumerate(order):
             color = COLORS[held_out.domain[row] % len(COLORS)]
             marker = MARKERS[held_out.domain[row] % len(MARKERS)]

@@ -1,4 +1,4 @@
-"""What the report says about what was found."""
+"""Write the report's sections as HTML: what was found, and what to see in it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 import torch
 
 import meduet_fast
-from meduet_fast.probing import FactorScores, Separation
+from meduet_fast.probing import FactorScores
 
-from .inputs import NETWORK, Findings, Material
-from .page import Section, details, figure, paragraph, table
-from .pictures import Side
+from .curves import HEADLINE_LOSS, LOSS_PANELS, LossPanel
+from .inputs import NETWORK, Findings, ReportInputs
+from .page import details, figure, paragraph, table
 
 
 def percent(value: float | None) -> str:
-    """A share as text."""
+    """Return a share as text."""
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def headline(findings: Findings) -> str:
-    """The two results that matter, in a few plain lines."""
-    first, last = findings.reconstruction
-    lines = [f"Reconstruction loss of hidden tokens: {first:.3f} at first, {last:.3f} at last"]
+    """Return the two results that matter, in a few plain lines."""
+    first, last = findings.loss
+    lines = [f"{LOSS_PANELS[HEADLINE_LOSS].title}: loss {first:.3f} at first, {last:.3f} at last"]
     separation = findings.separation
     if separation is None:
         return "\n".join([*lines, f"Separation not measured: {findings.why_not}"])
@@ -38,29 +38,28 @@ def headline(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-def summary(findings: Findings) -> Section:
-    """The headline tables."""
-    first, last = findings.reconstruction
+def summary(findings: Findings) -> str:
+    """Write the headline tables."""
+    first, last = findings.loss
+    panel = LOSS_PANELS[HEADLINE_LOSS]
     body = table(
-        "Reconstruction loss of hidden tokens (mean squared error of latents of about unit variance)",
+        f"{panel.title} ({panel.unit})",
         ["", "first tenth of the run", "last tenth", "last / first"],
-        [["reconstruction", f"{first:.3f}", f"{last:.3f}", f"{last / first:.2f}" if first else ""]],
+        [[HEADLINE_LOSS, f"{first:.3f}", f"{last:.3f}", f"{last / first:.2f}" if first else ""]],
     )
     separation = findings.separation
     if separation is None:
-        body += paragraph(f"Separation was not measured: {findings.why_not}.")
-        return Section("Summary", body)
+        return body + paragraph(f"Separation was not measured: {findings.why_not}.")
     body += _score_table(
         "Linear probe: how often the domain is named right on held-out crops (balanced accuracy)",
         separation.probe,
         separation.probe_chance,
     )
     before = 100 * (separation.probe.untrained_style - separation.probe.untrained_content)
-    body += paragraph(
+    return body + paragraph(
         f"Style above content: {separation.gap_points:+.1f} percentage points (untrained: {before:+.1f}). "
         "In a well separated pair of factors style is near 100 % and content near chance."
     )
-    return Section("Summary", body)
 
 
 def _score_table(caption: str, scores: FactorScores, chance: float | None) -> str:
@@ -74,26 +73,40 @@ def _score_table(caption: str, scores: FactorScores, chance: float | None) -> st
     )
 
 
-def losses(png: Path) -> Section:
-    """The curves of all terms."""
-    return Section(
-        "Losses",
-        figure(
-            png,
-            "Every term of the loss: single records faint, their running mean bold. All but the last should "
-            "fall. The content's domain loss should be at the dashed line: there, content tells no more "
-            "about the domain than guessing. Where MFTD starts (dotted), the total takes on another term.",
-            "Six panels with the loss terms over training steps",
-        ),
+def losses(png: Path, panels: dict[str, LossPanel]) -> str:
+    """Show the curves of all losses."""
+    notes = " ".join(panel.note for panel in panels.values() if panel.note)
+    return figure(
+        png,
+        f"Every term of the loss: single records faint, their running mean bold. {notes}",
+        f"Panels with the {len(panels)} loss terms over training steps",
     )
 
 
-def separation(findings: Findings, png: Path | None) -> Section:
-    """How it was measured, retrieval, scatter, and the errors of exchanges."""
+def separation(findings: Findings, png: Path | None) -> str:
+    """Tell how separation was measured; show retrieval, scatter, and the errors of swaps."""
     found = findings.separation
     if found is None:
-        return Section("Separation", paragraph(f"Not measured: {findings.why_not}."))
-    body = paragraph(_how_measured(found))
+        return paragraph(f"Not measured: {findings.why_not}.")
+    what = (
+        f"The volumes {', '.join(found.volumes)} show the same anatomy in {len(found.domains)} acquisitions, "
+        "each a domain, so that only the way of imaging tells them apart."
+        if found.same_anatomy
+        else "No volumes of this store show the same anatomy in several acquisitions. Its domains differ in "
+        "anatomy too, which a probe may find in content by right."
+    )
+    where = (
+        "training never saw"
+        if found.unseen
+        else "were part of the training, because the run held nothing out; the probe alone never saw them"
+    )
+    body = paragraph(
+        f"{what} A crop's content and style are the means over its tokens. The probe is a logistic "
+        f"regression, fitted on {found.crops_fitted} crops of the training region and tested on "
+        f"{found.crops_tested} crops that {where}. Crops overlap, so they tell less than as many independent "
+        f"ones. The network is the {NETWORK} (the running average of the weights); the untrained one is the "
+        "same network before its first step."
+    )
     if png is not None:
         body += figure(
             png,
@@ -110,55 +123,34 @@ def separation(findings: Findings, png: Path | None) -> Section:
         body += paragraph(
             "Content should find the place again, whatever the acquisition; style should not know places."
         )
-    if findings.exchanges:
+    if findings.swaps:
+        places = 2 * findings.swaps[0][2].places
         body += table(
-            "Exchanging styles: squared error of latents against the other acquisition's own crop of the "
-            f"place, mean over {2 * findings.exchanges[0].errors.places} held-out crops",
-            ["", "style exchanged", "own style kept", "plain reconstruction"],
+            "Swapping styles: squared error of latents against the other acquisition's own crop of the "
+            f"place, mean over {places} held-out crops",
+            ["", "style swapped", "own style kept", "plain reconstruction"],
             [
                 [
-                    f"{item.first} and {item.second}",
-                    f"{item.errors.exchanged:.3f}",
-                    f"{item.errors.kept:.3f}",
-                    f"{item.errors.own:.3f}",
+                    f"{first} and {second}",
+                    f"{errors.swapped:.3f}",
+                    f"{errors.kept:.3f}",
+                    f"{errors.own:.3f}",
                 ]
-                for item in findings.exchanges
+                for first, second, errors in findings.swaps
             ],
         )
         body += paragraph(
-            "An exchange works if its error is below that of keeping the own style; the error of plain "
+            "A swap works if its error is below that of keeping the own style; the error of plain "
             "reconstruction, against the crop itself, is about what it can reach."
         )
-    return Section("Separation", body)
+    return body
 
 
-def _how_measured(found: Separation) -> str:
-    what = (
-        f"The volumes {', '.join(found.volumes)} show the same anatomy in {len(found.domains)} acquisitions, "
-        "each a domain, so that only the way of imaging tells them apart."
-        if found.same_anatomy
-        else "No volumes of this store show the same anatomy in several acquisitions. Its domains differ in "
-        "anatomy too, which a probe may find in content by right."
-    )
-    where = (
-        "training never saw"
-        if found.unseen
-        else "were part of the training, because the run held nothing out; the probe alone never saw them"
-    )
-    return (
-        f"{what} A crop's content and style are the means over its tokens. The probe is a logistic "
-        f"regression, fitted on {found.crops_fitted} crops of the training region and tested on "
-        f"{found.crops_tested} crops that {where}. Crops overlap, so they tell less than as many independent "
-        f"ones. The network is the {NETWORK} (the running average of the weights); the untrained one is the "
-        "same network before its first step."
-    )
-
-
-def pictures(findings: Findings, pngs: list[Path]) -> Section:
-    """The exchanged styles, with what to see in them."""
+def pictures(findings: Findings, pngs: list[Path]) -> str:
+    """Show crops with swapped styles, and say what to see in them."""
     if not pngs:
         why = findings.why_not or "the store holds imported latents, whose tokenizer is unknown"
-        return Section("Pictures", paragraph(f"None: {why}."))
+        return paragraph(f"None: {why}.")
     body = paragraph(
         "Each picture shows two held-out crops, in three middle planes each. The network sees them mixed: "
         "half of the blocks from one, the other half from the other. It takes them apart, and its decoder "
@@ -168,63 +160,50 @@ def pictures(findings: Findings, pngs: list[Path]) -> Section:
         "tokenizer keeps of the input. Figures in dB (PSNR) tell how close an image is to its goal, the "
         "second row or the truth: higher is closer."
     )
-    for png, (pair, sides) in zip(pngs, findings.pictures, strict=True):
-        left, right = sides
-        caption = _same_anatomy_caption(left, right) if pair.same_anatomy else _other_caption(left, right)
-        body += figure(png, caption, f"Crops of {left.own} and {right.own} with exchanged styles")
-    return Section("Pictures", body)
+    for png, (left, right) in zip(pngs, findings.pictures, strict=True):
+        caption = (
+            f"Different anatomy: {left.own} and {right.own}. The last row should show the anatomy of its own "
+            "side with the brightness and grain of the other. There is no truth to compare with here."
+        )
+        if left.truth is not None:
+            gains = [f"{psnr['swapped'] - psnr['kept']:+.1f}" for psnr in (left.psnr(), right.psnr())]
+            caption = (
+                f"Two places of the same body, the left one scanned as {left.own}, the right one as "
+                f"{right.own}. The fourth row keeps the anatomy and takes the style from the other side; it "
+                "is good if it has the shapes of the third row with the brightness, sharpness and grain of "
+                "the last one, which is the real scan of that place. The swap brings the image "
+                f"{gains[0]} dB (left) and {gains[1]} dB (right) nearer to it."
+            )
+        body += figure(png, caption, f"Crops of {left.own} and {right.own} with swapped styles")
+    return body
 
 
-def _same_anatomy_caption(left: Side, right: Side) -> str:
-    return (
-        f"Two places of the same body, the left one scanned as {left.own}, the right one as {right.own}. "
-        "The fourth row keeps the anatomy and takes the style from the other side; it is good if it has the "
-        "shapes of the third row with the brightness, sharpness and grain of the last one, which is the real "
-        f"scan of that place. The exchange brings the image {_gain(left)} dB (left) and {_gain(right)} dB "
-        "(right) nearer to it."
+def speed(png: Path) -> str:
+    """Show throughput over time."""
+    return figure(
+        png,
+        "Crops a second through all passes of a step, the share of the time that the loop waited for its "
+        "data, and peak memory. A dip in throughput without waiting is the machine's other work, or another "
+        "loss setting in.",
+        "Three panels: throughput, waiting for data and memory over time",
     )
 
 
-def _gain(side: Side) -> str:
-    psnr = side.psnr()
-    return f"{psnr['exchanged'] - psnr['kept']:+.1f}"
-
-
-def _other_caption(left: Side, right: Side) -> str:
-    return (
-        f"Different anatomy: {left.own} and {right.own}. The last row should show the anatomy of its own "
-        "side with the brightness and grain of the other. There is no truth to compare with here."
-    )
-
-
-def speed(png: Path) -> Section:
-    """Throughput over time."""
-    return Section(
-        "Speed",
-        figure(
-            png,
-            "Crops a second through all passes of a step, the share of the time that the loop waited for its "
-            "data, and peak memory. A dip in throughput without waiting is the machine's other work, or MFTD "
-            "setting in.",
-            "Three panels: throughput, waiting for data and memory over time",
-        ),
-    )
-
-
-def settings(material: Material) -> Section:
-    """Where everything came from."""
-    model, store = material.config["model"], material.store
+def settings(inputs: ReportInputs) -> str:
+    """Tell where everything came from."""
+    config, store = inputs.config, inputs.store
+    model = config["model"]
     facts = {
-        "run": str(material.run),
-        "steps": f"{material.step} of {material.config['steps']}",
-        "crops in a step": str(material.config["batch_size"] * material.config["accumulate"]),
+        "run": str(inputs.run),
+        "steps": f"{inputs.step} of {config['steps']}",
+        "crops in a step": str(config["batch_size"] * config["accumulate"]),
         "crop": f"{model['latent_size']}^3 latent voxels "
         f"({model['latent_size'] * store.index.compression * store.entries[0].spacing[0]:.0f} mm), "
         f"patches of {model['patch_size']}^3",
         "encoder": f"{model['depth']} blocks, width {model['embed_dim']}",
-        "held out": f"{100 * material.config['held_out_fraction']:.0f} % of every volume's left-right axis",
+        "held out": f"{100 * config['held_out_fraction']:.0f} % of every volume's left-right axis",
         "latent store": f"{store.path} ({len(store.entries)} volumes, {len(store.domains)} domains)",
         "tokenizer": store.tokenizer,
         "software": f"meduet-fast {meduet_fast.__version__}, torch {torch.__version__}",
     }
-    return Section("Settings", details("All settings", facts, json.dumps(material.config, indent=1)))
+    return details("All settings", facts, json.dumps(config, indent=1))

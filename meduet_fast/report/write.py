@@ -1,4 +1,4 @@
-"""A report of a run: RUN/report/index.html, its figures as PNG files, and its numbers as JSON."""
+"""Write a report of a run: RUN/report/index.html, its figures as PNG files, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.progress import progress_bar
 
 from . import sections
-from .curves import draw_losses, draw_speed
-from .inputs import NETWORK, Findings, Material, investigate, open_run
+from .curves import draw_losses, draw_speed, loss_panels
+from .inputs import NETWORK, Findings, ReportInputs, measure, open_run
 from .page import page
 from .pictures import draw_pair
 from .plotting import save_png
@@ -36,66 +36,68 @@ def write_report(run: Path, data: Path | None = None) -> Path:
     Raises:
         UserError: see :func:`~meduet_fast.report.inputs.open_run`; or the report cannot be written.
     """
-    material = open_run(run, data)
+    inputs = open_run(run, data)
     folder = run / FOLDER
-    identity = material.identity()
+    identity = inputs.identity()
     if (folder / PAGE).is_file() and read_numbers(run).get("made_from") == identity:
         return folder / PAGE
-    findings = investigate(material)
+    findings = measure(inputs)
     try:
-        return _write(folder, material, findings, identity)
+        return _write(folder, inputs, findings, identity)
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
 
 
 def read_numbers(run: Path) -> dict[str, Any]:
-    """What ``separation.json`` of a run's report holds; empty without a readable one."""
+    """Read what ``separation.json`` of a run's report holds; empty without a readable one."""
     try:
         return dict(json.loads((run / FOLDER / NUMBERS).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 
 
-def _write(folder: Path, material: Material, findings: Findings, identity: str) -> Path:
+def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     # Without its page an older report counts as absent, should this one be cut short.
     (folder / PAGE).unlink(missing_ok=True)
     for png in folder.glob("*.png"):
         png.unlink()
-    records, objective = material.records, material.config["objective"]
-    starts = {
-        term: material.config[f"{term}_start_step"] if objective[term] else math.inf
-        for term in ("siqc", "mftd")
+    config, domains = inputs.config, inputs.store.domains
+    panels = loss_panels(inputs.records)
+    starts = {  # of the losses that may set in later or be off
+        name: config[f"{name}_start_step"] if config["objective"].get(name, True) else math.inf
+        for name in panels
+        if f"{name}_start_step" in config
     }
     losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
     pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
     with progress_bar("Drawing", 3 + len(pairs), "figure") as bar:
-        save_png(draw_losses(records, starts, len(material.store.domains)), losses)
+        save_png(draw_losses(inputs.records, starts, len(domains)), losses)
         bar.update()
-        save_png(draw_speed(records), speed)
+        save_png(draw_speed(inputs.records), speed)
         bar.update()
         if findings.table is not None and findings.separation is not None:
-            save_png(draw_scatter(findings.table, material.store.domains, findings.separation), scatter)
+            save_png(draw_scatter(findings.table, domains, findings.separation), scatter)
         bar.update()
-        for path, (_, sides) in zip(pairs, findings.pictures, strict=True):
+        for path, sides in zip(pairs, findings.pictures, strict=True):
             save_png(draw_pair(sides), path)
             bar.update()
     html = page(
-        f"Pretraining report: {material.run.resolve().name}",
-        f"MeDUET after {material.step} steps on {len(material.store.domains)} domains",
-        [
-            sections.summary(findings),
-            sections.losses(losses),
-            sections.separation(findings, scatter if findings.table is not None else None),
-            sections.pictures(findings, pairs),
-            sections.speed(speed),
-            sections.settings(material),
-        ],
+        f"Pretraining report: {inputs.run.resolve().name}",
+        f"MeDUET after {inputs.step} steps on {len(domains)} domains",
+        {
+            "Summary": sections.summary(findings),
+            "Losses": sections.losses(losses, panels),
+            "Separation": sections.separation(findings, scatter if findings.table is not None else None),
+            "Pictures": sections.pictures(findings, pairs),
+            "Speed": sections.speed(speed),
+            "Settings": sections.settings(inputs),
+        },
     )
     numbers = {
         "made_from": identity,
-        "step": material.step,
+        "step": inputs.step,
         "network": NETWORK,
         "headline": sections.headline(findings),
         **findings.numbers(),

@@ -17,8 +17,7 @@ from torch import Tensor
 from benchmarks import command, harness, operations, run
 from benchmarks.harness import OUT_OF_TIME, WRONG, Case, Sample, Variant, failures, time_case, time_cases
 from benchmarks.results import Results, Row
-from meduet_fast.kernels import pool
-from meduet_fast.kernels.launch import Workload
+from meduet_fast.kernels.workloads import Workload, pool_workload
 
 CPU = torch.device("cpu")
 
@@ -120,7 +119,7 @@ def test_cases_that_the_budget_does_not_reach_say_so(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def workload() -> Workload:
-    return pool.workload(2, 6, 8, masked=True)
+    return pool_workload(2, 6, 8, masked=True)
 
 
 def test_an_operation_and_its_peers_are_held_to_the_definition(workload: Workload) -> None:

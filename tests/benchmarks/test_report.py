@@ -77,7 +77,7 @@ def test_the_headline_is_against_the_strongest_peer():
         Row("pool", "B=4", "ours", **timed(1), **against(eager=9.0, compiled=2.0)),
         Row("pool", "B=8", "ours", **timed(1), **against(eager=8.0, **{"ours, eager": 0.5})),
         Row("pool", "B=8", "eager", **timed(8), **against(ours=0.1)),
-        Row("demix", "B=8", "ours", **timed(8)),
+        Row("decoder_streams", "B=8", "ours", **timed(8)),
     ]
     (line,) = headlines(make_results(rows=rows))
     assert (line.bench, line.worst, line.best, line.cases) == ("pool", 2.0, 8.0, 2)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from meduet_fast.kernels import set_kernel_backend
-from meduet_fast.kernels.launch import Workload
 from meduet_fast.kernels.verify import outputs_and_gradients, require
-from meduet_fast.kernels.workloads import workloads
+from meduet_fast.kernels.workloads import Workload, workloads
 
 WORKLOADS = workloads()
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from meduet_fast.kernels import (
-    MixTables,
+    MixIndex,
     assemble_streams,
+    build_mix_index,
     demix_tokens,
-    mix_tables,
     mix_tokens,
     remix_tokens,
     style_convolution,
@@ -71,11 +71,11 @@ def test_compile_as_one_graph() -> None:
 
 
 def test_outputs_keep_the_tokens_dtype() -> None:
-    tables = mix_tables(mask_with(2, 6, 3))
+    index = build_mix_index(mask_with(2, 6, 3))
     x, parameter = torch.randn(2, 6, 4).bfloat16(), torch.randn(4)
-    streams = assemble_streams(x, x, x[:, :1].float(), parameter, torch.randn(7, 4), tables)
+    streams = assemble_streams(x, x, x[:, :1].float(), parameter, torch.randn(7, 4), index)
     assert streams.dtype == torch.bfloat16
-    assert style_convolution(x, torch.randn(4, 1, 3), tables).dtype == torch.bfloat16
+    assert style_convolution(x, torch.randn(4, 1, 3), index).dtype == torch.bfloat16
 
 
 def test_refusals_of_the_trio_name_the_argument() -> None:
@@ -114,19 +114,21 @@ def test_refusals_of_the_trio_name_the_argument() -> None:
         ("prefix", torch.zeros(1, 1, 4), r"prefix has shape \(1, 1, 4\), expected \(2, P, 4\)"),
         ("mask_token", torch.zeros(1, 4), r"mask_token has shape \(1, 4\), expected \(4,\)"),
         ("position", torch.zeros(6, 4), r"position has shape \(6, 4\), expected \(7, 4\)"),
-        ("tables", mix_tables(torch.tensor([[0, 1]])), r"tables.mask has shape \(1, 2\), expected \(2, 6\)"),
+        (
+            "index",
+            build_mix_index(torch.tensor([[0, 1]])),
+            r"index.mask has shape \(1, 2\), expected \(2, 6\)",
+        ),
     ],
 )
-def test_refusals_of_the_streams_name_the_argument(
-    name: str, value: Tensor | MixTables, message: str
-) -> None:
+def test_refusals_of_the_streams_name_the_argument(name: str, value: Tensor | MixIndex, message: str) -> None:
     inputs: dict[str, Any] = {
         "content": torch.zeros(2, 6, 4),
         "style": torch.zeros(2, 6, 4),
         "prefix": torch.zeros(2, 1, 4),
         "mask_token": torch.zeros(4),
         "position": torch.zeros(7, 4),
-        "tables": mix_tables(mask_with(2, 6, 3)),
+        "index": build_mix_index(mask_with(2, 6, 3)),
     }
     assemble_streams(**inputs)
     with pytest.raises(ValueError, match=message):
@@ -139,6 +141,6 @@ def test_refusals_of_the_style_convolution_name_the_argument() -> None:
         style_convolution(style[0], weight)
     with pytest.raises(ValueError, match=r"weight has shape \(4, 3\), expected \(4, 1, 3\)"):
         style_convolution(style, weight[:, 0])
-    tables = mix_tables(mask_with(2, 6, 3))
-    with pytest.raises(ValueError, match=r"tables.next has shape \(2, 5\), expected \(2, 6\)"):
-        style_convolution(style, weight, tables._replace(next=tables.next[:, 1:]))
+    index = build_mix_index(mask_with(2, 6, 3))
+    with pytest.raises(ValueError, match=r"index.next has shape \(2, 5\), expected \(2, 6\)"):
+        style_convolution(style, weight, index._replace(next=index.next[:, 1:]))

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "objectives" / "test_parity.py"]
+FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "pretraining" / "test_parity.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)

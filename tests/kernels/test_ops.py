@@ -11,9 +11,9 @@ from torch import Tensor
 
 from meduet_fast.kernels import (
     assemble_streams,
+    build_mix_index,
     check_mask,
     dual_reconstruction_loss,
-    mix_tables,
     patch_embed_3d,
     patch_embed_tokens,
     patchify_3d,
@@ -67,18 +67,18 @@ def test_patch_embedding_mixes_with_the_partner_and_leaves_room() -> None:
 
 def test_mix_tables_against_loops() -> None:
     mask = random_mix_mask(5, 12, torch.Generator().manual_seed(1))
-    tables = mix_tables(mask)
-    opposite = tables.complement()
-    for name, expected in zip(tables._fields, mix_tables(~mask), strict=True):
+    index = build_mix_index(mask)
+    opposite = index.complement()
+    for name, expected in zip(index._fields, build_mix_index(~mask), strict=True):
         assert torch.equal(getattr(opposite, name), expected), name
     for row in range(5):
         sources = [[t for t in range(12) if bool(mask[row, t]) == second] for second in (False, True)]
-        assert tables.order[row].tolist() == sources[0] + sources[1]
+        assert index.order[row].tolist() == sources[0] + sources[1]
         for tokens, others in (sources, sources[::-1]):
             for rank, token in enumerate(tokens):
-                assert tables.partner[row, token] == others[rank]
-                assert tables.previous[row, token] == (tokens[rank - 1] if rank else -1)
-                assert tables.next[row, token] == (tokens[rank + 1] if rank < 5 else -1)
+                assert index.partner[row, token] == others[rank]
+                assert index.previous[row, token] == (tokens[rank - 1] if rank else -1)
+                assert index.next[row, token] == (tokens[rank + 1] if rank < 5 else -1)
 
 
 def test_style_convolution_sees_its_own_source_only() -> None:
@@ -86,7 +86,7 @@ def test_style_convolution_sees_its_own_source_only() -> None:
     sequence = F.conv1d(style.transpose(1, 2), weight, padding=1, groups=4).transpose(1, 2)
     assert torch.allclose(style_convolution(style, weight), sequence)
     mask = random_mix_mask(3, 10, torch.Generator().manual_seed(2))
-    mixed = style_convolution(style, weight, mix_tables(mask))
+    mixed = style_convolution(style, weight, build_mix_index(mask))
     for row in range(3):
         for chosen in (mask[row], ~mask[row]):
             alone = F.conv1d(style[row, chosen].T[None], weight, padding=1, groups=4)[0].T
@@ -97,8 +97,8 @@ def test_streams() -> None:
     content, style = randn(2, 6, 3), randn(2, 6, 3, seed=1)
     prefix, mask_token, position = randn(2, 1, 3, seed=2), randn(3, seed=3), randn(7, 3, seed=4)
     mask = random_mix_mask(2, 6, torch.Generator().manual_seed(3))
-    tables = mix_tables(mask)
-    arguments = (content, style, prefix, mask_token, position, tables)
+    index = build_mix_index(mask)
+    arguments = (content, style, prefix, mask_token, position, index)
     streams = assemble_streams(*arguments)
     assert streams.shape == (8, 7, 3)
     assert torch.equal(streams[:4], assemble_streams(*arguments, swapped=False))
@@ -107,7 +107,7 @@ def test_streams() -> None:
         sample, second, swapped = row % 2, row // 2 % 2 == 1, row >= 4
         assert torch.allclose(streams[row, 0], prefix[sample, 0] + position[0])
         for token in range(6):
-            other = tables.partner[sample, token] if swapped else token
+            other = index.partner[sample, token] if swapped else token
             shown = bool(mask[sample, token]) == second
             expected = content[sample, token] + style[sample, other] if shown else mask_token
             assert torch.allclose(streams[row, 1 + token], expected + position[1 + token])
@@ -155,11 +155,11 @@ GRADCHECKS = {
         (randn(2, 8, 16), randn(3, 2, 2, 2, 2, seed=1), randn(3, seed=2)),
     ),
     "style_convolution": lambda: (
-        lambda s, w: style_convolution(s, w, mix_tables(torch.tensor([[1, 0, 0, 1, 1, 0]]))),
+        lambda s, w: style_convolution(s, w, build_mix_index(torch.tensor([[1, 0, 0, 1, 1, 0]]))),
         (randn(1, 6, 3), randn(3, 1, 3, seed=1)),
     ),
     "assemble_streams": lambda: (
-        lambda *tensors: assemble_streams(*tensors, mix_tables(torch.tensor([[1, 0, 0, 1]]))),
+        lambda *tensors: assemble_streams(*tensors, build_mix_index(torch.tensor([[1, 0, 0, 1]]))),
         (
             randn(1, 4, 2),
             randn(1, 4, 2, seed=1),
@@ -210,7 +210,7 @@ def test_refusals_name_the_argument() -> None:
     with pytest.raises(ValueError, match="tokens has width 7"):
         unpatchify_3d(torch.zeros(1, 8, 7), 2, (2, 2, 2))
     with pytest.raises(ValueError, match="an even L > 0"):
-        mix_tables(torch.zeros(2, 3))
+        build_mix_index(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="values other than 0 and 1"):
         check_mask(torch.full((1, 2), 0.5))
     with pytest.raises(ValueError, match=r"prediction has shape \(2, 8, 8\), expected \(4, 8, 8\)"):

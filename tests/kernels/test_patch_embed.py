@@ -11,6 +11,8 @@ from torch import Tensor
 
 from meduet_fast.kernels import patch_embed, patch_embed_3d, patch_embed_tokens
 from meduet_fast.kernels.launch import record_launches
+from meduet_fast.kernels.verify import outputs_and_gradients
+from meduet_fast.kernels.workloads import volume_workload
 
 X, WEIGHT = torch.randn(2, 3, 4, 4, 4), torch.randn(5, 3, 2, 2, 2)
 
@@ -85,9 +87,9 @@ def test_float32_is_never_multiplied_as_tf32() -> None:
     triton = pytest.importorskip("triton")
     from meduet_fast.kernels import inspect
 
-    workload = next(item for item in patch_embed.workloads() if "mixed" in item.label)
+    workload = volume_workload(64, 4, (24, 24, 24), 4, masked=True)
     with record_launches(100) as launches:
-        workload.launch(**workload.inputs("meta", torch.float32))
+        outputs_and_gradients(workload.run, workload.inputs("meta", torch.float32))
     assert len(launches) == 2
     for launch in launches:
         source = triton.compiler.ASTSource(launch.kernel, *inspect._signature(launch))

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from meduet_fast.kernels import mix_tables, quadruplet_contrast, set_kernel_backend
+from meduet_fast.kernels import build_mix_index, quadruplet_contrast, set_kernel_backend
 from meduet_fast.kernels.backend import interpreted
 from meduet_fast.kernels.contrast import Identity
 from meduet_fast.models import MeDUET, MeDUETConfig
@@ -71,13 +71,13 @@ def halves(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_intermediates(golden: Golden) -> None:
     student, teacher, latents = golden.model("student"), golden.model("teacher"), golden["input/x"]
-    tables = mix_tables(golden["input/mask"])
-    mixed = student.factorize(student.encode(student.embed(latents, tables.mask)), tables)
-    predicted = student.decode(mixed, tables).tokens
+    index = build_mix_index(golden["input/mask"])
+    mixed = student.factorize(student.encode(student.embed(latents, index.mask)), index)
+    predicted = student.decode(mixed, index).tokens
     full = student(latents)
-    complement = tables.complement()
+    complement = index.complement()
     taught = teacher.factorize(teacher.encode(teacher.embed(latents, complement.mask)), complement)
-    content, style = halves(mixed.content, tables.order), halves(mixed.style, tables.order)
+    content, style = halves(mixed.content, index.order), halves(mixed.style, index.order)
     found = {
         "cls": mixed.cls,
         "content_1": content[0],

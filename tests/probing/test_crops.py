@@ -8,7 +8,7 @@ import torch
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
-from meduet_fast.probing import plan_evaluation, same_anatomy_groups
+from meduet_fast.probing import choose_crops, same_anatomy_groups
 from meduet_fast.probing.crops import evaluation_starts
 
 from .conftest import MakeStore
@@ -56,39 +56,39 @@ def test_volumes_of_unknown_position_share_nothing(make_store: MakeStore) -> Non
 
 def test_fitted_crops_end_where_held_out_crops_begin(make_store: MakeStore) -> None:
     store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
-    plan = plan_evaluation(store, 8, 0.4, positions=10)
-    assert plan.volumes == [0, 1]
-    assert plan.groups == [[0, 1]]
-    assert plan.unseen
+    crops = choose_crops(store, 8, 0.4, positions=10)
+    assert crops.volumes == [0, 1]
+    assert crops.groups == [[0, 1]]
+    assert crops.unseen
     border = 24 - 10  # 0.4 of 24, rounded up
-    for index in plan.volumes:
-        assert (len(plan.fitted[index]), len(plan.tested[index])) == (40, 10)
-        assert max(start[0] for start in plan.fitted[index]) + 8 <= border
-        assert min(start[0] for start in plan.tested[index]) >= border
-    assert plan.tested[0] == plan.tested[1]
-    assert plan.fitted[0] == plan.fitted[1]
-    assert plan.num_crops == 100
+    for index in crops.volumes:
+        assert (len(crops.fitted[index]), len(crops.tested[index])) == (40, 10)
+        assert max(start[0] for start in crops.fitted[index]) + 8 <= border
+        assert min(start[0] for start in crops.tested[index]) >= border
+    assert crops.tested[0] == crops.tested[1]
+    assert crops.fitted[0] == crops.fitted[1]
+    assert crops.num_crops == 100
 
 
 def test_without_groups_all_domains_are_taken(make_store: MakeStore) -> None:
     store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("b1", "soft", "brain", GRID, ORIGIN)])
-    plan = plan_evaluation(store, 8, 0.4, positions=10)
-    assert plan.volumes == [0, 1]
-    assert plan.groups == []
+    crops = choose_crops(store, 8, 0.4, positions=10)
+    assert crops.volumes == [0, 1]
+    assert crops.groups == []
 
 
 def test_a_run_that_held_nothing_out_says_so(make_store: MakeStore) -> None:
     store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
-    plan = plan_evaluation(store, 8, 0.0, positions=4)
-    assert not plan.unseen
-    assert min(start[0] for start in plan.tested[0]) >= 16
+    crops = choose_crops(store, 8, 0.0, positions=4)
+    assert not crops.unseen
+    assert min(start[0] for start in crops.tested[0]) >= 16
 
 
 def test_empty_places_are_left_out(make_store: MakeStore) -> None:
     store = make_store(
         [("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)], empty_above=4
     )
-    starts = plan_evaluation(store, 4, 0.4, positions=20).tested[0]
+    starts = choose_crops(store, 4, 0.4, positions=20).tested[0]
     assert len(starts) == 20
     assert max(z for _, _, z in starts) < 4
 
@@ -97,15 +97,15 @@ def test_a_store_of_small_volumes_is_refused_by_name(make_store: MakeStore) -> N
     small = (12, 12, 12)
     store = make_store([("a1", "plain", "chest", small, ORIGIN), ("a2", "soft", "chest", small, ORIGIN)])
     with pytest.raises(UserError, match="store: separation needs two domains"):
-        plan_evaluation(store, 8, 0.4)
+        choose_crops(store, 8, 0.4)
 
 
 def test_places_do_not_depend_on_torchs_generator(make_store: MakeStore) -> None:
     store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
     torch.manual_seed(1)
-    first = plan_evaluation(store, 8, 0.4, positions=10)
+    first = choose_crops(store, 8, 0.4, positions=10)
     torch.manual_seed(2)
-    assert plan_evaluation(store, 8, 0.4, positions=10) == first
+    assert choose_crops(store, 8, 0.4, positions=10) == first
 
 
 def test_evaluation_corners_are_distinct_and_on_their_side() -> None:

@@ -1,4 +1,4 @@
-"""Exchanged styles: the right tokens of the right streams, and errors against known truths."""
+"""Swapped styles: the right tokens of the right streams, and errors against known truths."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from meduet_fast.kernels import mix_tables, patchify_3d
+from meduet_fast.kernels import build_mix_index, patchify_3d
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.pretraining import random_mix_mask
 from meduet_fast.probing import (
-    Exchange,
-    exchange_errors,
-    exchange_styles,
+    StyleSwap,
+    choose_crops,
     far_start,
-    plan_evaluation,
+    swap_errors,
+    swap_styles,
     untrained_like,
 )
 
@@ -23,9 +23,9 @@ from .conftest import MakeStore
 
 def published_way(model: MeDUET, first: Tensor, second: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """One pair at a time and stream by stream; tokens that were visible are NaN. Latents (1, C, S, S, S)."""
-    tables = mix_tables(mask.expand(2, -1))
-    mixed = model.factorize(model.encode(model.embed(torch.cat([first, second]), tables.mask)), tables)
-    streams = model.decode(mixed, tables).tokens.view(4, 2, *mask.shape[1:], -1)
+    index = build_mix_index(mask.expand(2, -1))
+    mixed = model.factorize(model.encode(model.embed(torch.cat([first, second]), index.mask)), index)
+    streams = model.decode(mixed, index).tokens.view(4, 2, *mask.shape[1:], -1)
     names = ("first", "second", "first in second", "second in first")
     found = {}
     for name, (kind, number) in zip(names, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
@@ -38,7 +38,7 @@ def test_each_token_is_predicted_where_it_was_hidden(config: MeDUETConfig) -> No
     torch.manual_seed(0)
     model = untrained_like(config, 0)
     first, second = torch.randn(2, 3, 4, 8, 8, 8).unbind(0)
-    result = exchange_styles(model, first, second, seed=7)
+    result = swap_styles(model, first, second, seed=7)
     masks = random_mix_mask(3, config.num_tokens, torch.Generator().manual_seed(7))
     for row in range(3):
         expected = published_way(model, first[row : row + 1], second[row : row + 1], masks[row : row + 1])
@@ -55,12 +55,12 @@ def test_each_token_is_predicted_where_it_was_hidden(config: MeDUETConfig) -> No
             torch.testing.assert_close(got[name][shown], tokens[shown], msg=f"{name} of pair {row}, reverse")
 
 
-def test_without_style_weights_an_exchange_changes_nothing(config: MeDUETConfig) -> None:
+def test_without_style_weights_a_swap_changes_nothing(config: MeDUETConfig) -> None:
     model = untrained_like(config, 0)
     with torch.no_grad():
         model.latent_entanglement.proj.weight[:, config.embed_dim :] = 0
     first, second = torch.randn(2, 2, 4, 8, 8, 8).unbind(0)
-    result = exchange_styles(model, first, second)
+    result = swap_styles(model, first, second)
     torch.testing.assert_close(result.first, result.first_in_second_style)
     torch.testing.assert_close(result.second, result.second_in_first_style)
 
@@ -68,20 +68,20 @@ def test_without_style_weights_an_exchange_changes_nothing(config: MeDUETConfig)
 def test_errors_against_known_truths(
     make_store: MakeStore, config: MeDUETConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that reconstructs perfectly and exchanges perfectly: the domains are 1 apart everywhere."""
+    """A network that reconstructs perfectly and swaps perfectly: the domains are 1 apart everywhere."""
     grid, origin = (24, 12, 10), (-9.0, 0.0, 3.0)
     store = make_store([(f"v{name}", name, "chest", grid, origin) for name in "ab"])
-    plan = plan_evaluation(store, 8, 0.4, positions=10)
+    crops = choose_crops(store, 8, 0.4, positions=10)
 
-    def perfect(model: MeDUET, first: Tensor, second: Tensor) -> Exchange:
-        return Exchange(first.float(), second.float(), first.float() + 1, second.float() - 1)
+    def perfect(model: MeDUET, first: Tensor, second: Tensor) -> StyleSwap:
+        return StyleSwap(first.float(), second.float(), first.float() + 1, second.float() - 1)
 
-    monkeypatch.setattr("meduet_fast.probing.style_swap.exchange_styles", perfect)
-    errors = exchange_errors(untrained_like(config, 0), store, plan, 0, 1)
+    monkeypatch.setattr("meduet_fast.probing.style_swap.swap_styles", perfect)
+    errors = swap_errors(untrained_like(config, 0), store, crops, 0, 1)
     assert errors.places == 10
     assert errors.own == 0
     assert errors.kept == pytest.approx(1, abs=0.01)  # bfloat16 latents
-    assert errors.exchanged == pytest.approx(0, abs=1e-4)
+    assert errors.swapped == pytest.approx(0, abs=1e-4)
 
 
 def test_the_style_comes_from_far_away() -> None:

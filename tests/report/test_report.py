@@ -18,6 +18,7 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
 from meduet_fast.report import read_numbers, write_report
+from meduet_fast.report.curves import draw_losses
 from meduet_fast.report.pictures import prepared_image
 
 from .conftest import point_to, write_tokenizer
@@ -92,6 +93,14 @@ def test_images_are_embedded_and_lie_beside_the_page(written: Path) -> None:
     assert len(files) == 5
 
 
+def test_a_loss_that_the_report_does_not_know_is_drawn_under_its_own_name() -> None:
+    records = [{"step": step, "mftd": 1.0, "rotation": 2.0, "total": 3.0, "time": 0.0} for step in range(9)]
+    axes = draw_losses(records, {"rotation": 4}, num_domains=3).axes
+    titles = ["Total (weighted sum)", "Token distillation (MFTD)", "rotation"]
+    assert [ax.get_title(loc="left") for ax in axes] == titles
+    assert "rotation starts" in [text.get_text() for text in axes[0].get_legend().get_texts()]
+
+
 def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
     numbers = read_numbers(finished / "run")
     assert numbers == json.loads((written.parent / "separation.json").read_text())
@@ -105,8 +114,8 @@ def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
         assert 0 <= value <= 1
         assert f"{100 * value:.1f} %" in text
     assert f"{numbers['reconstruction_loss']['last_tenth']:.3f}" in text
-    (exchange,) = numbers["exchanges"]
-    assert f"{exchange['errors']['exchanged']:.3f}" in text
+    (swap,) = numbers["swaps"]
+    assert f"{swap['errors']['swapped']:.3f}" in text
     assert [(p["first"], p["second"], len(p["psnr_db"])) for p in numbers["pictures"]] == [
         ("bright", "sharp", 2),
         ("bright", "head", 2),
@@ -217,7 +226,7 @@ def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
     numbers = read_numbers(copied)
     assert not numbers["separation"]["same_anatomy"]
     assert numbers["separation"]["domains"] == ["bright", "head", "sharp"]
-    assert numbers["pictures"] == numbers["exchanges"] == []
+    assert numbers["pictures"] == numbers["swaps"] == []
 
 
 def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: Path, tmp_path: Path) -> None:

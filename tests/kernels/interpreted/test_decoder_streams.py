@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meduet_fast.kernels import assemble_streams, decoder_streams, mix_tables, style_conv, style_convolution
+from meduet_fast.kernels import (
+    assemble_streams,
+    build_mix_index,
+    decoder_streams,
+    style_conv,
+    style_convolution,
+)
 from meduet_fast.kernels.launch import override_config
-from meduet_fast.kernels.mix_index import MixTables, packed
+from meduet_fast.kernels.mix_index import MixIndex, packed
 from meduet_fast.kernels.verify import require
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -22,9 +28,9 @@ seeds = st.integers(0, 1000)
 KINDS = [(True, True), (True, False), (False, True)]
 
 
-def make_tables(batch: int, length: int, seed: int = 0) -> MixTables:
+def make_tables(batch: int, length: int, seed: int = 0) -> MixIndex:
     values = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
-    return mix_tables(values.argsort(1).argsort(1) < length // 2)
+    return build_mix_index(values.argsort(1).argsort(1) < length // 2)
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -43,7 +49,7 @@ def convolution(
     return {
         "style": tokens(batch, 2 * half, width, dtype, seed),
         "weight": randn(width, 1, 3, dtype=dtype, seed=seed + 1),
-        "tables": make_tables(batch, 2 * half, seed) if mixed else None,
+        "index": make_tables(batch, 2 * half, seed) if mixed else None,
     }
 
 
@@ -63,7 +69,7 @@ def streams(
         "prefix": tokens(batch, prefixes, width, dtype, seed + 2),
         "mask_token": randn(width, dtype=dtype, seed=seed + 3),
         "position": randn(prefixes + length, width, dtype=dtype, seed=seed + 4),
-        "tables": make_tables(batch, length, seed),
+        "index": make_tables(batch, length, seed),
         "straight": kinds[0],
         "swapped": kinds[1],
     }
@@ -142,15 +148,15 @@ def test_single_row_tokens_without_width_or_samples() -> None:
 def test_gradcheck_and_opcheck() -> None:
     for mixed in (True, False):
         inputs = convolution(1, 2, 2, mixed, torch.float64)
-        tables = inputs["tables"]
-        neighbours = (tables.previous, tables.next) if mixed else (None, None)
+        index = inputs["index"]
+        neighbours = (index.previous, index.next) if mixed else (None, None)
         x, weight = inputs["style"], inputs["weight"]
         assert torch.autograd.gradcheck(lambda x, w, n=neighbours: style_conv._style(x, w, *n), (x, weight))
         torch.library.opcheck(style_conv._style, (x, weight, *neighbours))
     for kinds in KINDS[1:]:
         inputs = streams(2, 2, 2, 1, torch.float64, kinds)
-        parts, tables = tuple(inputs[name] for name in PARTS), inputs["tables"]
-        rest = (packed(tables.mask), tables.partner, *kinds)
+        parts, index = tuple(inputs[name] for name in PARTS), inputs["index"]
+        rest = (packed(index.mask), index.partner, *kinds)
         assert torch.autograd.gradcheck(
             lambda *parts, rest=rest: decoder_streams._streams(*parts, *rest), parts, fast_mode=True
         )
@@ -195,12 +201,12 @@ def test_offsets_beyond_31_bits() -> None:
     storage = torch.UntypedStorage(2 * (3 * 2**30 + 64))
     grad = torch.tensor([], dtype=torch.float16).set_(storage, 0, (4, 7, 8), (2**30, 8, 1))  # type: ignore[call-overload]
     grad.copy_(torch.randn(4, 7, 8))
-    tables = inputs["tables"]
+    index = inputs["index"]
     rest = (
         inputs["prefix"],
         inputs["mask_token"],
-        packed(tables.mask),
-        tables.partner,
+        packed(index.mask),
+        index.partner,
         True,
         True,
         [True] * 4,

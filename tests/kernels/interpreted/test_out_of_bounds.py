@@ -37,7 +37,7 @@ from meduet_fast.kernels import (
     token_mixing,
 )
 from meduet_fast.kernels.launch import CONFIG_FILE, override_config
-from meduet_fast.kernels.mix_index import MixTables
+from meduet_fast.kernels.mix_index import MixIndex
 from meduet_fast.kernels.verify import require
 
 GUARD = 1 << 20  # bytes on either side of a storage
@@ -258,16 +258,18 @@ def _mask(batch: int, length: int, num_second: int) -> Tensor:
     return torch.rand(batch, length).argsort(1).argsort(1) < num_second
 
 
-def _tables(batch: int, length: int) -> MixTables:
-    return mix_index.mix_tables_reference(_mask(batch, length, length // 2))
+def _index(batch: int, length: int) -> MixIndex:
+    return mix_index.build_mix_index_reference(_mask(batch, length, length // 2))
 
 
 def _index_tables(mask: Tensor) -> Case:
-    def floats(function: Callable[[Tensor], MixTables]) -> Callable[..., tuple[Tensor, ...]]:
+    def floats(function: Callable[[Tensor], MixIndex]) -> Callable[..., tuple[Tensor, ...]]:
         return lambda mask: tuple(table.double() for table in function(mask))
 
-    names = ("token_order_kernel", "mix_tables_kernel")
-    return Case(floats(kernels.mix_tables), floats(mix_index.mix_tables_reference), {"mask": mask}, names)
+    names = ("token_order_kernel", "mix_index_kernel")
+    return Case(
+        floats(kernels.build_mix_index), floats(mix_index.build_mix_index_reference), {"mask": mask}, names
+    )
 
 
 def _mixing() -> Case:
@@ -288,7 +290,7 @@ def _style(mixed: bool) -> Case:
     inputs = {
         "style": _tokens(2, 14, 9),
         "weight": _randn(9, 1, 3),
-        "tables": _tables(2, 14) if mixed else None,
+        "index": _index(2, 14) if mixed else None,
     }
     names = ("style_forward_kernel", "style_backward_kernel")
     return Case(kernels.style_convolution, style_conv.style_convolution_reference, inputs, names)
@@ -301,7 +303,7 @@ def _streams(straight: bool, swapped: bool, prefixes: int) -> Case:
         "prefix": _tokens(3, prefixes, 9),
         "mask_token": _randn(9),
         "position": _randn(prefixes + 14, 9),
-        "tables": _tables(3, 14),
+        "index": _index(3, 14),
         "straight": straight,
         "swapped": swapped,
     }

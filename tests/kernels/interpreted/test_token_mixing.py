@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meduet_fast.kernels import demix_tokens, mix_index, mix_tables, mix_tokens, remix_tokens, token_mixing
+from meduet_fast.kernels import (
+    build_mix_index,
+    demix_tokens,
+    mix_index,
+    mix_tokens,
+    remix_tokens,
+    token_mixing,
+)
 from meduet_fast.kernels.launch import override_config
 from meduet_fast.kernels.verify import require
 
@@ -31,7 +38,7 @@ def tokens(batch: int, length: int, width: int, dtype: torch.dtype, seed: int = 
 
 
 def require_tables(mask: Tensor) -> None:
-    made, expected = mix_tables(mask), mix_index.mix_tables_reference(mask)
+    made, expected = build_mix_index(mask), mix_index.build_mix_index_reference(mask)
     for name, table, value in zip(made._fields, made, expected, strict=True):
         assert table.dtype == value.dtype
         assert torch.equal(table, value), name
@@ -48,7 +55,7 @@ def test_tables_of_any_shape(batch: int, half: int, dtype: torch.dtype, seed: in
 @pytest.mark.parametrize("block", [1, 16, 4096])
 def test_tables_with_carried_counts(block: int) -> None:
     options = {"BLOCK": block, "num_warps": 4, "num_stages": 1}
-    with override_config("token_order", options), override_config("mix_tables", options):
+    with override_config("token_order", options), override_config("mix_index", options):
         require_tables(mask_with(2, 42, 21))
 
 
@@ -56,8 +63,8 @@ def test_tables_of_a_long_sequence_and_of_edges() -> None:
     require_tables(mask_with(2, 13824, 6912))
     require_tables(mask_with(3, 16, 8).t().contiguous().t())
     require_tables(torch.zeros(0, 4))
-    opposite = mix_tables(mask_with(2, 14, 7)).complement()
-    for table, value in zip(opposite, mix_tables(~mask_with(2, 14, 7)), strict=True):
+    opposite = build_mix_index(mask_with(2, 14, 7)).complement()
+    for table, value in zip(opposite, build_mix_index(~mask_with(2, 14, 7)), strict=True):
         assert torch.equal(table, value)
 
 
@@ -140,7 +147,7 @@ def test_gradgradcheck_and_opcheck() -> None:
 def test_compiles_as_one_graph() -> None:
     def everything(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         z1, z2 = demix_tokens(mix_tokens(x, mask), mask)
-        return z1, z2, remix_tokens(z2, z1, ~mask), mix_tables(mask).partner.to(x.dtype)
+        return z1, z2, remix_tokens(z2, z1, ~mask), build_mix_index(mask).partner.to(x.dtype)
 
     x, mask = tokens(2, 8, 6, torch.float32), mask_with(2, 8, 4)
     require(torch.compile(everything, fullgraph=True), everything, {"x": x, "mask": mask})
