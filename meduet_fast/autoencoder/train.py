@@ -92,7 +92,7 @@ class AutoencoderTraining(Task):
         UserError: for sizes that do not go together.
     """
 
-    title = "Training tokenizer"
+    title, sample = "Training tokenizer", "crop"
 
     def __init__(self, config: TokenizerTrainingConfig, architecture: Architecture) -> None:
         super().__init__()

@@ -143,8 +143,9 @@ class RunLog:
         )
         self._task, self._config, self._world = task, config, world
         self._peak = peak_tflops(world.device)
-        if world.device.type == "cuda":
-            task.flops(start_step)  # counting may take seconds, which must not be the first step's
+        if world.device.type == "cuda":  # counting may take seconds, which must not be a step's
+            for step in (start_step, *task.phase_starts()):
+                task.flops(step)
         self._steps, self._waited, self._last = 0, 0.0, time.perf_counter()
 
     def __enter__(self) -> RunLog:

@@ -25,11 +25,13 @@ class Task(nn.Module):
     Attributes:
         title: what the progress bar calls a run.
         adamw: how the parameters of :meth:`trained` are updated.
+        sample: what one is called.
         tokens: tokens of a sample, for the record's ``tokens_per_s``; None writes none.
         labels: short names for the progress line, by name of the loss; the others have no place there.
     """
 
     title: str = "Training"
+    sample: str = "sample"
     adamw: AdamWConfig
     tokens: int | None = None
     labels: Mapping[str, str] = {"total": "loss"}
@@ -66,6 +68,10 @@ class Task(nn.Module):
     def phase(self, step: int) -> Hashable:
         """Return what ``forward`` does in a step: a CUDA graph is captured anew when it changes."""
         return None
+
+    def phase_starts(self) -> Sequence[int]:
+        """Return the first steps of the phases behind the first one."""
+        return ()
 
     def after_step(self, step: int) -> None:
         """Do what follows the optimiser's step, such as an average of the weights. Nothing is waited for."""

@@ -30,7 +30,7 @@ class MeDUETPretraining(Task):
         teacher: what to start from instead.
     """
 
-    title = "Pretraining"
+    title, sample = "Pretraining", "crop"
     labels = {  # noqa: RUF012  read only
         "total": "loss", "reconstruction": "rec", "domain_content": "dom_c", "domain_style": "dom_s",
         "mftd": "mftd", "siqc": "siqc",
@@ -108,8 +108,10 @@ class MeDUETPretraining(Task):
         model.load_state_dict(state, assign=True)
         model.save_pretrained(path)
 
+    def phase_starts(self) -> Sequence[int]:
+        """Return the first steps with MFTD and with SiQC."""
+        return self.config.mftd_start_step, self.config.siqc_start_step
+
     def flops(self, step: int) -> int:
-        """Return a sample's FLOPs; the first call counts those of every later stretch of the run as well."""
-        for start in (self.config.mftd_start_step, self.config.siqc_start_step):
-            flops_per_sample(self.config.model, self.config.objective_at(max(step, start)))
+        """Return a sample's FLOPs; see :func:`~.cost.flops_per_sample`."""
         return flops_per_sample(self.config.model, self.phase(step))

@@ -1,0 +1,73 @@
+"""Describe a run before it starts: processes, batch, steps and compute of any task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .config import EngineConfig
+from .parallel import shard_count
+from .task import Task
+
+Rows = list[tuple[str, str]]
+
+
+def si(value: float, unit: str) -> str:
+    """Return four digits with a decimal prefix: 8.375e11 FLOP -> 837.5 GFLOP."""
+    prefixes = " kMGTPEZ"
+    power = next((n for n in range(len(prefixes)) if value < 999.95 * 1000**n), len(prefixes) - 1)
+    return f"{value / 1000**power:.4g} {prefixes[power].strip()}{unit}"
+
+
+def describe_run(
+    task: Task,
+    config: EngineConfig,
+    processes: int = 1,
+    local: int | None = None,
+    losses: Callable[[int], str] = lambda step: "",
+) -> Rows:
+    """Return what a run will be, in rows of a heading and a text.
+
+    Args:
+        task: may be on the meta device: nothing is computed.
+        config: of the run.
+        processes: as many as GPUs.
+        local: those of one machine; all of them if None.
+        losses: names what is on in a step.
+
+    Raises:
+        UserError: if the processes do not fit the configuration.
+    """
+    shards = shard_count(config, processes, local or processes)
+    per_step = config.batch_size * config.accumulate * processes
+    mesh = "1 GPU"
+    if processes > 1:
+        copies = {"ddp": "a copy of all weights on each", "fsdp": "one copy, sharded over all"}
+        several = f"{processes // shards} copies, each sharded over {shards}"
+        mesh = (
+            f"{processes} processes, one GPU each: {copies.get(config.parallel, several)} ({config.parallel})"
+        )
+    rows: Rows = [
+        ("mesh", mesh),
+        ("batch", f"{config.batch_size} {task.sample}s at once x {config.accumulate} accumulated x "
+                  f"{processes} = {per_step} {task.sample}s a step"),
+        ("steps", f"{config.steps}, {config.steps * per_step} {task.sample}s"),
+    ]  # fmt: skip
+    starts = sorted({start for start in (0, *task.phase_starts()) if start < config.steps})
+    total = 0
+    for start, end in zip(starts, [*starts[1:], config.steps], strict=True):
+        flops = task.flops(start)
+        if flops is None:
+            return rows
+        total += flops * (end - start) * per_step
+        what = f": {losses(start)}" if losses(start) else ""
+        rows.append(("compute", f"{si(flops, 'FLOP')} a {task.sample} from step {start} on{what}"))
+    return [*rows, ("compute", f"{si(total, 'FLOP')} in all")]
+
+
+def format_rows(rows: Sequence[tuple[str, str]]) -> str:
+    """Return rows as text, a heading once."""
+    lines, last = [], ""
+    for name, text in rows:
+        lines.append(f"{'' if name == last else name:12}{text}")
+        last = name
+    return "\n".join(lines)
