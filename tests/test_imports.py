@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meduet_fast"
 
-# What each room may import, from the lowest to the highest; the package itself holds versions alone, and all may.
+# What each room may import, from the lowest to the highest; all may import the package itself (its version).
 BASE = ["errors", "files", "devices", "connections", "progress"]
 MAY_IMPORT = {
     "errors": [],
-    **dict.fromkeys(BASE[1:], ["errors"]),
+    **{name: ["errors"] for name in BASE[1:]},
     "kernels": [],
     "layers": ["errors", "kernels"],
     "models": [*BASE, "kernels", "layers"],
-    "engine": BASE,
+    "engine": [*BASE, "kernels", "layers"],
     "data": BASE,
     "autoencoder": [*BASE, "engine", "data"],
     "prepare": [*BASE, "data", "autoencoder"],
@@ -51,7 +51,8 @@ KNOWN_ARROWS: set[str] = {
     "meduet_fast.probing.style_swap -> meduet_fast.pretraining.losses",
 }
 KNOWN_CIRCLES: set[str] = {
-    "meduet_fast.autoencoder.autoencoder <-> meduet_fast.autoencoder.base <-> meduet_fast.autoencoder.weights",
+    "meduet_fast.autoencoder.autoencoder <-> meduet_fast.autoencoder.base"
+    " <-> meduet_fast.autoencoder.weights",
 }
 
 
@@ -139,7 +140,6 @@ def test_no_circle_between_modules() -> None:
         ("from ..data import store", "meduet_fast.engine.loop -> meduet_fast.data.store"),
         ("import meduet_fast.data.store as s", "meduet_fast.engine.loop -> meduet_fast.data.store"),
         ("def f():\n    from meduet_fast import cli", "meduet_fast.engine.loop -> meduet_fast.cli"),
-        ("from meduet_fast.kernels import pool", "meduet_fast.engine.loop -> meduet_fast.kernels.pool"),
     ],
 )
 def test_an_arrow_against_the_order_is_named(tmp_path: Path, line: str, arrow: str) -> None:
@@ -147,8 +147,6 @@ def test_an_arrow_against_the_order_is_named(tmp_path: Path, line: str, arrow: s
         path = tmp_path / PACKAGE / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(line if name == "engine/loop" else "", encoding="utf-8")
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "pool.py").touch()
     assert forbidden_arrows(import_graph(tmp_path)) == {arrow}
 
 

@@ -1,4 +1,4 @@
-"""The source distribution builds and tests itself, and its description reads well away from the repository."""
+"""The source distribution builds and tests itself; its description reads well without the repository."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".ci", "benchmarks", "docs", "examples", "kernels", "meduet_fast", "tests")
-TOP = """
-CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md constraints-oldest.txt
-constraints.txt pyproject.toml setup.py .github/workflows/tests.yml
-""".split()
+TOP = [
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+    "constraints-oldest.txt", "constraints.txt", "pyproject.toml", "setup.py", ".github/workflows/tests.yml",
+]  # fmt: skip
 
 
 def setup(*arguments: object, cwd: Path) -> None:
