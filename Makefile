@@ -38,6 +38,7 @@ lint: $(READY)
 	rm -rf build/typecheck
 	$(BIN)/python -W ignore setup.py -q build_py --build-lib build/typecheck
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
 # Compiles every kernel for three GPU generations, needs none; with the pinned Triton and with the oldest. After a
 # change of kernels or configurations write the snapshot again with --json instead of --check, and look at the

@@ -89,7 +89,7 @@ def main() -> None:
     model = MeDUET.from_pretrained(options.model).to(device).eval()
     tokenizer = load_tokenizer(options.tokenizer, device)
     maps = encode_scan(options.scan, model, tokenizer, MR if options.mr else CT)
-    np.savez(options.output, **maps)
+    np.savez(options.output, content=maps["content"], style=maps["style"], affine=maps["affine"])
     print(f"{options.output}: content {maps['content'].shape}, style {maps['style'].shape}")
 
 
