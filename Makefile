@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 OUTPUT ?= bench-output
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST_TRITON := $(VENV)/triton-oldest
 
-.PHONY: demo test lint inspect bench bench-gpu setup clean
+.PHONY: demo test test-oldest lint inspect bench bench-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/meduet-fast sample-data $(DEMO)/sample-data
@@ -19,6 +21,16 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --benchmark-disable
 
+# The same suite on the oldest versions that setup.py admits, in .venv-oldest: about 2 GB to download, 6 GB on disk.
+# PYTHON=python3.10 makes Python the oldest one, too.
+test-oldest: build/constraints-oldest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$<
+
+# What constraints-oldest.txt does not name is as in constraints.txt.
+build/constraints-oldest.txt: constraints-oldest.txt constraints.txt
+	@mkdir -p build
+	awk -F== 'FNR == NR { print; named[$$1]; next } !($$1 in named)' $^ > $@
+
 # The type checker sees the installed layout, in which `kernels` is `meduet_fast.kernels`.
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,11 +38,18 @@ lint: $(READY)
 	rm -rf build/typecheck
 	$(BIN)/python -W ignore setup.py -q build_py --build-lib build/typecheck
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
-# Compiles every kernel for three GPU generations, needs none. After a change of kernels or configurations
-# write the snapshot again with --json instead of --check, and look at the difference.
-inspect: $(READY)
+# Compiles every kernel for three GPU generations, needs none; with the pinned Triton and with the oldest. After a
+# change of kernels or configurations write the snapshot again with --json instead of --check, and look at the
+# difference.
+inspect: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python -m meduet_fast.kernels.inspect --check kernels/inspect.json
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m meduet_fast.kernels.inspect --check kernels/inspect.json
+
+# Put first on PYTHONPATH it takes the place of the pinned one, beside the same torch.
+$(OLDEST_TRITON): | $(READY)
+	$(BIN)/pip install --constraint constraints-oldest.txt --no-deps --target $@ triton
 
 # Under 10 minutes on two cores; the results go to benchmarks/results.
 bench: $(READY)
@@ -42,15 +61,15 @@ bench-gpu: $(READY)
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
 		"Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
 		echo "venv is not usable here; taking virtualenv"; rm -rf $(VENV); \
 		$(PYTHON) -m pip install --quiet --target .bootstrap virtualenv && \
 		PYTHONPATH=.bootstrap $(PYTHON) -m virtualenv --quiet $(VENV); }
-	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 clean:

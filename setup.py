@@ -1,16 +1,40 @@
 """Installs ``meduet_fast``; the top-level folder ``kernels`` becomes ``meduet_fast.kernels``."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# Relative links and pictures lead nowhere on a package index: their text stays.
+RELATIVE_LINK = re.compile(r"!?\[([^\]]*)\]\((?![a-z]+:|#)[^)]*\)")
 
 setup(
     name="meduet-fast",
     version="0.1.0",
     description="Fast, resumable MeDUET pretraining: content and style of 3D medical volumes, from latents",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=RELATIVE_LINK.sub(
+        r"\1", Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    ),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="meduet-fast developers",
+    keywords="self-supervised learning, medical imaging, 3D, MeDUET, PyTorch, Triton",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Healthcare Industry",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Typing :: Typed",
+    ],
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["meduet_fast", "meduet_fast.*"]), "meduet_fast.kernels"],
@@ -46,6 +70,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "setuptools>=77",
             "mypy",
             "types-PyYAML",
             "torchao",

@@ -6,6 +6,7 @@ Weights, their gradients, AdamW's moments and the teacher are float32 in all of 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,7 +97,9 @@ def _quiet() -> Iterator[None]:
     """Without the warnings of an import: they are about torchao's own kernels, which are not used here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Python 3.12 compiles torchao's source with some
+        try:
+            yield
+        finally:
+            logging.disable(before)
