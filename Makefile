@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 OUTPUT ?= bench-output
+BUDGET ?= 540
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint inspect bench bench-gpu setup clean
+.PHONY: demo test lint inspect bench bench-gpu gpu-check setup clean
 
 demo: $(READY)
 	$(BIN)/meduet-fast sample-data $(DEMO)/sample-data
@@ -39,6 +40,12 @@ bench: $(READY)
 # Under 8 minutes on an H100; the folder OUTPUT has everything to carry home.
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.run --set gpu --output $(OUTPUT)
+
+# All that is to be seen on a GPU in BUDGET seconds; the folder gpu-check-output has what was found, errors first in
+# summary.txt. PARTS picks others: official is bench-gpu in the time that is left, sanitize needs compute-sanitizer.
+gpu-check: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" OUT=gpu-check-output bash benchmarks/gpu_check/measure.sh --budget $(BUDGET) \
+		$(if $(PARTS),--parts $(PARTS))
 
 setup: $(READY)
 

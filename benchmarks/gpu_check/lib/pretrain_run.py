@@ -30,8 +30,8 @@ WINDOWS = {
 }  # by the first step that is profiled
 SETTLED = 0 if REHEARSE else 10  # steps of a stretch that its figures leave out
 KINDS = {
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|sm90_|wgmma|splitK",
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|sm90_|wgmma|splitK",
     "ours": r"patch_embed|streams_|style_|pool_|contrast_|reconstruction_|mix_t|token_|halves|group_norm_",
     "compiled": r"^triton_",
     "optimiser, average, clipping": r"multi_tensor|foreach|lerp",
