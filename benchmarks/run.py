@@ -152,10 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{device} can't be used any more: {share.name} broke it", file=sys.stderr)
             return LOST
     print_table(results)
-    if options.output:
-        (options.output / UNFINISHED).unlink(missing_ok=True)
     for path in write_folder(results, options.output) if options.output else [results.save()]:
         print(path)
+    if options.output:
+        (options.output / UNFINISHED).unlink(missing_ok=True)
     print(f"{len(results.rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes")
     return report_failures(results.rows)
 

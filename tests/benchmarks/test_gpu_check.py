@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_check.lib import bench, common
+from benchmarks.results import Results
+
 ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = """
 import sys
@@ -124,6 +127,46 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "no part god; there are good, broken, wrong, endless" in printed
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from benchmarks.results import Results, Row
+
+options = sys.argv[1:]
+names = options[options.index("--only") + 1 : options.index("--seconds")]
+rows = [Row(name, "a", "ours", unavailable="not correct: off") for name in names[:2]]
+path = Path(options[-1], "unfinished.json")
+Results({"device": "x", "date": "2026", "commit": "c"}, {}, rows).save(path)
+print(f"{names[0]}: 3 s")
+if len(names) > 1:  # the second breaks the device, or the process
+    if names[1] == "lost":
+        print("lost: 1 s")
+    sys.exit(3 if names[1] == "lost" else 11)
+"""
+
+
+@pytest.mark.parametrize("second", ["lost", "crashed"])
+def test_benchmarks_go_on_behind_one_that_breaks_the_device(
+    second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def start_child(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        return popen([sys.executable, "-c", CHILD, *command[3:]], cwd=ROOT, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start_child)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "benchmarks.json")
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    monkeypatch.setattr(bench, "LOGS", tmp_path)
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    assert bench.measure("official", ["first", second, "third"]) != 0
+    rows = Results.load(tmp_path / "benchmarks.json").rows
+    assert [row.bench for row in rows] == ["first", second, "third"]
+    told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [item["status"] for item in told] == ["fail"] * (3 + (second == "crashed"))
+    assert any("the process ended with" in item["text"] for item in told) == (second == "crashed")
 
 
 def rehearse(

@@ -66,10 +66,11 @@ class Follower:
 
     def look(self) -> None:
         """Read what the call has written until now."""
-        paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        if not paths:
+        try:
+            path = max(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            results = Results.load(path)
+        except (OSError, ValueError):  # none yet, or just replaced
             return
-        results = Results.load(paths[-1])
         for row in results.rows[self._told :]:
             if row.unavailable == OUT_OF_TIME:
                 self.out_of_time[row.bench] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +129,7 @@ def install() -> None:
 
 
 def small_benchmarks() -> None:
-    """Leave the benchmarks only cases that a CPU can do, and no peaks."""
+    """Leave each benchmark one case that a CPU can do, and no peaks."""
     from benchmarks import bench_attention, bench_model, bench_step, harness, run, step_parts
     from meduet_fast.models import MeDUETConfig
 
@@ -136,11 +137,13 @@ def small_benchmarks() -> None:
         latent_size=8, patch_size=4, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=12,
         decoder_depth=1, decoder_num_heads=2,
     )  # fmt: skip
-    setting, measure = step_parts.Setting("small", config), run.measure
+    setting = step_parts.Setting("small", config)
+    measure, time_cases = run.measure, run.time_cases
     put(bench_step, VIT_BASE=setting)
     put(bench_model, VIT_BASE=setting)
     put(bench_attention, SIZES=((2, 17),))
     put(harness, MAX_ROUNDS=harness.MIN_ROUNDS)
     peaks = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s_bfloat16": 1e11}
     put(run, measure_peaks=lambda device: peaks)
+    put(run, time_cases=lambda cases, *limits: time_cases(itertools.islice(cases, 1), *limits))
     put(run, measure=lambda share, device, quick, *limits: measure(share, device, True, *limits))
