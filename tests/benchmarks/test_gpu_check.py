@@ -206,7 +206,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     ("part", "expected"),
     [
         ("env", "import meduet_fast.cli"),
-        ("tests", "test_training.py::test_prefetched_batches_are_those_that_were_read"),
+        ("tests", "test_training.py::test_a_step_never_waits_for_the_device[1-False]"),
         ("step", "step: small B=64 with MFTD, graph step bfloat16, ours, CUDA graph"),
         ("probe", "block B=2 static"),
         ("pretrain", "compiled, CUDA graph, with MFTD"),

@@ -108,7 +108,7 @@ def main() -> int:
     command += ["-q", "--no-header", "-rfE", "--tb=short", f"--junitxml={OUT / 'tests.xml'}"]
     command += ["-o", "addopts=--import-mode=importlib --strict-markers"]
     if REHEARSE:  # what a CPU can do of it
-        command += ["-k", "prefetched or agree or never_waits and 1-False"]
+        command += ["-k", "agree or never_waits and 1-False"]
     elif importlib.util.find_spec("xdist"):  # which begins a new process where one died
         command += ["-n", "8", "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
