@@ -44,8 +44,7 @@ bench-gpu: $(READY)
 # All that is to be seen on a GPU in BUDGET seconds; the folder gpu-check-output has what was found, errors first in
 # summary.txt. PARTS picks others: official is bench-gpu in the time that is left, sanitize needs compute-sanitizer.
 gpu-check: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" OUT=gpu-check-output bash benchmarks/gpu_check/measure.sh --budget $(BUDGET) \
-		$(if $(PARTS),--parts $(PARTS))
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/gpu_check/measure.sh --budget $(BUDGET) $(PARTS:%=--parts %)
 
 setup: $(READY)
 
