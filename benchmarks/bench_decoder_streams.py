@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from meduet_fast.kernels import MixTables, decoder_streams, token_mixing
+from meduet_fast.pretraining.reference import compact
 
 from .command import cases_command
 from .harness import Case, Variant
 from .operations import op_cases, standard_peers
-from .published_step import compact
 
 MASKED_SELECT = "masked_select, as published"
 

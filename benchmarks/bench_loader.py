@@ -31,9 +31,10 @@ from torch.serialization import DEFAULT_PROTOCOL
 from torch.utils.data import DataLoader, RandomSampler
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 
 from .command import command
 from .harness import WRONG, figures
@@ -52,7 +53,7 @@ def make_store(path: Path, volumes: int = 8) -> LatentStore:
     generator = torch.Generator().manual_seed(0)
     with StoreWriter(path, tokenizer="noise", tokenizer_spec="noise", channels=4, compression=4) as writer:
         for number in range(volumes):
-            writer.add(
+            record = VolumeRecord(
                 name=f"volume_{number}",
                 domain=f"domain_{number % 3}",
                 body_part="chest",
@@ -63,6 +64,7 @@ def make_store(path: Path, volumes: int = 8) -> LatentStore:
                 spacing=(1.5, 1.5, 1.5),
                 intensity={},
             )
+            writer.add(record)
     return LatentStore.open(path)
 
 

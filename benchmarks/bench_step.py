@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig, crop_loader
+from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.loader import crop_loader
 from meduet_fast.engine.metrics import peak_tflops
 from meduet_fast.engine.parallel import compile_blocks
 from meduet_fast.pretraining import (
@@ -98,7 +99,7 @@ def variants(
     def copies(compiled: bool = False) -> Models:
         student, teacher = (copy.deepcopy(model) for model in base)
         if compiled:
-            compile_blocks(student, teacher)
+            compile_blocks([*student.transformer_blocks(), *teacher.transformer_blocks()])
         return student, teacher
 
     def published(
@@ -152,7 +153,7 @@ def graph_variants(setting: Setting, batch: int, mftd: bool, device: torch.devic
 
     def step(graph: bool) -> OurStep:
         student, teacher = (copy.deepcopy(model) for model in base)
-        compile_blocks(student, teacher)
+        compile_blocks([*student.transformer_blocks(), *teacher.transformer_blocks()])
         return OurStep(student, teacher, OptimizerConfig(), ObjectiveConfig(mftd=mftd), graph)
 
     # Captured at the first call, its check's: what goes wrong is the reason why it is not timed.
@@ -203,7 +204,7 @@ def loading_rows(setting: Setting, batch: int, device: torch.device) -> list[Row
 
         def build() -> list[Variant]:
             models = make_models(config, device)
-            compile_blocks(*models)
+            compile_blocks(block for model in models for block in model.transformer_blocks())
             step = OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=False))
             crops = CropConfig(config.latent_size, batch)
             workers = 4 if gpu else 0

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from meduet_fast.engine.metrics import LOSSES, read_metrics
+from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.errors import UserError
+from meduet_fast.pretraining.losses import LOSSES
 from meduet_fast.report.curves import LOSS_TITLES, UNITS, Records, first_and_last, smooth
 from meduet_fast.report.plotting import COLORS, save_png, styled, subplots
 

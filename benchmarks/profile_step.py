@@ -67,7 +67,7 @@ def step_to_profile(
     """What training does on the device, on a batch that is at hand."""
     models = make_models(setting.model, device)
     if compiled:
-        compile_blocks(*models)
+        compile_blocks(block for model in models for block in model.transformer_blocks())
     step = OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=mftd))
     inputs = make_batch(setting.model, batch, device)
     return lambda: step(*inputs)

@@ -12,11 +12,17 @@ from torch import Tensor
 
 from meduet_fast.engine.cuda_graph import GraphedGradients
 from meduet_fast.engine.optimizer import build_optimizer
+from meduet_fast.engine.step import Backward, add_gradients, update
 from meduet_fast.kernels import kernel_backend, set_kernel_backend
 from meduet_fast.kernels.verify import FACTOR
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, random_mix_mask
-from meduet_fast.pretraining.task import PretrainStep, add_gradients, update
+from meduet_fast.pretraining import (
+    MeDUETPretraining,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    random_mix_mask,
+)
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Models = tuple[MeDUET, MeDUET]
@@ -60,7 +66,7 @@ class OurStep:
 
     Args:
         student, teacher: trained in place.
-        config: of the optimiser.
+        optimizer: AdamW and the teacher's average.
         objective: weights and variants of the losses.
         graph: launch losses and gradients as one CUDA graph.
     """
@@ -69,30 +75,26 @@ class OurStep:
         self,
         student: MeDUET,
         teacher: MeDUET,
-        config: OptimizerConfig,
+        optimizer: OptimizerConfig,
         objective: ObjectiveConfig,
         graph: bool = False,
     ) -> None:
-        step = PretrainStep(student, teacher)
-        self._models, self._config, self._objective, self._graph = (
-            (student, teacher),
-            config,
-            objective,
-            graph,
+        config = PretrainConfig(
+            model=student.config, optimizer=optimizer, objective=objective, mftd_start_step=0
         )
-        self._gradients = GraphedGradients(step) if graph else partial(add_gradients, step)
-        self._optimizer = build_optimizer(student, config)
+        self._task, self._graph = MeDUETPretraining(config, student, teacher), graph
+        low = student.cls_token.is_cuda
+        self._backward: Backward = (
+            GraphedGradients(self._task, low=low) if graph else partial(add_gradients, self._task, low=low)
+        )
+        self._optimizer = build_optimizer(student, optimizer)
         for group in self._optimizer.param_groups:
-            group["lr"] = config.learning_rate
+            group["lr"] = optimizer.learning_rate
 
     def __call__(self, latents: Tensor, domain: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The losses, on the device."""
-        losses = self._gradients(latents, domain, mask, self._objective)
-        config = self._config
-        update(
-            *self._models, self._optimizer, config.clip_norm, config.teacher_momentum,
-            keep_gradients=self._graph,
-        )  # fmt: skip
+        losses = self._backward({"latents": latents, "domain": domain, "mask": mask}, 0)
+        update(self._task, self._optimizer, 0, keep_gradients=self._graph)
         return losses
 
 

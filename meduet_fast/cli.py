@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -14,6 +14,9 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 import meduet_fast
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import FitResult
 
 CONFIGS = Path(__file__).parent / "configs"
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -125,6 +128,21 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
     _settings(parser, PretrainConfig, f", or the name of a packaged one ({', '.join(sorted(_packaged()))})")
 
 
+def _tell_end(result: FitResult, output: Path, steps: int) -> int:
+    """Say how a run ended; the exit code."""
+    stopped_by = None if result.finished else result.stopped_by
+    if result.rank == 0:  # of several processes one speaks
+        if stopped_by is not None:
+            print(
+                f"{output}: stopped by {stopped_by.name} after step {result.step} of {steps}; a checkpoint "
+                "was written, continue with --resume",
+                file=sys.stderr,
+            )
+        else:
+            print(f"{output}: {result.step} steps done")
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
 def _pretrain(arguments: Namespace) -> int:
     from meduet_fast.pretraining.dry_run import print_plan
 
@@ -138,17 +156,7 @@ def _pretrain(arguments: Namespace) -> int:
     if missing:
         raise UserError(f"{', '.join(missing)}: required, unless with --dry-run")
     result = pretrain(arguments.data, arguments.output, config, arguments.resume)
-    stopped_by = None if result.finished else result.stopped_by
-    if result.rank == 0:  # of several processes one speaks
-        if stopped_by is not None:
-            print(
-                f"{arguments.output}: stopped by {stopped_by.name} after step {result.step} of "
-                f"{config.steps}; a checkpoint was written, continue with --resume",
-                file=sys.stderr,
-            )
-        else:
-            print(f"{arguments.output}: {result.step} steps done")
-    return 0 if stopped_by is None else 128 + stopped_by
+    return _tell_end(result, arguments.output, config.steps)
 
 
 def _sizes(_: Namespace) -> int:
@@ -207,6 +215,9 @@ def _train_tokenizer_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("--input", type=Path, required=True, help="volumes, as `prepare` takes them")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
     _settings(parser, TokenizerTrainingConfig)
 
 
@@ -214,8 +225,11 @@ def _train_tokenizer(arguments: Namespace) -> int:
     from meduet_fast.autoencoder.train import TokenizerTrainingConfig, format_metrics, train_tokenizer
 
     config = _built(TokenizerTrainingConfig, arguments)
-    print(format_metrics(train_tokenizer(arguments.input, arguments.output, config)))
-    return 0
+    result = train_tokenizer(arguments.input, arguments.output, config, arguments.resume)
+    if isinstance(result, dict):
+        print(format_metrics(result))
+        return 0
+    return _tell_end(result, arguments.output, config.steps)
 
 
 COMMANDS = {

@@ -149,15 +149,16 @@ def test_a_signal_writes_a_checkpoint_and_ends_cleanly(tmp_path: Path, stop: sig
     import numpy as np
     import torch
 
-    from meduet_fast.data.store_writer import StoreWriter
+    from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 
     store = tmp_path / "store"
     with StoreWriter(store, tokenizer="test", tokenizer_spec="test", channels=4, compression=4) as writer:
         for domain in "ab":
-            writer.add(
+            record = VolumeRecord(
                 name=domain, domain=domain, body_part="none", content_key=domain, source=domain,
                 latent=torch.randn(4, 12, 12, 12), affine=np.eye(4), spacing=(1.5, 1.5, 1.5), intensity={},
             )  # fmt: skip
+            writer.add(record)
     size = {"latent_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_domains": 2}
     decoder = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 2}
     config = {

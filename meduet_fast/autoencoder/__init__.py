@@ -1,5 +1,14 @@
-"""The VAE between image voxels and latents; knows no model."""
+"""Turn voxels into latents and back; knows no model of ours."""
 
-from .base import Tokenizer, load_tokenizer
+from .autoencoder import Architecture, AutoencoderTokenizer, Tokenizer
+from .identity_init import pass_images_through
+from .weights import load_tokenizer, save_safetensors
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = [
+    "Architecture",
+    "AutoencoderTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "pass_images_through",
+    "save_safetensors",
+]

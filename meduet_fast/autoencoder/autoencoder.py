@@ -1,9 +1,10 @@
-"""The one tokenizer: MONAI's ``AutoencoderKlMaisi`` in two sizes, run in overlapping windows."""
+"""Encode images as latents and decode them: MONAI's ``AutoencoderKlMaisi`` in overlapping windows."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -12,12 +13,59 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from .base import Tokenizer
+
+class Tokenizer(ABC):
+    """Encode images as latents, and decode latents.
+
+    Attributes:
+        channels: latent channels C.
+        compression: image voxels per latent voxel along each axis.
+        scale: what the autoencoder's own latents are multiplied by to have about unit variance;
+            :meth:`encode` has applied it, :meth:`decode` takes it out again.
+        identity: name and short SHA-256 of the weights; latents of different identities do not mix.
+    """
+
+    channels: int
+    compression: int
+    scale: float
+    identity: str
+
+    @abstractmethod
+    def encode(
+        self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Encode images; large ones go through in overlapping windows.
+
+        Args:
+            volume: (B, 1, X, Y, Z) with values in [0, 1]; X, Y, Z multiples of ``compression``.
+            sample: draw from the posterior, mu + sigma * eps, instead of taking its mean mu.
+            generator: source of eps, on the tokenizer's device; torch's default generator if None.
+
+        Returns:
+            (B, C, X / compression, Y / compression, Z / compression) float32 on the tokenizer's device.
+
+        Raises:
+            ValueError: for another shape.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents; large ones go through in overlapping windows.
+
+        Args:
+            latents: (B, C, x, y, z), any floating type, as :meth:`encode` makes them.
+
+        Returns:
+            (B, 1, x * compression, y * compression, z * compression) float32 in [0, 1].
+
+        Raises:
+            ValueError: for another shape.
+        """
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of an ``AutoencoderKlMaisi`` (1 -> 1 channels, no attention), by MONAI's names.
+    """Size an ``AutoencoderKlMaisi`` (1 -> 1 channels, no attention), in MONAI's names.
 
     Attributes:
         num_channels: channels of each level, finest first; each level after the first halves the resolution.
@@ -33,11 +81,11 @@ class Architecture:
 
     @property
     def compression(self) -> int:
-        """Image voxels per latent voxel along each axis."""
+        """Return the image voxels per latent voxel along each axis."""
         return int(2 ** (len(self.num_channels) - 1))
 
     def build(self) -> AutoencoderKlMaisi:
-        """The network, newly initialised.
+        """Build the network, newly initialised.
 
         Raises:
             ValueError: if the sizes do not fit together (MONAI's message).
@@ -67,13 +115,13 @@ MAISI = Architecture(num_channels=(64, 128, 256), num_res_blocks=(2, 2, 2), norm
 
 
 class AutoencoderTokenizer(Tokenizer):
-    """A tokenizer around an ``AutoencoderKlMaisi``.
+    """Encode and decode with an ``AutoencoderKlMaisi``.
 
     Args:
         architecture: what ``network`` was built from.
         network: the autoencoder with its weights.
         name: first part of the identity.
-        scale: see :class:`~meduet_fast.autoencoder.base.Tokenizer`.
+        scale: see :class:`Tokenizer`.
         window: longest edge that goes through the network at once (image voxels, a multiple of the
             compression).
     """
@@ -91,17 +139,21 @@ class AutoencoderTokenizer(Tokenizer):
         self.architecture, self.network, self.scale, self.window = architecture, network, scale, window
         self.channels = architecture.latent_channels
         self.compression = architecture.compression
-        self.identity = f"{name}-{_digest(network)[:12]}"
+        digest = hashlib.sha256()  # of names, shapes and values, however they were stored
+        for key, weight in sorted(network.state_dict().items()):
+            digest.update(f"{key}{tuple(weight.shape)}".encode())
+            digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        self.identity = f"{name}-{digest.hexdigest()[:12]}"
         network.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> AutoencoderTokenizer:
-        """Move the weights to ``device``; returns itself."""
+        """Move the weights to ``device`` and return the tokenizer."""
         self.network.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return next(self.network.parameters()).device
 
     @torch.no_grad()
@@ -113,7 +165,7 @@ class AutoencoderTokenizer(Tokenizer):
                 f"encode: found shape {tuple(volume.shape)}, expected (B, 1, X, Y, Z) "
                 f"with X, Y, Z multiples of {self.compression}"
             )
-        mu, sigma = self._in_windows(volume, self.network.encode, voxels=1)
+        mu, sigma = self._in_windows(volume, self.network.encode, voxels=1)  # (B, C, x, y, z) each
         if sample:
             # Drawn after the windows are blended: the noise keeps its variance where they overlap.
             mu = mu + sigma * torch.randn(sigma.shape, generator=generator, device=sigma.device)
@@ -127,13 +179,13 @@ class AutoencoderTokenizer(Tokenizer):
             )
         (image,) = self._in_windows(
             latents / self.scale, lambda z: (self.network.decode(z),), voxels=self.compression
-        )
+        )  # (B, 1, X, Y, Z)
         return image.clamp_(0, 1)
 
     def _in_windows(
         self, x: Tensor, network: Callable[[Tensor], tuple[Tensor, ...]], voxels: int
     ) -> tuple[Tensor, ...]:
-        """``network(x)``, blended from overlapping windows where ``x`` is larger than one.
+        """Apply ``network`` to ``x`` (B, C, X, Y, Z), in blended overlapping windows if it is large.
 
         ``voxels`` is the edge, in image voxels, of one element of ``x``.
         """
@@ -156,17 +208,8 @@ class AutoencoderTokenizer(Tokenizer):
 
 
 def _window_edge(size: int, longest: int, overlap: int, multiple: int) -> int:
-    """Edge of the equal windows, at most ``longest``, that cover ``size`` with the least work."""
+    """Return the edge of the equal windows, at most ``longest``, that cover ``size`` with the least work."""
     if size <= longest:
         return size
     count = math.ceil((size - overlap) / (longest - overlap))
     return math.ceil((size + (count - 1) * overlap) / count / multiple) * multiple
-
-
-def _digest(network: nn.Module) -> str:
-    """SHA-256 (hex) of names, shapes and values of the weights, however they were stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A start for training that passes images through already: a small tokenizer then needs far fewer steps."""
+"""Start training with a network that passes images through: a small one then needs far fewer steps."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def pass_images_through(network: AutoencoderKlMaisi) -> None:
 
 
 def _convolution(module: nn.Module) -> Any:
-    """The one convolution inside MONAI's wrappers."""
+    """Return the one convolution inside MONAI's wrappers."""
     (found,) = (inner for inner in module.modules() if isinstance(inner, nn.Conv3d))
     return found
 
 
 def _enter(convolution: Any) -> None:
-    """Image or latents to the carried channels; the others see detail, without its mean."""
-    weight = convolution.weight
+    """Lead image or latents to the carried channels; the others see detail, without its mean."""
+    weight = convolution.weight  # (C, 1 or 4, 3, 3, 3)
     weight -= weight.mean(dim=(2, 3, 4), keepdim=True)
     nn.init.zeros_(convolution.bias)
     weight[list(_CARRIED)] = 0
@@ -84,8 +84,8 @@ def _enter(convolution: Any) -> None:
 
 
 def _carry(convolution: Any) -> None:
-    """Every carried channel to itself."""
-    weight = convolution.weight
+    """Lead every carried channel to itself."""
+    weight = convolution.weight  # (C out, C in, k, k, k), k 1 or 3
     nn.init.zeros_(convolution.bias)
     weight[:, [_MEAN, *_CONSTANTS]] = 0
     weight[list(_CARRIED)] = 0
@@ -95,22 +95,22 @@ def _carry(convolution: Any) -> None:
 
 
 def _halve(convolution: Any) -> None:
-    """Means, and slopes, of blocks of 2 x 2 x 2 (MONAI pads at the end: taps 0 and 1 are the block)."""
+    """Take means, and slopes, of blocks of 2 x 2 x 2 (MONAI pads at the end: taps 0 and 1 are the block)."""
     _carry(convolution)
-    weight = convolution.weight
+    weight = convolution.weight  # (C, C, 3, 3, 3)
     for channel in (_MEAN, *_SLOPES):
         weight[channel] = 0
         weight[channel, channel, :2, :2, :2] = 1 / 8
     for axis, channel in enumerate(_SLOPES):
         weight[channel] /= 2  # the slopes within the halves count half of the step between them
-        step = weight[channel, _MEAN].movedim(axis, 0)
+        step = weight[channel, _MEAN].movedim(axis, 0)  # (3, 3, 3), ``axis`` first
         step[0, :2, :2] = -1 / 8
         step[1, :2, :2] = 1 / 8
 
 
 def _leave(convolution: Any, norm: nn.GroupNorm) -> None:
-    """The carried channels, as they were before the last group norm, to latents or image."""
-    weight = convolution.weight
+    """Lead the carried channels, as they were before the last group norm, to latents or image."""
+    weight = convolution.weight  # (4 or 1, C, 3, 3, 3)
     nn.init.zeros_(convolution.bias)
     weight *= _NOISE
     weight[:, list(_CONSTANTS)] = 0

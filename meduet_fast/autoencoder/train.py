@@ -1,25 +1,32 @@
-"""Trains a small tokenizer on one's own volumes: ``meduet-fast train-tokenizer``."""
+"""Train a small tokenizer on one's own volumes, as a task of the engine: ``meduet-fast train-tokenizer``."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.metrics import PSNRMetric, SSIMMetric
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import TransformConfig, load_volume
 from meduet_fast.devices import select_device
+from meduet_fast.engine import AdamWConfig, Batch, Batches, EngineConfig, FitResult, Task, fit
+from meduet_fast.engine.checkpoint import latest_checkpoint
+from meduet_fast.engine.metrics import read_metrics
+from meduet_fast.engine.precision import Precision
 from meduet_fast.errors import UserError
-from meduet_fast.progress import progress_bar, track
+from meduet_fast.progress import track
 
 from .autoencoder import Architecture, AutoencoderTokenizer
 from .identity_init import pass_images_through
@@ -31,20 +38,18 @@ GAIN_CROP = 12  # edge in latent voxels
 
 
 @dataclass(frozen=True)
-class TokenizerTrainingConfig:
-    """Settings of :func:`train_tokenizer`.
+class TokenizerTrainingConfig(EngineConfig):
+    """Settings of :func:`train_tokenizer`. Volumes are held in memory: ``workers`` has nothing to read.
 
     Attributes:
         steps: optimiser steps.
-        batch_size: crops of a step; every domain appears equally often over the steps.
+        batch_size: crops of a step and device; every domain appears equally often over the steps.
         crop_size: edge of a crop in voxels of the prepared grid, a multiple of the compression.
         learning_rate: highest rate of AdamW; a short warm-up, then a cosine down to 0.
         gradient_weight: weight of the L1 distance between finite differences: keeps edges and texture.
         kl_weight: weight of the KL divergence of the posterior from a unit normal (nats per latent value).
         held_out_fraction: part of axis 0 of every volume that is kept from training, and measured on.
         precision: "bfloat16" halves the time on processors and GPUs with bfloat16 arithmetic.
-        device: "cpu", "cuda", or "auto": CUDA where there is one.
-        seed: of weights, crops and posterior noise; on a CPU, the same seed gives the same weights.
         num_channels: channels of each level of the network, finest first.
         num_res_blocks: residual blocks of each level.
         norm_num_groups: groups of every group norm; divides all channels.
@@ -57,12 +62,75 @@ class TokenizerTrainingConfig:
     gradient_weight: float = 0.5
     kl_weight: float = 1e-5
     held_out_fraction: float = 0.3
-    precision: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    seed: int = 0
+    precision: Precision = "float32"
+    keep_checkpoints: int = 1
     num_channels: tuple[int, ...] = (16, 16, 32)
     num_res_blocks: tuple[int, ...] = (1, 2, 2)
     norm_num_groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "crop_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        if not 0 < self.held_out_fraction < 1:
+            raise UserError(
+                f"held_out_fraction: found {self.held_out_fraction}, expected more than 0, less than 1"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate: found {self.learning_rate}, expected a positive number")
+        super().__post_init__()
+
+
+class AutoencoderTraining(Task):
+    """An autoencoder whose call is the losses of a batch of images.
+
+    Args:
+        config: of the run.
+        architecture: of the network, which starts as an autoencoder already (see ``identity_init``).
+
+    Raises:
+        UserError: for sizes that do not go together.
+    """
+
+    title = "Training tokenizer"
+
+    def __init__(self, config: TokenizerTrainingConfig, architecture: Architecture) -> None:
+        super().__init__()
+        self.config, self.architecture = config, architecture
+        self.adamw = AdamWConfig(
+            config.learning_rate, initial_learning_rate=0.02 * config.learning_rate, final_learning_rate=0.0,
+            warmup_steps=min(50, config.steps // 10), beta2=0.99, weight_decay=1e-4,
+        )  # fmt: skip
+        try:
+            self.network: AutoencoderKlMaisi = architecture.build()
+            pass_images_through(self.network)
+        except ValueError as error:
+            raise UserError(f"num_channels, num_res_blocks, norm_num_groups: {error}") from error
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Draw the posterior's noise for images (B, 1, s, s, s): (B, 4, s/c, s/c, s/c)."""
+        images = batch["images"]
+        edge = images.shape[-1] // self.architecture.compression
+        size = len(images), self.network.latent_channels, edge, edge, edge
+        return {"images": images, "noise": torch.randn(size, generator=generator, device=images.device)}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return ``l1``, ``edges``, ``kl`` and their weighted sum ``total``."""
+        images = batch["images"]  # (B, 1, s, s, s)
+        mu, sigma = (moment.float() for moment in self.network.encode(images))  # (B, 4, s/c, s/c, s/c)
+        error = self.network.decode(mu + sigma * batch["noise"]).float() - images  # (B, 1, s, s, s)
+        edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in range(2, error.ndim)]).mean()
+        # The mean error of a crop counts by its square: in the L1 term it would push all weights the same
+        # way, and with the same force however small it is; training would swing about the right brightness.
+        offset = error.mean(dim=(1, 2, 3, 4), keepdim=True)  # (B, 1, 1, 1, 1)
+        l1 = (error - offset).abs().mean() + offset.square().mean()
+        kl = 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).mean()
+        total = l1 + self.config.gradient_weight * edges + self.config.kl_weight * kl
+        return {"l1": l1, "edges": edges, "kl": kl, "total": total}
+
+    def exports(self) -> Mapping[str, nn.Module]:
+        """Return the network."""
+        return {"network": self.network}
 
 
 @dataclass
@@ -72,19 +140,62 @@ class _Volume:
     held_out: int  # first index along X that is not trained on
 
 
+class VolumeCrops(Batches):
+    """Random crops of volumes in memory, ``images`` (B, 1, s, s, s): domains in turn, a random volume of each.
+
+    Raises:
+        UserError: for unreadable volumes, or one that can't hold a training crop and a held-out crop.
+    """
+
+    def __init__(self, path: Path, config: TokenizerTrainingConfig, multiple: int) -> None:
+        self.path, self._config, self.volumes = path, config, list[_Volume]()
+        for entry in track(find_volumes(path), "Reading volumes", unit="volume"):
+            image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
+            try:
+                start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)
+                if min(image.shape[2:]) < config.crop_size:
+                    size = tuple(image.shape[1:])
+                    raise UserError(f"{size} voxels cannot hold a crop of {config.crop_size}")
+            except UserError as error:
+                raise UserError(f"{entry.path}: {error}") from error
+            self.volumes.append(_Volume(entry.domain, image, start))
+        digest = hashlib.sha256()
+        for volume in self.volumes:
+            digest.update(volume.domain.encode() + volume.image.numpy().tobytes())
+        self.identity = digest.hexdigest()
+
+    def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
+        """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
+        domains = sorted({volume.domain for volume in self.volumes})
+        for number in range(first + rank, last, size):
+            generator = torch.Generator().manual_seed((self._config.seed << 40) + number)
+            crops = []
+            for place in range(self._config.batch_size):
+                domain = domains[(number * self._config.batch_size + place) % len(domains)]
+                own = [volume for volume in self.volumes if volume.domain == domain]
+                volume = own[int(torch.randint(len(own), (), generator=generator))]
+                crops.append(_crop(volume.image, 0, volume.held_out, self._config.crop_size, generator))
+            images = torch.stack(crops)  # (B, 1, s, s, s)
+            yield {"images": images.pin_memory() if pin else images}
+
+
 def train_tokenizer(
-    input: Path, output: Path, config: TokenizerTrainingConfig | None = None
-) -> dict[str, Any]:
+    input: Path, output: Path, config: TokenizerTrainingConfig | None = None, resume: bool = False
+) -> dict[str, Any] | FitResult:
     """Train a tokenizer and write it to ``output`` (a ``.safetensors`` file of the package's own format).
+
+    Checkpoints and logs are kept in a folder beside it, ``<name>.run``, until the file is written.
 
     Args:
         input: anything that :func:`~meduet_fast.data.sources.find_volumes` reads.
         output: the file to write, whole or not at all.
         config: the settings; the defaults if None.
+        resume: go on from the last checkpoint of a run that was stopped, if there is one.
 
     Returns:
         Measured quality, as it is stored in the file: "psnr_db" and "ssim" on held-out crops, each by domain
         and as the "mean" over the domains; "loss", the mean training loss of the "first" and "last" tenth.
+        How the run ended, if it was stopped, and in processes of a rank other than 0.
 
     Raises:
         UserError: for bad settings, unreadable volumes, or volumes that cannot hold a training crop and a
@@ -92,56 +203,11 @@ def train_tokenizer(
     """
     config = config or TokenizerTrainingConfig()
     architecture = Architecture(config.num_channels, config.num_res_blocks, config.norm_num_groups)
-    _check(config, architecture, output)
-    torch.manual_seed(config.seed)
-    try:
-        network = architecture.build().to(select_device(config.device))
-        pass_images_through(network)
-    except ValueError as error:
-        raise UserError(f"num_channels, num_res_blocks, norm_num_groups: {error}") from error
-    volumes = _read_volumes(input, config, architecture.compression)
-    losses = _optimise(network, volumes, config)
-    tokenizer = AutoencoderTokenizer(architecture, network, "trained")
-    _standardise(tokenizer, volumes)
-    metrics = _evaluate(tokenizer, volumes, config)
-    tenth = max(1, len(losses) // 10)
-    metrics["loss"] = {
-        "first": round(sum(losses[:tenth]) / tenth, 5),
-        "last": round(sum(losses[-tenth:]) / tenth, 5),
-    }
-    training = {
-        **asdict(config),
-        "volumes": [volume.domain for volume in volumes],
-        "torch": torch.__version__,
-    }
-    save_safetensors(output, architecture, network, metrics, training)
-    return metrics
-
-
-def format_metrics(metrics: dict[str, Any]) -> str:
-    """The result of :func:`train_tokenizer` as a table: a line for each domain, and their mean."""
-    lines = [f"{'held-out crops of':<24}{'PSNR (dB)':>10}{'SSIM':>8}"]
-    for domain, psnr in metrics["psnr_db"].items():
-        lines.append(f"{domain:<24}{psnr:>10.2f}{metrics['ssim'][domain]:>8.3f}")
-    loss = metrics["loss"]
-    return "\n".join([*lines, f"training loss {loss['first']:.4f} at first, {loss['last']:.4f} at last"])
-
-
-def _check(config: TokenizerTrainingConfig, architecture: Architecture, output: Path) -> None:
-    for name in ("steps", "batch_size", "crop_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: found {getattr(config, name)}, expected 1 or more")
     if config.crop_size % architecture.compression or config.crop_size < 16:
         raise UserError(
             f"crop_size: found {config.crop_size}, expected a multiple of {architecture.compression}, "
             "at least 16"
         )
-    if not 0 < config.held_out_fraction < 1:
-        raise UserError(
-            f"held_out_fraction: found {config.held_out_fraction}, expected more than 0, less than 1"
-        )
-    if not 0 < config.learning_rate < math.inf:
-        raise UserError(f"learning_rate: found {config.learning_rate}, expected a positive number")
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: expected a file name that ends in .safetensors")
     try:  # now, not after an hour of training
@@ -150,92 +216,57 @@ def _check(config: TokenizerTrainingConfig, architecture: Architecture, output: 
             pass
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    run = output.with_suffix(".run")
+    made: list[tuple[AutoencoderTraining, VolumeCrops]] = []
+
+    def make() -> tuple[AutoencoderTraining, VolumeCrops]:
+        task = AutoencoderTraining(config, architecture)
+        made.append((task, VolumeCrops(input, config, architecture.compression)))
+        return made[0]
+
+    result = fit(make, config, run, resume)
+    if not result.finished or result.rank:
+        return result
+    task, crops = made[0]
+    network = task.network.to(select_device(config.device))
+    network.load_state_dict(load_file(latest_checkpoint(run) / "network.safetensors"))
+    network.eval()
+    tokenizer = AutoencoderTokenizer(architecture, network, "trained")
+    _standardise(tokenizer, crops.volumes)
+    metrics = _evaluate(tokenizer, crops.volumes, config)
+    losses = [record["total"] for record in read_metrics(run)]
+    tenth = max(1, len(losses) // 10)
+    metrics["loss"] = {
+        "first": round(sum(losses[:tenth]) / tenth, 5),
+        "last": round(sum(losses[-tenth:]) / tenth, 5),
+    }
+    training = {
+        **asdict(config),
+        "volumes": [volume.domain for volume in crops.volumes],
+        "torch": torch.__version__,
+    }
+    save_safetensors(output, architecture, network, metrics, training)
+    shutil.rmtree(run)
+    return metrics
 
 
-def _read_volumes(input: Path, config: TokenizerTrainingConfig, multiple: int) -> list[_Volume]:
-    volumes = []
-    for entry in track(find_volumes(input), "Reading volumes", unit="volume"):
-        image = load_volume(entry, TransformConfig(multiple=multiple)).image
-        try:
-            start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)
-            if min(image.shape[2:]) < config.crop_size:
-                raise UserError(f"{tuple(image.shape[1:])} voxels cannot hold a crop of {config.crop_size}")
-        except UserError as error:
-            raise UserError(f"{entry.path}: {error}") from error
-        volumes.append(_Volume(entry.domain, image, start))
-    return volumes
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Return the result of :func:`train_tokenizer` as a table: a line for each domain, and their mean."""
+    lines = [f"{'held-out crops of':<24}{'PSNR (dB)':>10}{'SSIM':>8}"]
+    for domain, psnr in metrics["psnr_db"].items():
+        lines.append(f"{domain:<24}{psnr:>10.2f}{metrics['ssim'][domain]:>8.3f}")
+    loss = metrics["loss"]
+    return "\n".join([*lines, f"training loss {loss['first']:.4f} at first, {loss['last']:.4f} at last"])
 
 
 def _crop(image: Tensor, first: int, last: int, size: int, generator: torch.Generator) -> Tensor:
-    """A random crop (1, size, size, size) that lies in [first, last) along the first axis of space."""
+    """Cut a random crop (1, size, size, size) that lies in [first, last) along the first axis of space."""
     lows, highs = (first, 0, 0), (last, *image.shape[2:])
     x, y, z = (
         int(torch.randint(low, high - size + 1, (), generator=generator))
         for low, high in zip(lows, highs, strict=True)
     )
     return image[:, x : x + size, y : y + size, z : z + size]
-
-
-def _batches(volumes: list[_Volume], config: TokenizerTrainingConfig) -> Iterator[Tensor]:
-    """Endless batches (B, 1, s, s, s): the domains in turn, a random volume of each."""
-    generator = torch.Generator().manual_seed(config.seed)
-    domains = sorted({volume.domain for volume in volumes})
-    drawn = 0
-    while True:
-        crops = []
-        for _ in range(config.batch_size):
-            own = [volume for volume in volumes if volume.domain == domains[drawn % len(domains)]]
-            volume = own[int(torch.randint(len(own), (), generator=generator))]
-            crops.append(_crop(volume.image, 0, volume.held_out, config.crop_size, generator))
-            drawn += 1
-        yield torch.stack(crops)
-
-
-def _optimise(
-    network: AutoencoderKlMaisi, volumes: list[_Volume], config: TokenizerTrainingConfig
-) -> list[float]:
-    """Train ``network`` in place; returns the loss of every step."""
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    warm_up = min(50, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / (warm_up + 1)) * (1 + math.cos(math.pi * step / config.steps)) / 2,
-    )
-    network.train()
-    device = next(network.parameters()).device
-    losses = []
-    with progress_bar("Training tokenizer", config.steps, "step") as bar:
-        for _, images in zip(range(config.steps), _batches(volumes, config), strict=False):
-            loss = _loss(network, images.to(device), config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"train-tokenizer: the loss is {losses[-1]} at step {len(losses)}; lower learning_rate"
-                )
-            recent = losses[-50:]
-            bar.update(1, f"loss {sum(recent) / len(recent):.4f}")
-    return losses
-
-
-def _loss(network: AutoencoderKlMaisi, images: Tensor, config: TokenizerTrainingConfig) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        mu, sigma = (tensor.float() for tensor in network.encode(images))
-        reconstruction = network.decode(mu + sigma * torch.randn_like(sigma)).float()
-    error = reconstruction - images
-    edges = torch.stack([error.diff(dim=axis).abs().mean() for axis in range(2, error.ndim)]).mean()
-    # The mean error of a crop counts by its square: in the L1 term it would push all weights the same way,
-    # and with the same force however small it is; training would swing about the right brightness.
-    offset = error.mean(dim=(1, 2, 3, 4), keepdim=True)
-    l1 = (error - offset).abs().mean() + offset.square().mean()
-    kl = 0.5 * (mu.square() + sigma.square() - 2 * sigma.log() - 1).mean()
-    return l1 + config.gradient_weight * edges + config.kl_weight * kl
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tokenizers from and to files. Nothing here runs code that a file brings along."""
+"""Load tokenizers from files, and save them. Nothing here runs code that a file brings along."""
 
 from __future__ import annotations
 
@@ -16,16 +16,37 @@ from torch import Tensor, nn
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 
-from .autoencoder import MAISI, Architecture, AutoencoderTokenizer
+from .autoencoder import MAISI, Architecture, AutoencoderTokenizer, Tokenizer
 
+BUILTIN = "builtin"
+BUILTIN_WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 FORMAT = "meduet-fast tokenizer 1"
 # What training programs wrap a state dict in.
 _WRAPPERS = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model")
 _SHOWN = 3
 
 
+def load_tokenizer(spec: str = BUILTIN, device: torch.device | str = "cpu") -> Tokenizer:
+    """Load the tokenizer that ``spec`` names.
+
+    Args:
+        spec: "builtin", or the path of a ``.safetensors`` file written by ``meduet-fast train-tokenizer``,
+            or of MAISI's ``autoencoder.pt``.
+        device: where its weights go and its work is done.
+
+    Raises:
+        UserError: if there is no such file, or it holds no weights of the expected kind.
+    """
+    if spec == BUILTIN:
+        return load_safetensors(BUILTIN_WEIGHTS, name=BUILTIN).to(device)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UserError(f"tokenizer {spec!r}: expected 'builtin' or the path of a file, found no such file")
+    return (load_safetensors(path) if path.suffix == ".safetensors" else load_maisi(path)).to(device)
+
+
 def load_maisi(path: Path) -> AutoencoderTokenizer:
-    """MAISI's tokenizer from ``autoencoder.pt`` of MONAI's maisi_ct_generative bundle (spec section 1).
+    """Load MAISI's tokenizer from ``autoencoder.pt`` of MONAI's maisi_ct_generative bundle (spec section 1).
 
     The state dict may be wrapped in a dict, as training programs do. Every key and shape is checked.
 
@@ -82,7 +103,7 @@ def save_safetensors(
 
 
 def load_safetensors(path: Path, name: str = "trained") -> AutoencoderTokenizer:
-    """A tokenizer that :func:`save_safetensors` wrote.
+    """Load a tokenizer that :func:`save_safetensors` wrote.
 
     Args:
         path: the file.
@@ -110,7 +131,7 @@ def load_safetensors(path: Path, name: str = "trained") -> AutoencoderTokenizer:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Header of a tokenizer file: format, architecture, metrics and training, the last three as JSON.
+    """Read a tokenizer file's header: format, architecture, metrics and training, the last three as JSON.
 
     Raises:
         UserError: if the file cannot be read or is none of ours.
@@ -136,13 +157,17 @@ def _load_weights(network: nn.Module, weights: Any, path: Path, expected: str) -
         )
     own = network.state_dict()
     found = {str(key): value for key, value in weights.items()}
+    what = {
+        key: str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+        for key, value in found.items()
+    }
     problems = {
         "missing": [key for key in own if key not in found],
         "unexpected": [key for key in found if key not in own],
         "wrong": [
-            f"{key} ({_describe(found[key])}, expected {tuple(own[key].shape)})"
-            for key in own
-            if key in found and not (isinstance(found[key], Tensor) and found[key].shape == own[key].shape)
+            f"{key} ({what[key]}, expected {tuple(weight.shape)})"
+            for key, weight in own.items()
+            if key in found and what[key] != str(tuple(weight.shape))
         ],
         "not finite": [
             key
@@ -158,7 +183,3 @@ def _load_weights(network: nn.Module, weights: Any, path: Path, expected: str) -
     if said:
         raise UserError(f"{path}: these are not the weights of {expected}; keys {'; '.join(said)}")
     network.load_state_dict(found)
-
-
-def _describe(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

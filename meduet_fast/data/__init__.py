@@ -1,1 +1,1 @@
-"""Volumes in, crops of latents out; knows no model."""
+"""Read volumes, keep latents in stores and draw crops of them; knows no model, no autoencoder."""

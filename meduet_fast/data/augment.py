@@ -1,4 +1,4 @@
-"""Flips and quarter turns of a batch of crops, on the batch's own device, without a host synchronisation."""
+"""Flip and turn a batch of crops, on the batch's own device, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def augment(
 
     # Every number is drawn whatever the outcome, so that a sample's fate depends on its row alone.
     rows, device = (len(latents), 1, 1, 1, 1), latents.device
-    chance = torch.rand(len(latents), 4, generator=generator, device=device)
+    chance = torch.rand(len(latents), 4, generator=generator, device=device)  # (B, 4)
     turn = torch.randint(1, 4, (len(latents),), generator=generator, device=device).view(rows)
 
     for axis in range(3):
-        flip = (chance[:, axis] < flip_prob).view(rows)
-        latents = torch.where(flip, latents.flip(2 + axis), latents)
+        flip = (chance[:, axis] < flip_prob).view(rows)  # (B, 1, 1, 1, 1)
+        latents = torch.where(flip, latents.flip(2 + axis), latents)  # (B, C, X, Y, Z)
     if rotate_prob > 0:
         turn = torch.where((chance[:, 3] < rotate_prob).view(rows), turn, 0)
         upright = latents

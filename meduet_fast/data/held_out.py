@@ -1,4 +1,4 @@
-"""The one definition of "held out": a slab at the right end of the left-right axis of every volume."""
+"""Define "held out": a slab at the right end of the left-right axis of every volume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from meduet_fast.errors import UserError
 
 
 def held_out_start(size: int, fraction: float, crop: int, multiple: int = 1) -> int:
-    """First index, along axis 0, of the held-out slab of one volume.
+    """Return the first index, along axis 0, of the held-out slab of one volume.
 
     Training crops lie wholly before it (``start + crop <= held_out_start``), held-out crops wholly at or
     after it. The slab is the last ``fraction`` of the axis, never narrower than one crop; it is widened,

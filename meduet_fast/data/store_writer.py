@@ -1,4 +1,4 @@
-"""Writing a latent store: every file is whole or absent, and the index lists only what is whole."""
+"""Write a latent store: every file is whole or absent, and the index lists only what is whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,14 +20,45 @@ from torch import Tensor
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
 
+from .preview import write_preview
 from .store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
 
 PREVIEWS = "previews"
 INDEX_INTERVAL_S = 1.0  # rewriting the index after each of thousands of quick volumes would be quadratic
 
 
+@dataclass(frozen=True, kw_only=True)
+class VolumeRecord:
+    """Hold all that a store keeps of one volume: whoever makes latents gives the writer this.
+
+    Attributes:
+        name: unique in the store; the stem of its files.
+        domain, body_part: labels.
+        content_key: SHA-256 of everything that the latents depend on.
+        source: the file that the latents were made from.
+        latent: (C, X, Y, Z), any floating dtype and device; kept as bfloat16.
+        affine: (4, 4), voxels of the prepared image to RAS mm.
+        spacing: voxel size of the prepared image in mm.
+        intensity: the rule that mapped voxel values to [0, 1], as a mapping.
+        image: (X, Y, Z) in [0, 1], of which a preview is drawn; None for none.
+        notes: further labels for the file's header.
+    """
+
+    name: str
+    domain: str
+    body_part: str
+    content_key: str
+    source: str
+    latent: Tensor
+    affine: np.ndarray
+    spacing: tuple[float, float, float]
+    intensity: Mapping[str, Any]
+    image: Tensor | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
 class StoreWriter:
-    """The one writer of a store, as a context manager.
+    """Write a store, alone, as a context manager.
 
     Entering takes the store's lock, reads what is there, drops it all if another tokenizer made it, and
     removes files that no entry lists (a killed writer's). Leaving writes the index, also after an error.
@@ -69,6 +100,7 @@ class StoreWriter:
         return self
 
     def _claim(self) -> None:
+        """Take the lock, take over what the index lists, and remove what it does not."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,7 +111,15 @@ class StoreWriter:
                 self.entries = {entry.name: entry for entry in before.entries}
         self._write_index()
         remove_leftovers(self.path)
-        self._remove_unlisted()
+        remove_leftovers(self.path / LATENTS)
+        remove_leftovers(self.path / PREVIEWS)
+        listed = {self.path / entry.file for entry in self.entries.values()}
+        for file in (self.path / LATENTS).glob("*.safetensors"):
+            if file not in listed:
+                file.unlink()
+        for file in (self.path / PREVIEWS).glob("*.png"):
+            if file.stem not in self.entries:
+                file.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -89,62 +129,46 @@ class StoreWriter:
         finally:
             os.close(self._lock)
 
-    def add(
-        self,
-        *,
-        name: str,
-        domain: str,
-        body_part: str,
-        content_key: str,
-        source: str,
-        latent: Tensor,
-        affine: np.ndarray,
-        spacing: tuple[float, float, float],
-        intensity: Mapping[str, Any],
-        notes: Mapping[str, str] | None = None,
-    ) -> None:
-        """Write one volume's file, then list it.
-
-        Args:
-            name, domain, body_part, content_key, source, spacing: see :class:`StoreEntry`.
-            latent: (C, X, Y, Z), any floating dtype and device; kept as bfloat16.
-            affine: (4, 4), voxels of the prepared image to RAS mm.
-            intensity: the rule that mapped voxel values to [0, 1], as a mapping.
-            notes: further labels for the file's header.
+    def add(self, volume: VolumeRecord) -> None:
+        """Write one volume's files, then list it.
 
         Raises:
             ValueError: the latents have another number of channels or dimensions.
-            UserError: the file cannot be written (disk full, no permission).
+            UserError: a file cannot be written (disk full, no permission).
         """
+        latent = volume.latent
         if latent.ndim != 4 or latent.shape[0] != self._empty.channels:
             raise ValueError(
-                f"latent of {name}: {tuple(latent.shape)}, expected ({self._empty.channels}, X, Y, Z)"
+                f"latent of {volume.name}: {tuple(latent.shape)}, expected ({self._empty.channels}, X, Y, Z)"
             )
         c, x, y, z = latent.shape
-        entry = StoreEntry(name, domain, body_part, (c, x, y, z), content_key, source, spacing)
-        before = self.entries.get(name)
-        if before is not None and before.content_key != content_key:
+        labels = (volume.name, volume.domain, volume.body_part)
+        entry = StoreEntry(*labels, (c, x, y, z), volume.content_key, volume.source, volume.spacing)
+        before = self.entries.get(entry.name)
+        if before is not None and before.content_key != entry.content_key:
             # A kill between file and index would leave an entry that does not fit its file.
-            self.drop([name])
+            self.drop([entry.name])
         metadata = {
-            **(notes or {}),
-            "domain": domain,
-            "body_part": body_part,
-            "affine": json.dumps(np.asarray(affine, dtype=np.float64).tolist()),
-            "spacing": json.dumps(spacing),
-            "intensity": json.dumps(dict(intensity)),
+            **volume.notes,
+            "domain": volume.domain,
+            "body_part": volume.body_part,
+            "affine": json.dumps(np.asarray(volume.affine, dtype=np.float64).tolist()),
+            "spacing": json.dumps(volume.spacing),
+            "intensity": json.dumps(dict(volume.intensity)),
             "tokenizer": self._empty.tokenizer,
-            "content_key": content_key,
+            "content_key": volume.content_key,
         }
+        if volume.image is not None:
+            write_preview(self._preview(volume.name), volume.image)
         file = self.path / entry.file
         try:
             with atomic_path(file) as temporary:
-                tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()
+                tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()  # (C, X, Y, Z)
                 # Not by safetensors' save_file: only their owner can read its files, whatever the umask.
                 temporary.write_bytes(save({TENSOR_NAME: tensor}, metadata))
         except OSError as error:
             raise UserError(f"{file}: cannot be written: {error}") from error
-        self.entries[name] = entry
+        self.entries[entry.name] = entry
         if time.monotonic() - self._index_written >= INDEX_INTERVAL_S:
             self._write_index()
 
@@ -155,10 +179,9 @@ class StoreWriter:
             self._write_index()
         for entry in dropped:
             (self.path / entry.file).unlink(missing_ok=True)
-            self.preview_path(entry.name).unlink(missing_ok=True)
+            self._preview(entry.name).unlink(missing_ok=True)
 
-    def preview_path(self, name: str) -> Path:
-        """Where the preview of a volume lies."""
+    def _preview(self, name: str) -> Path:
         return self.path / PREVIEWS / f"{name}.png"
 
     def _write_index(self) -> None:
@@ -172,14 +195,3 @@ class StoreWriter:
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         self._index_written = time.monotonic()
-
-    def _remove_unlisted(self) -> None:
-        remove_leftovers(self.path / LATENTS)
-        remove_leftovers(self.path / PREVIEWS)
-        listed = {self.path / entry.file for entry in self.entries.values()}
-        for file in (self.path / LATENTS).glob("*.safetensors"):
-            if file not in listed:
-                file.unlink()
-        for file in (self.path / PREVIEWS).glob("*.png"):
-            if file.stem not in self.entries:
-                file.unlink()

@@ -1,4 +1,4 @@
-"""From a volume file to a checked, prepared image: RAS, [0, 1], 1.5 mm, cropped to the body and padded."""
+"""Prepare volume files: checked, RAS, [0, 1], 1.5 mm, cropped to the body and padded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +32,9 @@ TRANSFORM_VERSION = 1
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """The prepared grid. The axes are always RAS: left to right, posterior to anterior, inferior to superior.
+    """Set the prepared grid.
+
+    The axes are always RAS: left to right, posterior to anterior, inferior to superior.
 
     Attributes:
         spacing: distance between voxels in mm, the same along every axis.
@@ -68,7 +69,7 @@ class TransformConfig:
 
 @dataclass
 class PreparedVolume:
-    """A volume on the prepared grid.
+    """Hold a volume on the prepared grid.
 
     Attributes:
         image: (1, X, Y, Z) float32 in [0, 1], RAS axes.
@@ -91,14 +92,8 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
         VolumeError: with a plain reason, if the file cannot be read, is no NIfTI, is damaged, is not 3D, has
             an unusable header or voxels, shows nothing, or is too small.
     """
-    voxels, affine = read_nifti(entry.path)
-    _apply_intensity(voxels, entry)
-    return _prepare(entry.path, voxels, affine, config)
-
-
-def _apply_intensity(voxels: np.ndarray, entry: VolumeEntry) -> None:
-    """Map ``voxels`` to [0, 1] in place."""
-    rule = entry.intensity
+    path, rule = entry.path, entry.intensity
+    voxels, affine = read_nifti(path)  # (X, Y, Z) and (4, 4) of the scan
     low, high = rule.low, rule.high
     if rule.kind == "mr_percentile":
         low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
@@ -108,14 +103,12 @@ def _apply_intensity(voxels: np.ndarray, entry: VolumeEntry) -> None:
         np.clip(voxels, 0, 1, out=voxels)
     if low >= high or voxels.min() == voxels.max():
         raise VolumeError(
-            entry.path,
+            path,
             f"constant image after {rule.kind} [{rule.low:g}, {rule.high:g}]: "
             "does the intensity rule suit the modality?",
         )
 
-
-def _prepare(path: Path, voxels: np.ndarray, affine: np.ndarray, config: TransformConfig) -> PreparedVolume:
-    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    edges = np.linalg.norm(affine[:3, :3], axis=0)  # (3,) mm
     size = tuple(math.ceil(n * edge / config.spacing) for n, edge in zip(voxels.shape, edges, strict=True))
     if math.prod(size) > 4 * math.prod(config.max_size):
         raise VolumeError(
@@ -130,13 +123,6 @@ def _prepare(path: Path, voxels: np.ndarray, affine: np.ndarray, config: Transfo
             CropForeground(allow_smaller=True),
         ]
     )
-    to_size = Compose(
-        [
-            CenterSpatialCrop(config.max_size),
-            SpatialPad([config.min_size] * 3),
-            DivisiblePad(config.multiple),
-        ]
-    )
     image = to_grid(MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine)))
     found = tuple(image.shape[1:])
     if min(found) < config.min_size / 4:
@@ -145,19 +131,22 @@ def _prepare(path: Path, voxels: np.ndarray, affine: np.ndarray, config: Transfo
             f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
             f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)",
         )
-    image = to_size(image)
-    grid = np.asarray(image.affine, dtype=np.float64)
-    x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
-    return PreparedVolume(
-        # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
-        image=image.as_tensor().contiguous().clamp_(0, 1),
-        affine=grid,
-        spacing=(x, y, z),
+    to_size = Compose(
+        [
+            CenterSpatialCrop(config.max_size),
+            SpatialPad([config.min_size] * 3),
+            DivisiblePad(config.multiple),
+        ]
     )
+    image = to_size(image)  # (1, X, Y, Z) of the prepared grid
+    grid = np.asarray(image.affine, dtype=np.float64)  # (4, 4)
+    x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
+    # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
+    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z))
 
 
 def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity: str) -> str:
-    """SHA-256 (hex) of all that decides a volume's latents: file, intensity rule, transforms, tokenizer.
+    """Hash all that decides a volume's latents: file, intensity rule, transforms, tokenizer (SHA-256, hex).
 
     Raises:
         VolumeError: if the file cannot be read.

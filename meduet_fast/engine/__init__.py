@@ -1,1 +1,7 @@
-"""Trains any task: loop, step, checkpoints, processes, precision, logs."""
+"""Train any :class:`Task`; nothing here knows a model, an objective or a kind of data."""
+
+from .config import AdamWConfig, EngineConfig
+from .loop import FitResult, fit
+from .task import Batch, Batches, Task
+
+__all__ = ["AdamWConfig", "Batch", "Batches", "EngineConfig", "FitResult", "Task", "fit"]

@@ -3,7 +3,7 @@
 ::
 
     RUN/checkpoints/<step>/state/                PyTorch distributed checkpoint: weights and AdamW's moments
-    RUN/checkpoints/<step>/{student,teacher}.safetensors    the models alone, for everybody else
+    RUN/checkpoints/<step>/<name>.safetensors    the task's exports, for everybody else
     RUN/checkpoints/<step>/run.json              step, settings and data: what a resumed run must have too
 
 Every process writes its part, and any number of processes can read it. Random numbers need no place: they
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -35,31 +35,25 @@ from torch.distributed.tensor import DTensor
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
-from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.pretraining.erasure import DomainMeans
 
 from .checkpoint_index import IndexedReader, IndexedWriter
+from .config import EngineConfig
 from .distributed import World, lost_contact
+from .task import Task
+
+Exports = Mapping[str, Mapping[str, Tensor]]  # state of every module that is exported, on rank 0
 
 
 class Trained(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds: the task's parameters and buffers, and AdamW's moments."""
 
-    student: MeDUET
-    teacher: MeDUET
+    task: Task
     optimizer: torch.optim.Optimizer
-    domain_means: DomainMeans | None = None
 
     def state(self) -> dict[str, Any]:
-        """Its tensors, as they are distributed. AdamW's settings come from the configuration."""
-        state = {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.student, self.optimizer)["state"],
-        }
-        if self.domain_means is not None:
-            state["domain_means"] = self.domain_means.state_dict()
-        return state
+        """Return its tensors, as they are distributed. AdamW's settings come from the configuration."""
+        moments = get_optimizer_state_dict(self.task.trained(), self.optimizer)["state"]
+        return {**self.task.state_dict(), "optimizer": moments}
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -96,23 +90,14 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _whole(model: MeDUET, rank: int) -> MeDUET | None:
-    """A copy of a model on the host of rank 0, put together from its shards; all processes take part."""
+def _whole(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Copy a module's state to the host of rank 0, put together from its shards; all processes take part."""
     parts: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in module.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
         if rank == 0:
             parts[key] = value.detach().to("cpu", copy=True)
-    if rank:
-        return None
-    return _from_parts(model.config, parts)
-
-
-def _from_parts(config: MeDUETConfig, parts: Mapping[str, Tensor]) -> MeDUET:
-    with torch.device("meta"):
-        model = MeDUET(config)
-    model.load_state_dict(parts, assign=True)
-    return model
+    return parts
 
 
 class CheckpointWriter:
@@ -141,13 +126,13 @@ class CheckpointWriter:
                 checkpoints are untouched.
         """
         self.finish()
-        models = {name: _whole(getattr(trained, name), self._world.rank) for name in ("student", "teacher")}
+        exports = {name: _whole(item, self._world.rank) for name, item in trained.task.exports().items()}
         state = trained.state()
         if self._thread is None:
-            self._write(step, state, models)
+            self._write(step, trained.task, state, exports)
         else:
             state = BlockingAsyncStager().stage(state)
-            self._running = self._thread.submit(self._write, step, state, models)
+            self._running = self._thread.submit(self._write, step, trained.task, state, exports)
 
     def failed(self) -> bool:
         """Whether a write in the background has failed; :meth:`finish` raises why."""
@@ -164,7 +149,7 @@ class CheckpointWriter:
         if running is not None:
             running.result()
 
-    def _write(self, step: int, state: dict[str, Any], models: Mapping[str, MeDUET | None]) -> None:
+    def _write(self, step: int, task: Task, state: dict[str, Any], exports: Exports) -> None:
         target = self._folder / str(step)
         temporary = self._folder / f".{step}.tmp"
         world = self._world
@@ -173,7 +158,7 @@ class CheckpointWriter:
             with _one_process():
                 writer = IndexedWriter(temporary / "state")
                 dcp.save(state, storage_writer=writer, process_group=world.writing)
-            world.on_first(partial(self._complete, step, temporary, target, models))
+            world.on_first(partial(self._complete, step, task, exports, temporary, target))
         except (OSError, CheckpointException, RuntimeError) as error:
             if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -183,14 +168,11 @@ class CheckpointWriter:
                 f"{target}: checkpoint not written: {_cause(error, world)}; {last_good(self._folder)}"
             ) from error
 
-    def _complete(
-        self, step: int, temporary: Path, target: Path, models: Mapping[str, MeDUET | None]
-    ) -> None:
+    def _complete(self, step: int, task: Task, exports: Exports, temporary: Path, target: Path) -> None:
         """On rank 0: all parts are there; add the rest, and give it its name."""
-        for name, model in models.items():
-            assert model is not None
+        for name, parts in exports.items():
             try:
-                model.save_pretrained(temporary / f"{name}.safetensors")
+                task.write_export(name, parts, temporary / f"{name}.safetensors")
             except SafetensorError as error:  # a full disk too
                 raise OSError(str(error)) from error
         text = json.dumps({"step": step, **self._run}, indent=1)
@@ -257,13 +239,45 @@ def load_checkpoint(checkpoint: Path, trained: Trained, world: World) -> None:
         if lost_contact(error):
             raise
         raise UserError(f"{checkpoint}: not a readable checkpoint of this model: {_cause(error)}") from error
-    trained.student.load_state_dict(state["student"])
-    trained.teacher.load_state_dict(state["teacher"])
-    if trained.domain_means is not None:
-        trained.domain_means.load_state_dict(state["domain_means"])
-    student, optimizer = trained.student, trained.optimizer
-    groups = get_optimizer_state_dict(student, optimizer)["param_groups"]
-    set_optimizer_state_dict(student, optimizer, {"state": state["optimizer"], "param_groups": groups})
+    moments = state.pop("optimizer")
+    trained.task.load_state_dict(state)
+    model, optimizer = trained.task.trained(), trained.optimizer
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups})
+
+
+def find_start(output: Path, config: EngineConfig, processes: int, data: str, resume: bool) -> Path | None:
+    """Return the checkpoint to go on from, if any.
+
+    Args:
+        output: the run's folder.
+        config: of the run.
+        processes: of the run.
+        data: identity of the data.
+        resume: whether going on was asked for.
+
+    Raises:
+        UserError: if the folder holds a run and resuming was not asked for, or was made by another setting.
+    """
+    if not checkpoint_steps(output / "checkpoints"):
+        return None
+    if not resume:
+        raise UserError(
+            f"{output}: holds a run already; continue it with --resume, or choose another --output"
+        )
+    checkpoint = latest_checkpoint(output)
+    saved, identity = read_run(checkpoint), config.identity(processes)
+    settings = type(config)().identity() | saved["config"]  # older runs lack newer settings
+    differing = [key for key in identity if settings.get(key) != identity[key]]
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{output}: can't resume with other settings: {', '.join(differing)} differ "
+            f"({first} was {settings.get(first)}, now {identity[first]})"
+        )
+    if saved["data"] != data:
+        raise UserError(f"{output}: can't resume: the latent store is not the one that the run began with")
+    return checkpoint
 
 
 def prepare_folder(folder: Path) -> None:

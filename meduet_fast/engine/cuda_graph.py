@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
-from meduet_fast.pretraining.losses import ObjectiveConfig
-from meduet_fast.pretraining.task import PretrainStep, add_gradients
-
-from .precision import Precision
+from .step import add_gradients
+from .task import Batch, Task
 
 Replay = Callable[[], None]
 WARM_UP = 3
@@ -38,50 +36,45 @@ def capture(work: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], R
 
 
 class GraphedGradients:
-    """:func:`~meduet_fast.pretraining.task.add_gradients` of one process, captured once and replayed.
+    """Does :func:`~meduet_fast.engine.step.add_gradients` in one process, captured once and replayed.
 
-    It is captured anew when the objective changes, as it does when MFTD or SiQC begins. A graph writes to
-    fixed addresses: gradients are made here, and must be zeroed in place from then on.
+    It is captured anew when the task's phase changes. A graph writes to fixed addresses: gradients are made
+    here, and must be zeroed in place from then on.
 
     Args:
-        step: on CUDA, not parallelized.
+        task: on CUDA, not parallelized.
         share: of a batch in the step.
-        precision: that ``step`` was made for.
+        low: whether autocast to bfloat16 is on.
     """
 
-    def __init__(self, step: PretrainStep, share: float = 1.0, precision: Precision = "auto") -> None:
-        self._step, self._share, self._precision = step, share, precision
-        self._objective: ObjectiveConfig | None = None
-        self._inputs: list[Tensor] = []
+    def __init__(self, task: Task, share: float = 1.0, low: bool = False) -> None:
+        self._task, self._share, self._low = task, share, low
+        self._phase: Hashable = self  # of the graph there is: none yet
+        self._batch: Batch = {}
         self._losses: dict[str, Tensor] = {}
         self._replay: Replay | None = None
         self._gradients = []
-        for parameter in step.student.parameters():
+        for parameter in task.trained().parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 self._gradients.append(parameter.grad)
 
-    def __call__(
-        self, latents: Tensor, domain: Tensor, mask: Tensor, objective: ObjectiveConfig
-    ) -> dict[str, Tensor]:
-        """Losses of a batch, on the device; all batches have the same shapes."""
-        inputs = (latents, domain, mask)
-        if objective != self._objective:
-            self._capture(inputs, objective)
-        for fixed, item in zip(self._inputs, inputs, strict=True):
-            fixed.copy_(item)
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Compute the losses of a batch, on the device; all batches have the same entries and shapes."""
+        if self._task.phase(step) != self._phase:
+            self._capture(batch, step)
+        for name, fixed in self._batch.items():
+            fixed.copy_(batch[name])
         assert self._replay is not None
         self._replay()
         return {name: loss.clone() for name, loss in self._losses.items()}
 
-    def _capture(self, inputs: tuple[Tensor, ...], objective: ObjectiveConfig) -> None:
+    def _capture(self, batch: Batch, step: int) -> None:
         """At the start of a step, when gradients are zero."""
         self._replay, self._losses = None, {}  # the memory of the graph before
-        latents, domain, mask = self._inputs = [item.clone() for item in inputs]
-
-        def work() -> dict[str, Tensor]:
-            return add_gradients(self._step, latents, domain, mask, objective, self._share, self._precision)
-
-        self._losses, self._replay = capture(work)
-        self._objective = objective
+        fixed = self._batch = {name: item.clone() for name, item in batch.items()}
+        self._losses, self._replay = capture(
+            lambda: add_gradients(self._task, fixed, step, self._share, self._low)
+        )
+        self._phase = self._task.phase(step)
         torch._foreach_zero_(self._gradients)

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard, the text beside the bar. Nothing waits for the device."""
+"""Write a run's records: JSON lines, TensorBoard, the text beside the bar. Nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
-from meduet_fast.pretraining.config import PretrainConfig
-from meduet_fast.pretraining.cost import flops_per_sample
-from meduet_fast.pretraining.losses import ObjectiveConfig
 
+from .config import EngineConfig
 from .distributed import World
+from .task import Task
 
 METRICS_FILE = "metrics.jsonl"
-LOSSES = ("reconstruction", "domain_content", "domain_style", "mftd", "siqc", "total")
 
 
 @dataclass
@@ -122,24 +120,18 @@ def read_metrics(run: Path, rank: int = 0) -> list[dict[str, float]]:
     return records
 
 
-def _flops_by_objective(config: PretrainConfig, start: int) -> dict[ObjectiveConfig, int]:
-    """FLOPs of a sample in each stretch of the run; counted before the first step, since it takes seconds."""
-    steps = (start, config.mftd_start_step, config.siqc_start_step)
-    objectives = {config.objective_at(max(step, start)) for step in steps}
-    return {objective: flops_per_sample(config.model, objective) for objective in objectives}
-
-
 class RunLog:
     """Appends to this process's metrics file, and on rank 0 to TensorBoard.
 
     Args:
         run: the run's folder.
         start_step: records from this step on, of an earlier attempt, are dropped.
+        task: whose losses they are.
         config: of the run.
         world: the processes whose losses are averaged.
     """
 
-    def __init__(self, run: Path, start_step: int, config: PretrainConfig, world: World) -> None:
+    def __init__(self, run: Path, start_step: int, task: Task, config: EngineConfig, world: World) -> None:
         path = run / metrics_file(world.rank)
         if path.exists():
             kept = [record for record in read_metrics(run, world.rank) if record["step"] < start_step]
@@ -149,8 +141,10 @@ class RunLog:
         self._board = (
             SummaryWriter(str(run / "tensorboard"), purge_step=start_step) if world.rank == 0 else None
         )
-        self._config, self._world, self._peak = config, world, peak_tflops(world.device)
-        self._flops = _flops_by_objective(config, start_step) if world.device.type == "cuda" else {}
+        self._task, self._config, self._world = task, config, world
+        self._peak = peak_tflops(world.device)
+        if world.device.type == "cuda":
+            task.flops(start_step)  # counting may take seconds, which must not be the first step's
         self._steps, self._waited, self._last = 0, 0.0, time.perf_counter()
 
     def __enter__(self) -> RunLog:
@@ -187,8 +181,9 @@ class RunLog:
         self._file.flush()
         if self._board is not None:
             for name in record.keys() - {"step", "time"}:
-                self._board.add_scalar(f"{'loss' if name in LOSSES else 'run'}/{name}", record[name], step)
-        return summary_line(record)
+                kind = "loss" if name in losses_in(record) else "run"
+                self._board.add_scalar(f"{kind}/{name}", record[name], step)
+        return summary_line(record, self._task.labels)
 
     def _speed(self, step: int, done_at: float) -> dict[str, float]:
         """Of this process's device since the last record."""
@@ -197,12 +192,12 @@ class RunLog:
         rate = self._steps * config.batch_size * config.accumulate / elapsed
         speed = {
             "samples_per_s": rate,
-            "tokens_per_s": rate * config.model.num_tokens,
+            **({} if self._task.tokens is None else {"tokens_per_s": rate * self._task.tokens}),
             "data_wait_percent": 100 * self._waited / elapsed,
             "memory_mb": peak_memory_mb(self._world.device),
         }
-        if self._flops:
-            speed["tflops_per_s"] = rate * self._flops[config.objective_at(step)] / 1e12
+        if self._world.device.type == "cuda" and (flops := self._task.flops(step)) is not None:
+            speed["tflops_per_s"] = rate * flops / 1e12
             if self._peak is not None:
                 speed["mfu_percent"] = 100 * speed["tflops_per_s"] / self._peak
         self._steps, self._waited, self._last = 0, 0.0, done_at
@@ -214,13 +209,15 @@ def non_finite(values: dict[str, float]) -> list[str]:
     return [name for name, value in values.items() if not math.isfinite(value)]
 
 
-def summary_line(record: dict[str, float]) -> str:
-    """The text beside the progress bar."""
-    short = {
-        "total": "loss", "reconstruction": "rec", "domain_content": "dom_c", "domain_style": "dom_s",
-        "mftd": "mftd", "siqc": "siqc",
-    }  # fmt: skip
-    losses = " ".join(f"{label} {record[name]:.3f}" for name, label in short.items())
+def losses_in(record: Mapping[str, float]) -> list[str]:
+    """Return the names of a record's losses, in the task's order: from behind its step to its total."""
+    names = list(record)
+    return names[names.index("step") + 1 : names.index("total") + 1]
+
+
+def summary_line(record: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """Return the text beside the progress bar: the losses that have a label, rate, memory."""
+    losses = " ".join(f"{label} {record[name]:.3f}" for name, label in labels.items())
     return (
         f"{losses} | {record['samples_per_s']:.1f} samples/s, data wait {record['data_wait_percent']:.0f} %, "
         f"{record['memory_mb']:.0f} MB"

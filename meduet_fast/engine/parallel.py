@@ -1,65 +1,62 @@
-"""Spreads a step over processes, from outside the model: PyTorch's DDP, FSDP2, and both together (HSDP)."""
+"""Spreads a task over processes, from outside of it: PyTorch's DDP, FSDP2, and both together (HSDP)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from meduet_fast.models import MeDUET
-from meduet_fast.pretraining.config import PretrainConfig
-from meduet_fast.pretraining.cost import shard_count
-from meduet_fast.pretraining.task import PretrainStep
+from meduet_fast.errors import UserError
 
+from .config import EngineConfig
 from .distributed import World
 from .precision import low_precision, use_float8
+from .task import Task
 
 
-def _blocks(model: MeDUET) -> list[nn.Module]:
-    return [*model.blocks, *model.decoder_blocks]
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile every block in place, for any batch size; most of a step's work is in them.
 
-
-def compile_blocks(*models: MeDUET) -> None:
-    """Compile every transformer block in place, for any batch size; most of a step's work is in them.
-
-    With sizes fixed, each of the three batch sizes that a step has would be compiled on its own. The hooks of
-    FSDP are around ``forward`` and stay outside. Copy models before, not after.
+    With sizes fixed, each of the batch sizes that a step has would be compiled on its own. The hooks of FSDP
+    are around ``forward`` and stay outside. Copy models before, not after.
     """
-    for model in models:
-        for block in _blocks(model):
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
-def _recompute(model: MeDUET) -> None:
-    """Keep only the input of every block for backward. Parameter names stay, unlike with a wrapper."""
-    for block in _blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
-def _mesh(config: PretrainConfig, world: World) -> DeviceMesh:
-    """All processes in a row for FSDP; rows of ``shard_size`` for HSDP.
+def shard_count(config: EngineConfig, processes: int, local: int) -> int:
+    """Return how many GPUs share one copy of weights, gradients, moments and what is not trained.
+
+    Args:
+        config: of the run.
+        processes: GPUs of the run.
+        local: those of one machine.
 
     Raises:
-        UserError: if rows do not come out even.
+        UserError: if the copies of "hsdp" do not come out even.
     """
-    row = shard_count(config, world.size, world.local_size)
-    if config.parallel == "fsdp":
-        return init_device_mesh(world.device.type, (row,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        world.device.type, (world.size // row, row), mesh_dim_names=("replicate", "shard")
-    )
+    if config.parallel == "hsdp":
+        shards = config.shard_size or local
+        if processes % shards:
+            raise UserError(f"shard_size is {shards}, expected a divisor of the {processes} processes")
+        return shards
+    return processes if config.parallel == "fsdp" else 1
 
 
-def parallelize(step: PretrainStep, config: PretrainConfig, world: World) -> nn.Module:
-    """What to call instead of ``step``, whose student and teacher change in place.
+def parallelize(task: Task, config: EngineConfig, world: World) -> nn.Module:
+    """Return what to call instead of ``task``, which changes in place.
 
     The order matters: recomputation, float8, compilation and sharding of each block, then of the rest. Build
     the optimiser afterwards: sharded parameters are new ones.
@@ -68,61 +65,63 @@ def parallelize(step: PretrainStep, config: PretrainConfig, world: World) -> nn.
         UserError: for a ``shard_size`` that does not fit; for float8 where it can't be, see
             :func:`meduet_fast.engine.precision.use_float8`.
     """
-    models = (step.student, step.teacher)
+    blocks = list(task.blocks())
+    for name in ("recompute", "compile"):
+        if getattr(config, name) and not blocks:
+            raise UserError(f"{name} is on, expected false: {task.title.lower()} has no blocks for it")
     if config.recompute:
-        _recompute(step.student)
+        # Only a block's input is kept for backward. Parameter names stay, unlike with a wrapper.
+        for block in filter(_is_trained, blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if config.precision == "float8":
-        use_float8((block for model in models for block in _blocks(model)), world.device)
+        use_float8(blocks, world.device)
     if config.compile:
-        compile_blocks(*models)
+        compile_blocks(blocks)
     if not world.grouped:
-        return step
+        return task
     if config.parallel == "ddp":
         with warnings.catch_warnings():  # the new name of broadcast_buffers is unknown before torch 2.13
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
+    shards = shard_count(config, world.size, world.local_size)
+    if config.parallel == "fsdp":
+        mesh = init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
+    else:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=names)
+    # Blocks hold most of the weights: these travel and are used in bfloat16, their gradients are reduced in
+    # float32. The rest stays float32, and inputs are left alone: autocast does with them as on one device.
     # LayerNorm on the CPU refuses bfloat16 weights for float32 tokens.
     low = world.device.type == "cuda" and low_precision(config.precision, world.device)
-    _shard(step, _mesh(config, world), low)
-    return step
-
-
-def _shard(step: PretrainStep, mesh: DeviceMesh, low: bool) -> None:
-    """Each block alone, the rest together.
-
-    Blocks hold most of the weights: these travel and are used in bfloat16, their gradients are reduced in
-    float32. The rest stays float32, and inputs are left alone: autocast does with them as on one device.
-    """
     param, reduce = (torch.bfloat16, torch.float32) if low else (None, None)
-    for block in _blocks(step.student):
-        fully_shard(
-            block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param, reduce, cast_forward_inputs=False)
+    for block in blocks:
+        # Without gradients there must be no type to reduce them in: torch would look for some.
+        policy = MixedPrecisionPolicy(
+            param, reduce if _is_trained(block) else None, cast_forward_inputs=False
         )
-    for block in _blocks(
-        step.teacher
-    ):  # no gradients: with a type to reduce them in, torch would look for some
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param, cast_forward_inputs=False))
-    fully_shard(step, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(task, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return task
 
 
-def plain_step(step: nn.Module) -> PretrainStep:
-    """The module that :func:`parallelize` was given, to reach student and teacher."""
-    inner = step.module if isinstance(step, DistributedDataParallel) else step
-    assert isinstance(inner, PretrainStep)
+def inner_task(model: nn.Module) -> Task:
+    """Return the task that :func:`parallelize` was given."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(inner, Task)
     return inner
 
 
 @contextmanager
-def _unreduced(step: FSDPModule) -> Iterator[None]:
-    step.set_requires_gradient_sync(False)
+def _unreduced(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        step.set_requires_gradient_sync(True)
+        model.set_requires_gradient_sync(True)
 
 
-def without_reduction(step: nn.Module) -> AbstractContextManager[None]:
-    """Within it gradients stay in their process: all batches of a step but the last need no reduction."""
-    if isinstance(step, DistributedDataParallel):
-        return step.no_sync()
-    return _unreduced(step) if isinstance(step, FSDPModule) else nullcontext()
+def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep gradients in their process within it: all batches of a step but the last need no reduction."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _unreduced(model) if isinstance(model, FSDPModule) else nullcontext()

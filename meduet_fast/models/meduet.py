@@ -41,6 +41,24 @@ class Factors(NamedTuple):
     content: Tensor
     style: Tensor
 
+    def split(self, rows: int) -> tuple[Factors, Factors]:
+        """Return the first ``rows`` sequences and the others."""
+        return Factors(*(x[:rows] for x in self)), Factors(*(x[rows:] for x in self))
+
+
+class Streams(NamedTuple):
+    """Reconstructed sources, each alone, (n*B, L, p^3*C), in (px, py, pz, c) order.
+
+    Attributes:
+        tokens: all of them: straight source 1 and 2, then swapped source 1 and 2, as far as asked for.
+        straight: those with their own styles, (2B, L, p^3*C); empty if not asked for.
+        swapped: those with exchanged styles, (2B, L, p^3*C); empty if not asked for.
+    """
+
+    tokens: Tensor
+    straight: Tensor
+    swapped: Tensor
+
 
 def reverse_gradient(x: Tensor) -> Tensor:
     """Identity whose gradient has the opposite sign (lambda 1)."""
@@ -201,13 +219,8 @@ class MeDUET(nn.Module):
 
     def decode(
         self, factors: Factors, tables: MixTables, straight: bool = True, swapped: bool = True
-    ) -> Tensor:
-        """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles.
-
-        Returns:
-            (n*B, L, p^3*C), n = 2 or 4: straight source 1, straight source 2, swapped source 1,
-            swapped source 2; tokens in (px, py, pz, c) order.
-        """
+    ) -> Streams:
+        """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles."""
         # Fusion and decoder_embed are both linear: their product acts on each factor once, and the swap
         # is a choice between style parts.
         fusion, embed = self.latent_entanglement.proj, self.decoder_embed
@@ -228,7 +241,13 @@ class MeDUET(nn.Module):
         x = residual_stream(x)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        tokens = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (n*B, L, p^3*C)
+        own = 2 * len(factors.cls) * straight
+        return Streams(tokens, tokens[:own], tokens[own:])
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks of encoder and decoder: nearly all of a pass's work."""
+        return [*self.blocks, *self.decoder_blocks]
 
     def forward(self, latents: Tensor) -> Factors:
         """Encode unmixed crops: latents (B, C, S, S, S) -> content and style of every token."""

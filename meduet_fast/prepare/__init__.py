@@ -1,1 +1,1 @@
-"""Volumes become a store of latents; a published cache is taken over."""
+"""Make latent stores: of volumes, or of the published code's cache; knows no model of ours."""

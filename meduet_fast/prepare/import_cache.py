@@ -1,4 +1,4 @@
-"""Import of the latent cache of the published MeDUET code.
+"""Import the latent cache of the published MeDUET code.
 
 The cache is one folder with four files a case: ``<case>_latent.nii.gz`` (channels first or last),
 ``<case>_domain.npy`` (number of the data set), ``<case>_voxel.npy`` (spacing of the original scan in mm) and
@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
@@ -21,10 +21,11 @@ import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.sources import CT, VolumeEntry
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 
-from .update import PrepareSummary, VolumeJob, VolumeLatents, update_store
+from .update import PrepareSummary, update_store
 
 TOKENIZER = "reference-cache"
 CHANNELS, COMPRESSION = 4, 4
@@ -52,12 +53,30 @@ def import_reference_cache(
     latents = sorted(folder.glob(f"*{_LATENT_ENDING}")) if folder.is_dir() else []
     if not latents:
         raise UserError(f"{folder}: no reference cache (expected files named <case>{_LATENT_ENDING})")
-    jobs, failed = [], []
+    volumes: list[VolumeEntry] = []
+    spacings: dict[str, list[float]] = {}  # of the original scans, by case
+    failed: list[tuple[Path, str]] = []
     for latent in latents:
+        case = latent.name.removesuffix(_LATENT_ENDING)
         try:
-            jobs.append(_job(latent, domain_names))
+            domain = _read_integer(_companion(latent, "domain"))
+            if domain < 0 or (domain_names is not None and domain >= len(domain_names)):
+                expected = "0 or more" if domain_names is None else f"0 to {len(domain_names) - 1}"
+                raise VolumeError(_companion(latent, "domain"), f"domain {domain}, expected {expected}")
+            body_part = _read_integer(_companion(latent, "bp"))
+            spacing = _read_array(_companion(latent, "voxel")).ravel()  # (3,)
+            if spacing.shape != (3,) or not (np.isfinite(spacing) & (spacing > 0)).all():
+                raise VolumeError(
+                    _companion(latent, "voxel"), f"spacing {spacing.tolist()}, expected 3 sizes in mm"
+                )
         except VolumeError as error:
             failed.append((error.path, error.reason))
+            continue
+        spacings[case] = spacing.tolist()
+        name = f"domain_{domain}" if domain_names is None else domain_names[domain]
+        volumes.append(
+            VolumeEntry(latent, name, BODY_PARTS.get(body_part, f"body_part_{body_part}"), CT, case)
+        )
     with StoreWriter(
         output,
         tokenizer=TOKENIZER,
@@ -65,36 +84,18 @@ def import_reference_cache(
         channels=CHANNELS,
         compression=COMPRESSION,
     ) as writer:
-        summary = update_store(writer, jobs)
+        summary = update_store(
+            writer,
+            volumes,
+            _content_key,
+            lambda volume, key: _read_latents(volume, key, spacings[volume.name]),
+        )
     summary.failed[:0] = failed
     return summary
 
 
-def _job(latent: Path, domain_names: Sequence[str] | None) -> VolumeJob:
-    domain = _read_integer(_companion(latent, "domain"))
-    if domain < 0 or (domain_names is not None and domain >= len(domain_names)):
-        expected = "0 or more" if domain_names is None else f"0 to {len(domain_names) - 1}"
-        raise VolumeError(_companion(latent, "domain"), f"domain {domain}, expected {expected}")
-    body_part = _read_integer(_companion(latent, "bp"))
-    spacing = _read_array(_companion(latent, "voxel")).ravel()
-    if spacing.shape != (3,) or not (np.isfinite(spacing) & (spacing > 0)).all():
-        raise VolumeError(_companion(latent, "voxel"), f"spacing {spacing.tolist()}, expected 3 sizes in mm")
-    return VolumeJob(
-        name=_case(latent),
-        domain=domain_names[domain] if domain_names is not None else f"domain_{domain}",
-        body_part=BODY_PARTS.get(body_part, f"body_part_{body_part}"),
-        source=latent,
-        content_key=partial(_content_key, latent),
-        make=partial(_read_latents, latent, spacing.tolist()),
-    )
-
-
-def _case(latent: Path) -> str:
-    return latent.name[: -len(_LATENT_ENDING)]
-
-
 def _companion(latent: Path, what: str) -> Path:
-    return latent.with_name(f"{_case(latent)}_{what}.npy")
+    return latent.with_name(f"{latent.name.removesuffix(_LATENT_ENDING)}_{what}.npy")
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -116,9 +117,10 @@ def _read_integer(path: Path) -> int:
     return int(array.item())
 
 
-def _content_key(latent: Path) -> str:
+def _content_key(volume: VolumeEntry) -> str:
+    """Hash the four files of a case (SHA-256, hex)."""
     digest = hashlib.sha256(TOKENIZER.encode())
-    for path in (latent, *(_companion(latent, what) for what in ("domain", "voxel", "bp"))):
+    for path in (volume.path, *(_companion(volume.path, what) for what in ("domain", "voxel", "bp"))):
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -127,7 +129,8 @@ def _content_key(latent: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_latents(path: Path, original_spacing: list[float]) -> VolumeLatents:
+def _read_latents(volume: VolumeEntry, key: str, original_spacing: list[float]) -> VolumeRecord:
+    path = volume.path
     try:
         array = nib.Nifti1Image.from_filename(path).get_fdata(dtype=np.float32)
     except (OSError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
@@ -142,10 +145,15 @@ def _read_latents(path: Path, original_spacing: list[float]) -> VolumeLatents:
         )
     if array.shape[-1] == CHANNELS:
         array = np.moveaxis(array, -1, 0)
-    return VolumeLatents(
-        latent=torch.from_numpy(np.ascontiguousarray(array)),
+    return VolumeRecord(
+        name=volume.name,
+        domain=volume.domain,
+        body_part=volume.body_part,
+        content_key=key,
+        source=str(path),
+        latent=torch.from_numpy(np.ascontiguousarray(array)),  # (C, X, Y, Z)
         affine=np.diag([*SPACING, 1.0]),
         spacing=SPACING,
-        intensity={"kind": "ct_window", "low": -175.0, "high": 250.0},
+        intensity=asdict(volume.intensity),
         notes={"original_spacing": json.dumps(original_spacing)},
     )

@@ -1,28 +1,27 @@
-"""From volumes to a latent store."""
+"""Prepare volumes: make a latent store of them, or bring it up to date."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from meduet_fast.autoencoder.base import Tokenizer, load_tokenizer
+from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.sources import IntensityRule, VolumeEntry, find_volumes
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
 
-from .update import PrepareSummary, VolumeJob, VolumeLatents, update_store
+from .update import PrepareSummary, update_store
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How volumes become latents.
+    """Say how volumes become latents.
 
     Attributes:
         transform: grid of the prepared image.
@@ -62,7 +61,7 @@ def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSum
 def prepare_volumes(
     entries: Sequence[VolumeEntry], output: Path, tokenizer: Tokenizer, config: PrepareConfig
 ) -> PrepareSummary:
-    """:func:`prepare` for volumes and a tokenizer at hand."""
+    """Do what :func:`prepare` does, for volumes and a tokenizer at hand."""
     if config.transform.multiple % tokenizer.compression:
         raise UserError(
             f"transform.multiple: found {config.transform.multiple}, "
@@ -70,11 +69,29 @@ def prepare_volumes(
         )
     # A mean and draws of different seeds are different latents of one tokenizer.
     identity = f"{tokenizer.identity}+sample{config.seed}" if config.sample else tokenizer.identity
-    jobs = []
-    for entry in entries:
-        key = partial(content_key, entry, config.transform, identity)
-        make = partial(_encode, entry, tokenizer, config)
-        jobs.append(VolumeJob(entry.name, entry.domain, entry.body_part, entry.path, key, make))
+    device = select_device(config.device)
+
+    @torch.inference_mode()
+    def encode(entry: VolumeEntry, key: str) -> VolumeRecord:
+        volume = load_volume(entry, config.transform)
+        generator = None
+        if config.sample:
+            digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+        latents = tokenizer.encode(volume.image[None].to(device), config.sample, generator)  # (1, C, x, y, z)
+        return VolumeRecord(
+            name=entry.name,
+            domain=entry.domain,
+            body_part=entry.body_part,
+            content_key=key,
+            source=str(entry.path),
+            latent=latents[0],
+            affine=volume.affine,
+            spacing=volume.spacing,
+            intensity=asdict(entry.intensity),
+            image=volume.image[0],
+        )
+
     with StoreWriter(
         output,
         tokenizer=tokenizer.identity,
@@ -82,16 +99,6 @@ def prepare_volumes(
         channels=tokenizer.channels,
         compression=tokenizer.compression,
     ) as writer:
-        return update_store(writer, jobs)
-
-
-@torch.inference_mode()
-def _encode(entry: VolumeEntry, tokenizer: Tokenizer, config: PrepareConfig) -> VolumeLatents:
-    device = select_device(config.device)
-    volume = load_volume(entry, config.transform)
-    generator = None
-    if config.sample:
-        digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
-    latent = tokenizer.encode(volume.image[None].to(device), config.sample, generator)[0]
-    return VolumeLatents(latent, volume.affine, volume.spacing, asdict(entry.intensity), volume.image[0])
+        return update_store(
+            writer, entries, lambda entry: content_key(entry, config.transform, identity), encode
+        )

@@ -3,18 +3,12 @@
 from .config import OptimizerConfig, PretrainConfig
 from .erasure import DomainMeans
 from .losses import ObjectiveConfig, pretraining_losses, random_mix_mask
-
-
-def __getattr__(name: str) -> object:  # the engine imports this package's configuration still
-    if name == "pretrain":
-        from .train import pretrain
-
-        return pretrain
-    raise AttributeError(name)
-
+from .task import MeDUETPretraining
+from .train import pretrain
 
 __all__ = [
     "DomainMeans",
+    "MeDUETPretraining",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PretrainConfig",

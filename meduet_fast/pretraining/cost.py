@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
 
 from .config import PretrainConfig
@@ -122,25 +121,6 @@ def activation_bytes(
     return int(batch * (1 + config.num_tokens) * (encoder + decoder))
 
 
-def shard_count(config: PretrainConfig, processes: int, local: int) -> int:
-    """GPUs that share one copy of weights, gradients, moments and teacher.
-
-    Args:
-        config: of the run.
-        processes: GPUs of the run.
-        local: those of one machine.
-
-    Raises:
-        UserError: if the copies of "hsdp" do not come out even.
-    """
-    if config.parallel == "hsdp":
-        shards = config.shard_size or local
-        if processes % shards:
-            raise UserError(f"shard_size is {shards}, expected a divisor of the {processes} processes")
-        return shards
-    return processes if config.parallel == "fsdp" else 1
-
-
 def memory_estimate(config: PretrainConfig, shards: int = 1) -> MemoryEstimate:
     """Memory of one GPU at the peak of a step, with every loss on that the run will have.
 
@@ -149,7 +129,7 @@ def memory_estimate(config: PretrainConfig, shards: int = 1) -> MemoryEstimate:
 
     Args:
         config: of the run.
-        shards: see :func:`shard_count`.
+        shards: GPUs that share one copy, see :func:`meduet_fast.engine.parallel.shard_count`.
     """
     model = _on_meta(config.model)
     count = _count(model)

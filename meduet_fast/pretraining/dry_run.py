@@ -8,11 +8,12 @@ from pathlib import Path
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.distributed import launch_number
-from meduet_fast.engine.resume import check_store
+from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
-from .cost import MemoryEstimate, count_parameters, flops_per_sample, memory_estimate, shard_count
+from .cost import MemoryEstimate, count_parameters, flops_per_sample, memory_estimate
 from .losses import ObjectiveConfig
+from .train import check_store
 
 # Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.
 _CHECKPOINT_BYTES = 6 * 4

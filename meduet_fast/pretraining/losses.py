@@ -1,9 +1,14 @@
-"""MeDUET's pretraining losses, each pass done once. Source: MeDUET sections "Losses" and 6."""
+"""MeDUET's pretraining losses, each pass done once. Source: MeDUET sections "Losses" and 6.
+
+:func:`pretraining_losses` reads in the paper's order; below it stands one function per loss. The plain
+method, every pass as published, is ``reference.py``. Shapes: B crops of C x S x S x S latents, L tokens of
+width D (content) and Ds (style), patches of p; rows of source 1 come first, then those of source 2.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +28,8 @@ from meduet_fast.models import Factors, MeDUET
 
 from .erasure import DomainMeans
 from .gather_keys import gather_keys
+
+LOSSES = ("reconstruction", "domain_content", "domain_style", "mftd", "siqc", "total")
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class ObjectiveConfig:
 def random_mix_mask(
     batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Random mixing masks: (B, L) bool with exactly L/2 ones in each row, made without a host sync.
+    """Draw mixing masks: (B, L) bool with exactly L/2 ones in each row, made without a host sync.
 
     Raises:
         ValueError: for an odd number of tokens.
@@ -91,56 +98,6 @@ def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, 
             )
 
 
-def _pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pooled LayerNorm and plain token mean, rows of source 1, then of source 2: (S*B, W)."""
-    normed, mean = pooled_layer_norm(x, mask)
-    return normed.flatten(0, 1), mean.flatten(0, 1)
-
-
-class _Keys(NamedTuple):
-    content: Tensor  # (4B, D)
-    style: Tensor  # (4B, Ds)
-
-
-@torch.no_grad()
-def _teach(
-    teacher: MeDUET, latents: Tensor, tables: MixTables, config: ObjectiveConfig
-) -> tuple[_Keys | None, Factors | None]:
-    """The teacher: contrast keys from the complementary mask; factors of whole crops, MFTD's targets."""
-    tables = tables.complement()
-    batch = latents.shape[0]
-    tokens = [teacher.embed(latents, tables.mask)] if config.siqc else []
-    if config.mftd:
-        tokens.append(teacher.embed(latents))
-    if not tokens:
-        return None, None
-    encoded = teacher.encode(torch.cat(tokens))
-    full = teacher.factorize(encoded[-batch:]) if config.mftd else None
-    if not config.siqc:
-        return None, full
-    mixed = teacher.factorize(encoded[:batch], tables)
-    swapped = teacher.decode(mixed, tables, straight=False)
-    again = teacher.factorize(teacher.encode(teacher.embed_predicted(swapped)))
-    content = torch.cat([_pool(mixed.content, tables.mask)[0], _pool(again.content)[0]])
-    style = torch.cat([_pool(mixed.style, tables.mask)[0], _pool(again.style)[0]])
-    return _Keys(content, style), full
-
-
-def _distillation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference over the tokens that each stream had to fill in, both streams added.
-
-    Args:
-        student: (2B, L, W), stream 1 rows first.
-        teacher: (B, L, W); stream 2 of row i shows sample B-1-i.
-        mask: (B, L) bool.
-    """
-    target = at_least_float32(torch.cat([teacher, teacher.flip(0)]))
-    error = (at_least_float32(student) - target).square().mean(-1)
-    hidden = torch.cat([mask, ~mask]).to(error.dtype)
-    first, second = (error * hidden).chunk(2)
-    return (first.sum() + second.sum()) / (mask.shape[0] * mask.shape[1] // 2)
-
-
 def pretraining_losses(
     student: MeDUET,
     teacher: MeDUET,
@@ -151,7 +108,7 @@ def pretraining_losses(
     check_values: bool = True,
     domain_means: DomainMeans | None = None,
 ) -> dict[str, Tensor]:
-    """All losses of one batch.
+    """Compute all losses of one batch.
 
     Args:
         student: gets gradients.
@@ -165,58 +122,51 @@ def pretraining_losses(
         domain_means: takes in this batch, if given, at the price of one more encoding without gradient.
 
     Returns:
-        Scalars ``reconstruction, domain_content, domain_style, mftd, siqc, total``; only ``total`` is
-        meant for backward. ``mftd`` and ``siqc`` are zero while they are off.
+        Scalars by name, in the order of :data:`LOSSES`; only ``total`` is meant for backward. ``mftd`` and
+        ``siqc`` are zero while they are off.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
     config = config or ObjectiveConfig()
     _check_inputs(latents, domain, mask, student, check_values)
-    batch = latents.shape[0]
-    tables = mix_tables(mask)
+    index = mix_tables(mask)
+    domains = torch.cat([domain, domain.flip(0)])  # (2B,)
 
-    encoded = student.encode(student.embed(latents, tables.mask))
-    mixed = student.factorize(encoded, tables)
-    predicted = student.decode(mixed, tables, swapped=config.siqc)
+    encoded = student.encode(student.embed(latents, index.mask))  # (B, 1+L, D)
+    mixed = student.factorize(encoded, index)  # content (B, L, D), style (B, L, Ds)
+    predicted = student.decode(mixed, index, swapped=config.siqc)  # straight and swapped (2B, L, p^3 C)
+    content, content_mean = pool(mixed.content, index.mask)  # (2B, D), (2B, D)
+    style, style_mean = pool(mixed.style, index.mask)  # (2B, Ds), (2B, Ds)
+    if domain_means is not None:
+        watch_domains(domain_means, student, latents, encoded, domain, index)
+
     losses = {
         "reconstruction": dual_reconstruction_loss(
-            predicted[: 2 * batch], latents, tables.mask, student.config.patch_size, config.pairing
+            predicted.straight, latents, index.mask, student.config.patch_size, config.pairing
         )
     }
-    content, content_mean = _pool(mixed.content, tables.mask)
-    style, style_mean = _pool(mixed.style, tables.mask)
-    both_domains = torch.cat([domain, domain.flip(0)])
-    if domain_means is not None:
-        with torch.no_grad():
-            whole = student.encode(student.embed(latents))
-            mixed_means = _pool(encoded[:, 1:], tables.mask)[1]
-            whole_means = _pool(whole[:, 1:])[1]
-        domain_means.watch((mixed_means, both_domains), (whole_means, domain))
     if config.content_adversary == "erasure":
         content_mean = content_mean.detach()
-    logits_content, logits_style = student.domain_classifier(content_mean, style_mean)
-    losses["domain_content"] = F.cross_entropy(at_least_float32(logits_content), both_domains)
-    losses["domain_style"] = F.cross_entropy(at_least_float32(logits_style), both_domains)
-
-    keys, targets = _teach(teacher, latents, tables, config)
+    logits_content, logits_style = student.domain_classifier(content_mean, style_mean)  # (2B, domains)
+    losses["domain_content"] = domain_loss(logits_content, domains)
+    losses["domain_style"] = domain_loss(logits_style, domains)
     losses["mftd"] = losses["siqc"] = losses["reconstruction"].new_zeros(())
-    if config.mftd or config.siqc:
-        looked_at = predicted if config.mftd else predicted[2 * batch :]
-        again = student.factorize(student.encode(student.embed_predicted(looked_at)))
+
+    keys, targets = teach(teacher, latents, index, config)
+    if keys is not None or targets is not None:
+        tokens = predicted.tokens if config.mftd else predicted.swapped  # (4B or 2B, L, p^3 C)
+        again = student.factorize(student.encode(student.embed_predicted(tokens)))  # of every stream
+        straight, swapped = again.split(2 * len(latents) * config.mftd)
     if targets is not None:
-        losses["mftd"] = config.lambda_content * _distillation(
-            again.content[: 2 * batch], targets.content, tables.mask
-        ) + _distillation(again.style[: 2 * batch], targets.style, tables.mask)
+        losses["mftd"] = mftd_loss(straight, targets, index.mask, config.lambda_content)
     if keys is not None:
+        queries = (
+            torch.cat([content, pool(swapped.content)[0]]),  # (4B, D)
+            torch.cat([style, pool(swapped.style)[0]]),  # (4B, Ds)
+        )
         log_scale = student.siqc_log_scale if config.learn_siqc_scale else student.siqc_log_scale.detach()
-        content = torch.cat([content, _pool(again.content[-2 * batch :])[0]])
-        style = torch.cat([style, _pool(again.style[-2 * batch :])[0]])
-        gather = gather_keys if config.global_negatives else lambda own: (own, 0)
-        (content_keys, offset), (style_keys, _) = gather(keys.content), gather(keys.style)
-        losses["siqc"] = quadruplet_contrast(
-            content, content_keys, log_scale[0], "content", offset
-        ) + quadruplet_contrast(style, style_keys, log_scale[1], "style", offset)
+        losses["siqc"] = siqc_loss(queries, keys, log_scale, config.global_negatives)
 
     losses["total"] = (
         losses["reconstruction"]
@@ -225,3 +175,95 @@ def pretraining_losses(
         + config.lambda_siqc * losses["siqc"]
     )
     return losses
+
+
+def pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return means of tokens' LayerNorm and of tokens (B, L, W): (2B, W) by source, (B, W) without a mask."""
+    normed, mean = pooled_layer_norm(x, mask)  # (1 or 2, B, W)
+    return normed.flatten(0, 1), mean.flatten(0, 1)
+
+
+@torch.no_grad()
+def watch_domains(
+    means: DomainMeans, student: MeDUET, latents: Tensor, encoded: Tensor, domain: Tensor, index: MixTables
+) -> None:
+    """Show pooled encodings of mixed and of whole crops, with their domains, to the erasure."""
+    whole = student.encode(student.embed(latents))  # (B, 1+L, D)
+    of_mixed = pool(encoded[:, 1:], index.mask)[1]  # (2B, D)
+    of_whole = pool(whole[:, 1:])[1]  # (B, D)
+    means.watch((of_mixed, torch.cat([domain, domain.flip(0)])), (of_whole, domain))
+
+
+@torch.no_grad()
+def teach(
+    teacher: MeDUET, latents: Tensor, index: MixTables, config: ObjectiveConfig
+) -> tuple[tuple[Tensor, Tensor] | None, Factors | None]:
+    """Run the teacher, on the complementary mask.
+
+    Returns:
+        SiQC's keys, content (4B, D) and style (4B, Ds); MFTD's targets, the factors of whole crops. None for
+        a loss that is off.
+    """
+    if not (config.mftd or config.siqc):
+        return None, None
+    index, batch = index.complement(), len(latents)
+    tokens = [teacher.embed(latents, index.mask)] if config.siqc else []  # (B, 1+L, D)
+    if config.mftd:
+        tokens.append(teacher.embed(latents))  # (B, 1+L, D)
+    encoded = teacher.encode(torch.cat(tokens))  # one pass of both: (2B, 1+L, D)
+    targets = teacher.factorize(encoded[-batch:]) if config.mftd else None
+    if not config.siqc:
+        return None, targets
+    mixed = teacher.factorize(encoded[:batch], index)
+    swapped = teacher.decode(mixed, index, straight=False).swapped  # (2B, L, p^3 C)
+    again = teacher.factorize(teacher.encode(teacher.embed_predicted(swapped)))  # (2B, L, D or Ds)
+    content = torch.cat([pool(mixed.content, index.mask)[0], pool(again.content)[0]])  # (4B, D)
+    style = torch.cat([pool(mixed.style, index.mask)[0], pool(again.style)[0]])  # (4B, Ds)
+    return (content, style), targets
+
+
+def domain_loss(logits: Tensor, domains: Tensor) -> Tensor:
+    """Compute the cross entropy of the domains (2B,) given logits (2B, domains)."""
+    return F.cross_entropy(at_least_float32(logits), domains)
+
+
+def mftd_loss(student: Factors, teacher: Factors, mask: Tensor, lambda_content: float) -> Tensor:
+    """Compute the mixed-factor token distillation: lambda_c * d(content) + d(style).
+
+    d is the squared difference of a token's factor, mean over its width and over the tokens that a stream had
+    to fill in, both streams added.
+
+    Args:
+        student: factors of the straight streams, (2B, L, W).
+        teacher: factors of whole crops, (B, L, W); stream 2 of row i shows sample B-1-i.
+        mask: (B, L) bool, hidden in stream 1; stream 2 lacks the others.
+        lambda_content: weight of content against style.
+    """
+    hidden = torch.cat([mask, ~mask])  # (2B, L)
+
+    def distance(found: Tensor, whole: Tensor) -> Tensor:
+        target = at_least_float32(torch.cat([whole, whole.flip(0)]))  # (2B, L, W)
+        error = (at_least_float32(found) - target).square().mean(-1)  # (2B, L)
+        first, second = (error * hidden.to(error.dtype)).chunk(2)  # (B, L) each
+        return (first.sum() + second.sum()) / (mask.shape[0] * mask.shape[1] // 2)
+
+    return lambda_content * distance(student.content, teacher.content) + distance(
+        student.style, teacher.style
+    )
+
+
+def siqc_loss(
+    queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], log_scale: Tensor, global_negatives: bool
+) -> Tensor:
+    """Compute the quadruplet contrast of content and of style, added.
+
+    Args:
+        queries: of the student, content (4B, D) and style (4B, Ds): mixed sources 1 and 2, swapped 1 and 2.
+        keys: of the teacher, alike, without gradient.
+        log_scale: (2,), of content and of style.
+        global_negatives: contrast with the keys of all processes.
+    """
+    gather = gather_keys if global_negatives else lambda own: (own, 0)
+    (content_keys, offset), (style_keys, _) = gather(keys[0]), gather(keys[1])
+    content = quadruplet_contrast(queries[0], content_keys, log_scale[0], "content", offset)
+    return content + quadruplet_contrast(queries[1], style_keys, log_scale[1], "style", offset)

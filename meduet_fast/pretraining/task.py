@@ -1,99 +1,115 @@
-"""What every training step does on the device.
-
-Nothing here waits for it, so all of it can be captured; but for the erasure of domains, which looks at its
-means.
-"""
+"""Pretraining as a task of the engine: a student, the teacher that follows it, and their losses."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from meduet_fast.engine.optimizer import update_teacher
-from meduet_fast.engine.precision import Precision, low_precision
+from meduet_fast.data.augment import augment
+from meduet_fast.engine.ema import update_average
+from meduet_fast.engine.optimizer import cosine
+from meduet_fast.engine.task import Batch, Task
 from meduet_fast.models import MeDUET
 
+from .config import PretrainConfig
+from .cost import flops_per_sample
 from .erasure import DomainMeans
-from .losses import ObjectiveConfig, pretraining_losses
+from .losses import ObjectiveConfig, pretraining_losses, random_mix_mask
 
 
-class PretrainStep(nn.Module):
-    """Student and teacher under one roof, whose call is the losses of a batch.
+class MeDUETPretraining(Task):
+    """Student and teacher under one roof, whose call is the losses of a batch of latents.
 
-    DDP and FSDP must see a single call a step: it is where they gather weights and begin to reduce gradients.
+    Args:
+        config: of the run.
+        student: the network to start from; a new one if None. The teacher starts as its copy.
+        teacher: what to start from instead.
     """
 
-    def __init__(self, student: MeDUET, teacher: MeDUET, domain_means: DomainMeans | None = None) -> None:
-        super().__init__()
-        self.student, self.teacher, self.domain_means = student, teacher, domain_means
+    title = "Pretraining"
+    labels = {  # noqa: RUF012  read only
+        "total": "loss", "reconstruction": "rec", "domain_content": "dom_c", "domain_style": "dom_s",
+        "mftd": "mftd", "siqc": "siqc",
+    }  # fmt: skip
 
-    def forward(
-        self, latents: Tensor, domain: Tensor, mask: Tensor, objective: ObjectiveConfig
-    ) -> dict[str, Tensor]:
-        """See :func:`meduet_fast.pretraining.pretraining_losses`; values are not looked at."""
+    def __init__(
+        self, config: PretrainConfig, student: MeDUET | None = None, teacher: MeDUET | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.adamw, self.tokens = config, config.optimizer, config.model.num_tokens
+        self.student = MeDUET(config.model) if student is None else student
+        self.student.siqc_log_scale.requires_grad_(config.objective.learn_siqc_scale)
+        self.teacher = (copy.deepcopy(self.student) if teacher is None else teacher).requires_grad_(False)
+        self.domain_means = None
+        if config.objective.content_adversary == "erasure":
+            self.domain_means = DomainMeans(config.model.num_domains, config.model.embed_dim)
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Flip and turn the crops, and draw the mixing mask.
+
+        Args:
+            batch: ``latents`` (B, C, S, S, S) of any float dtype, ``domain`` (B,) int64.
+            generator: on the device.
+
+        Returns:
+            ``latents`` float32, ``domain``, and ``mask`` (B, L) bool.
+        """
+        latents = augment(batch["latents"], generator).float()  # (B, C, S, S, S)
+        length = self.config.model.num_tokens
+        mask = random_mix_mask(len(latents), length, generator, latents.device)  # (B, L)
+        return {"latents": latents, "domain": batch["domain"], "mask": mask}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Compute :func:`~.losses.pretraining_losses`; the mask is right by construction."""
         losses = pretraining_losses(
-            self.student, self.teacher, latents, domain, mask, objective, False, self.domain_means
-        )
-        scale = self.student.siqc_log_scale
-        if not objective.siqc and scale.requires_grad:
+            self.student, self.teacher, **batch, config=self.phase(step), check_values=False,
+            domain_means=self.domain_means,
+        )  # fmt: skip
+        scale = self.student.siqc_log_scale  # (2,)
+        if not self.phase(step).siqc and scale.requires_grad:
             # DDP waits for the gradient of every parameter, and checkpoints hold every parameter's moments.
             losses["total"] = losses["total"] + 0 * scale.sum()
         return losses
 
+    def trained(self) -> MeDUET:
+        """Return the student."""
+        return self.student
 
-def add_gradients(
-    step: nn.Module,
-    latents: Tensor,
-    domain: Tensor,
-    mask: Tensor,
-    objective: ObjectiveConfig,
-    share: float = 1.0,
-    precision: Precision = "auto",
-) -> dict[str, Tensor]:
-    """Losses of one batch; the student's gradients grow by ``share`` of theirs.
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the transformer blocks of both."""
+        return [block for model in (self.student, self.teacher) for block in model.transformer_blocks()]
 
-    Arguments and result are those of :func:`meduet_fast.pretraining.pretraining_losses`.
+    def phase(self, step: int) -> ObjectiveConfig:
+        """Return which losses are on."""
+        return self.config.objective_at(step)
 
-    Args:
-        step: a :class:`PretrainStep`, parallelized or not.
-        share: of this batch in the step.
-        precision: that ``step`` was made for.
-    """
-    device = latents.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=low_precision(precision, device)):
-        losses = step(latents, domain, mask, objective)
-    (losses["total"] * share).backward()
-    return {name: loss.detach() for name, loss in losses.items()}
+    def after_step(self, step: int) -> None:
+        """Let the teacher follow, and erase the domains from the content of both, if that was asked for."""
+        optimizer, last = self.config.optimizer, max(self.config.steps - 1, 1)
+        momentum = cosine(optimizer.teacher_momentum, optimizer.final_teacher_momentum, step / last)
+        update_average(self.teacher, self.student, momentum)
+        if self.domain_means is not None:
+            self.domain_means.step(
+                *(model.disentangled_factorizer.proj_c.weight for model in (self.student, self.teacher))
+            )
 
+    def exports(self) -> Mapping[str, nn.Module]:
+        """Return both networks."""
+        return {"student": self.student, "teacher": self.teacher}
 
-def update(
-    student: MeDUET,
-    teacher: MeDUET,
-    optimizer: torch.optim.Optimizer,
-    clip_norm: float,
-    momentum: float,
-    domain_means: DomainMeans | None = None,
-    keep_gradients: bool = False,
-) -> Tensor:
-    """Clip the gradients, use them up, and let the teacher follow.
+    def write_export(self, name: str, state: Mapping[str, Tensor], path: Path) -> None:
+        """Write a network for :meth:`MeDUET.from_pretrained`."""
+        with torch.device("meta"):
+            model = MeDUET(self.config.model)
+        model.load_state_dict(state, assign=True)
+        model.save_pretrained(path)
 
-    Args:
-        domain_means: what to erase from the content of both, if anything.
-        keep_gradients: zero their memory and do not free it.
-
-    Returns:
-        The gradient's norm before clipping, a scalar on the device.
-    """
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    norm = get_total_norm([item.grad for item in parameters if item.grad is not None], foreach=True)
-    if isinstance(norm, DTensor):  # the norm of this process's shards: add up all of them
-        norm = norm.full_tensor()
-    clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=not keep_gradients)
-    update_teacher(teacher, student, momentum)
-    if domain_means is not None:
-        domain_means.step(*(model.disentangled_factorizer.proj_c.weight for model in (student, teacher)))
-    return norm
+    def flops(self, step: int) -> int:
+        """Return a sample's FLOPs; the first call counts those of every later stretch of the run as well."""
+        for start in (self.config.mftd_start_step, self.config.siqc_start_step):
+            flops_per_sample(self.config.model, self.config.objective_at(max(step, start)))
+        return flops_per_sample(self.config.model, self.phase(step))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meduet_fast.data.crops import evaluation_starts, sample_crops
+from meduet_fast.data.crops import EVALUATION, random_stream, sample_crops
+from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 
@@ -138,6 +139,35 @@ def plan_evaluation(
     return EvaluationPlan(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
 
 
+def evaluation_starts(
+    grid: tuple[int, int, int], crop_size: int, fraction: float, count: int, seed: int, *, held_out: bool
+) -> list[Start]:
+    """Draw distinct crop corners in the held-out slab, or in the training region; the same on equal grids.
+
+    Args:
+        grid: spatial shape (X, Y, Z) in latent voxels.
+        crop_size: edge of the crop in latent voxels.
+        fraction: held-out part of axis 0.
+        count: how many corners; fewer come back where the region has fewer.
+        seed: chooses the corners.
+        held_out: which of the two regions.
+
+    Raises:
+        UserError: the grid cannot hold such a crop, or nothing is held out.
+    """
+    if min(grid) < crop_size:
+        raise UserError(f"grid {grid} cannot hold a crop of {crop_size}")
+    if held_out and fraction == 0:
+        raise UserError("held-out fraction is 0: there are no held-out crops")
+    boundary = held_out_start(grid[0], fraction, crop_size)
+    first, end = (boundary, grid[0]) if held_out else (0, boundary)
+    choices = (end - first - crop_size + 1, grid[1] - crop_size + 1, grid[2] - crop_size + 1)
+    total = int(np.prod(choices))
+    chosen = random_stream(seed, EVALUATION).choice(total, size=min(count, total), replace=False)
+    x, y, z = (axis.tolist() for axis in np.unravel_index(chosen, choices))
+    return [(first + x[i], y[i], z[i]) for i in range(len(chosen))]
+
+
 def structured_starts(
     store: LatentStore,
     volumes: Sequence[int],
@@ -155,7 +185,7 @@ def structured_starts(
 
     Args:
         volumes: volumes on one grid.
-        crop_size, fraction, count, seed, held_out: see :func:`~meduet_fast.data.crops.evaluation_starts`.
+        crop_size, fraction, count, seed, held_out: see :func:`evaluation_starts`.
 
     Returns:
         Corners, those with the most structure first.

@@ -50,7 +50,7 @@ def exchange_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0)
     latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()
     tables = mix_tables(torch.cat([mask, mask.flip(0)]).to(latents.device))
     mixed = model.factorize(model.encode(model.embed(latents, tables.mask)), tables)
-    own_1, own_2, swapped_1, swapped_2 = model.decode(mixed, tables).chunk(4)
+    own_1, own_2, swapped_1, swapped_2 = model.decode(mixed, tables).tokens.chunk(4)
     edge = config.latent_size // config.patch_size
 
     def put_together(stream_1: Tensor, stream_2: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ import meduet_fast
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.store import INDEX_NAME, LatentStore
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
+from meduet_fast.engine.loop import RUN_FILE
 from meduet_fast.engine.metrics import METRICS_FILE, read_metrics
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
-from meduet_fast.pretraining.train import RUN_FILE
 from meduet_fast.probing import (
     EvaluationPlan,
     ExchangeErrors,

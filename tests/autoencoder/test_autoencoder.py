@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.autoencoder.autoencoder import Architecture, AutoencoderTokenizer, _window_edge
-from meduet_fast.autoencoder.base import BUILTIN_WEIGHTS
+from meduet_fast.autoencoder.weights import BUILTIN_WEIGHTS
 from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import TransformConfig, load_volume
 

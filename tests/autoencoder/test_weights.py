@@ -15,8 +15,7 @@ from torch import Tensor
 
 from meduet_fast.autoencoder import load_tokenizer
 from meduet_fast.autoencoder.autoencoder import Architecture
-from meduet_fast.autoencoder.base import BUILTIN_WEIGHTS
-from meduet_fast.autoencoder.weights import read_metadata, save_safetensors
+from meduet_fast.autoencoder.weights import BUILTIN_WEIGHTS, read_metadata, save_safetensors
 from meduet_fast.errors import UserError
 
 

@@ -30,7 +30,7 @@ TINY = Setting(
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(bench_step, "compile_blocks", lambda *models: None)
+    monkeypatch.setattr(bench_step, "compile_blocks", lambda blocks: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.loss_curves import draw, load, main
-from meduet_fast.engine.metrics import LOSSES
+from meduet_fast.pretraining.losses import LOSSES
 
 
 def write(folder: Path, scale: float, steps: int = 40) -> Path:

@@ -14,11 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import published_step
 from benchmarks.published_step import Gate, Losses, PublishedStep, losses_and_gradients, published_losses
 from benchmarks.step_parts import make_batch
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, pretraining_losses
+from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, pretraining_losses, reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "meduet_reference_tiny.safetensors"
 Case = tuple[MeDUET, MeDUET, tuple[Tensor, Tensor, Tensor]]
@@ -120,7 +119,7 @@ def test_the_gate_refuses_other_losses(case: Case, amp: torch.dtype | None, othe
 @pytest.mark.parametrize(("mftd", "expected"), [(True, 873.7e9), (False, 537.0e9)])
 def test_flops_per_sample_at_vit_base(mftd: bool, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers, forward and backward, on shapes alone, which masked_select cannot do."""
-    monkeypatch.setattr(published_step, "compact", lambda tokens, mask: tokens[:, ::2])
+    monkeypatch.setattr(reference, "compact", lambda tokens, mask: tokens[:, ::2])
     with torch.device("meta"):
         student, teacher = MeDUET(), MeDUET()
         latents, mask = torch.empty(2, 4, 24, 24, 24), torch.empty(2, 216, dtype=torch.bool)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 
 MakeStore = Callable[..., tuple[LatentStore, dict[str, Tensor]]]
 
@@ -30,7 +30,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         ) as writer:
             for name, (domain, grid) in volumes.items():
                 latents[name] = torch.randn(4, *grid, generator=generator).bfloat16()
-                writer.add(
+                record = VolumeRecord(
                     name=name,
                     domain=domain,
                     body_part="chest",
@@ -41,6 +41,7 @@ def make_store(tmp_path: Path) -> MakeStore:
                     spacing=(1.5, 1.5, 1.5),
                     intensity={"kind": "ct_window", "low": -175.0, "high": 250.0},
                 )
+                writer.add(record)
         return LatentStore.open(path), latents
 
     return make

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meduet_fast.data.crops import (
-    CropBatches,
-    CropConfig,
-    crop_loader,
-    evaluation_starts,
-    lost_reader,
-    sample_crops,
-)
+from meduet_fast.data.crops import CropBatches, CropConfig, sample_crops
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
@@ -117,35 +108,6 @@ def test_seed_and_number_each_change_the_batch(tmp_path: Path) -> None:
     assert len(set(plans)) == 16
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
-    make_store: MakeStore, workers: int
-) -> None:
-    store, _ = make_store(THREE_DOMAINS)
-    whole = CropBatches(store, small())
-    for rank in (0, 1):
-        loader = crop_loader(
-            store, small(), rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers
-        )
-        batches = list(loader)
-        assert len(loader) == len(batches) == 3
-        for number, batch in zip(range(4 + rank, 10, 2), batches, strict=True):
-            assert batch.keys() == whole[number].keys()
-            assert all(torch.equal(batch[key], whole[number][key]) for key in batch)
-
-
-def test_one_core_reads_five_thousand_published_crops_a_second(make_store: MakeStore) -> None:
-    store, _ = make_store({f"v{i}": (f"d{i % 3}", (60, 60, 56)) for i in range(6)})
-    loader = crop_loader(store, CropConfig(crop_size=24, batch_size=64), total_steps=40)
-    seconds = []
-    for _ in range(3):
-        begin = time.process_time()  # of all threads: other processes on this machine do not count
-        crops = sum(len(batch["latents"]) for batch in loader)
-        seconds.append(time.process_time() - begin)
-    assert crops == 40 * 64
-    assert crops / min(seconds) > 5000
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -173,62 +135,8 @@ def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path: Path) -> None
         CropBatches(store_without_files(tmp_path, [2]), small()).plan(-1)
 
 
-def test_evaluation_corners_are_distinct_and_on_their_side() -> None:
-    grid, boundary = (30, 12, 10), held_out_start(30, 0.2, 4)
-    held_out = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=True)
-    training = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=False)
-    assert len(set(held_out)) == len(set(training)) == 20
-    assert all(boundary <= x <= 26 for x, _, _ in held_out)
-    assert all(0 <= x <= boundary - 4 for x, _, _ in training)
-    assert all(0 <= y <= 8 and 0 <= z <= 6 for _, y, z in held_out + training)
-    assert held_out == evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=True)
-    assert held_out != evaluation_starts(grid, 4, 0.2, 20, seed=2, held_out=True)
-
-
-def test_evaluation_corners_of_a_tight_region_are_all_there_are() -> None:
-    starts = evaluation_starts((9, 5, 4), 4, 0.2, 50, seed=1, held_out=True)
-    assert sorted(starts) == [(5, 0, 0), (5, 1, 0)]
-
-
-def test_evaluation_corners_need_room() -> None:
-    with pytest.raises(UserError, match="cannot hold a crop of 4"):
-        evaluation_starts((9, 3, 4), 4, 0.2, 5, seed=1, held_out=True)
-    with pytest.raises(UserError, match="no held-out crops"):
-        evaluation_starts((9, 5, 4), 4, 0.0, 5, seed=1, held_out=True)
-
-
 def test_crops_at_given_corners(make_store: MakeStore) -> None:
     store, latents = make_store(THREE_DOMAINS)
     crops = sample_crops(store, 3, [(0, 0, 0), (10, 4, 2)], 4)
     assert torch.equal(crops[0], latents["b0"][:, :4, :4, :4])
     assert torch.equal(crops[1], latents["b0"][:, 10:14, 4:8, 2:6])
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "was killed by signal Killed (out",
-        ),
-        (RuntimeError("Pin memory thread exited unexpectedly"), "ended without a word (out of memory?)"),
-        (
-            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-            "ended without a word (out of memory?)",
-        ),
-        (
-            UserError("checkpoint not written: DataLoader worker (pid 7) is killed by signal: Bus error. It"),
-            "Bus error (out",
-        ),
-    ],
-)
-def test_a_killed_reader_is_told_from_other_errors(
-    make_store: MakeStore, error: Exception, said: str
-) -> None:
-    store, _ = make_store(THREE_DOMAINS)
-    assert said in str(lost_reader(store.path, error))
-    assert lost_reader(store.path, RuntimeError("something else")) is None
-    assert lost_reader(store.path, BrokenPipeError()) is None
-    damaged = store.path / store.entries[0].file
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert re.search(rf"\({re.escape(str(damaged))}: .*truncated", str(lost_reader(store.path, error)))

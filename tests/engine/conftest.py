@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.pretraining import OptimizerConfig, PretrainConfig
 
@@ -39,7 +39,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with StoreWriter(path, tokenizer="test", tokenizer_spec="test", channels=4, compression=4) as writer:
         for number, domain in enumerate(["a", "a", "b", "c"]):
             noise = torch.randn(4, 20, 12, 10, generator=generator)
-            writer.add(
+            record = VolumeRecord(
                 name=f"volume{number}",
                 domain=domain,
                 body_part="none",
@@ -50,6 +50,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 spacing=(1.5, 1.5, 1.5),
                 intensity={"kind": "ct_window", "low": 0.0, "high": 1.0},
             )
+            writer.add(record)
     return path
 
 

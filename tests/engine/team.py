@@ -11,8 +11,9 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from meduet_fast.engine.metrics import LOSSES, METRICS_FILE, read_metrics
+from meduet_fast.engine.metrics import METRICS_FILE, read_metrics
 from meduet_fast.pretraining import PretrainConfig, pretrain
+from meduet_fast.pretraining.losses import LOSSES
 
 # Children are forked from a server that has imported everything: starting one costs milliseconds.
 FORKSERVER = multiprocessing.get_context("forkserver")

@@ -13,8 +13,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from meduet_fast.engine import parallel
-from meduet_fast.engine.metrics import LOSSES, RunLog, read_metrics
+from meduet_fast.engine.metrics import RunLog, read_metrics
 from meduet_fast.pretraining import PretrainConfig, pretrain
+from meduet_fast.pretraining.losses import LOSSES
 
 
 @pytest.fixture(autouse=True)

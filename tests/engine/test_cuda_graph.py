@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,12 @@ from torch import Tensor
 from meduet_fast.engine import cuda_graph
 from meduet_fast.engine.cuda_graph import WARM_UP, GraphedGradients, Replay
 from meduet_fast.engine.distributed import World
+from meduet_fast.engine.loop import backward_of
 from meduet_fast.engine.optimizer import build_optimizer
+from meduet_fast.engine.step import Backward, train_step
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
-from meduet_fast.pretraining import PretrainConfig, pretrain
-from meduet_fast.pretraining.task import PretrainStep
-from meduet_fast.pretraining.train import Gradients, gradients_of, train_step
+from meduet_fast.pretraining import MeDUETPretraining, PretrainConfig, pretrain
 
 CPU = torch.device("cpu")
 
@@ -51,21 +50,19 @@ def batches(config: PretrainConfig) -> Iterator[dict[str, Tensor]]:
 def losses_of(config: PretrainConfig, graphed: bool) -> tuple[list[dict[str, float]], MeDUET]:
     """All steps of a run, and the teacher at its end."""
     torch.manual_seed(0)
-    student = MeDUET(config.model)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    step = PretrainStep(student, teacher)
-    gradients: Gradients
+    task = MeDUETPretraining(config)
+    backward: Backward
     if graphed:
-        gradients = GraphedGradients(step, 1 / config.accumulate)
+        backward = GraphedGradients(task, 1 / config.accumulate)
         config = replace(config, cuda_graph=True)
     else:
-        gradients = gradients_of(step, config, World(CPU))
-    optimizer, stream = build_optimizer(student, config.optimizer), batches(config)
+        backward = backward_of(task, config, World(CPU))
+    optimizer, stream = build_optimizer(task.student, config.optimizer), batches(config)
     values = [
-        train_step(step, gradients, optimizer, stream, number, config, CPU).fetch()
+        train_step(task, backward, optimizer, stream, number, config, World(CPU)).fetch()
         for number in range(config.steps)
     ]
-    return values, teacher
+    return values, task.teacher
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

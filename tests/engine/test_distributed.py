@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from meduet_fast.engine.checkpoint import latest_checkpoint
-from meduet_fast.engine.metrics import LOSSES, read_metrics
+from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.errors import UserError
 from meduet_fast.pretraining import PretrainConfig, pretrain
+from meduet_fast.pretraining.losses import LOSSES
 
 from .team import assert_same_losses, train, train_alone
 

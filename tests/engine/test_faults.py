@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from meduet_fast.engine.checkpoint import checkpoint_steps
-from meduet_fast.engine.metrics import LOSSES, read_metrics
+from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.pretraining import PretrainConfig
+from meduet_fast.pretraining.losses import LOSSES
 
 from .team import Team, train
 

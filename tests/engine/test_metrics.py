@@ -11,9 +11,10 @@ import torch
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.distributed import World
-from meduet_fast.engine.metrics import LOSSES, RunLog, peak_tflops, read_metrics
-from meduet_fast.pretraining import PretrainConfig
+from meduet_fast.engine.metrics import RunLog, peak_tflops, read_metrics
+from meduet_fast.pretraining import MeDUETPretraining, PretrainConfig
 from meduet_fast.pretraining.cost import flops_per_sample
+from meduet_fast.pretraining.losses import LOSSES
 
 from .team import train_alone
 
@@ -43,7 +44,7 @@ def test_flops_and_utilisation_follow_from_the_rate(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
     config = replace(tiny_config, log_every=2, accumulate=3)
     values = dict.fromkeys((*LOSSES, "grad_norm", "learning_rate"), 1.0)
-    with RunLog(tmp_path, 0, config, World(CUDA)) as log:
+    with RunLog(tmp_path, 0, MeDUETPretraining(config), config, World(CUDA)) as log:
         began = time.perf_counter()
         texts = [log.report(step, values, 0.25, began + step) for step in range(4)]
     assert [text is None for text in texts] == [True, False, True, False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import socket
@@ -21,14 +20,15 @@ from torch._dynamo.utils import counters
 from meduet_fast.engine import parallel
 from meduet_fast.engine.checkpoint import latest_checkpoint
 from meduet_fast.engine.distributed import VARIABLES, World
-from meduet_fast.engine.metrics import LOSSES, read_metrics
+from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.engine.parallel import parallelize
-from meduet_fast.engine.precision import Precision, use_float8
+from meduet_fast.engine.precision import Precision, low_precision, use_float8
+from meduet_fast.engine.step import add_gradients
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.pretraining import PretrainConfig, pretrain, random_mix_mask
-from meduet_fast.pretraining.task import PretrainStep, add_gradients
+from meduet_fast.pretraining import MeDUETPretraining, PretrainConfig, pretrain, random_mix_mask
+from meduet_fast.pretraining.losses import LOSSES
 
 from .team import train, train_alone
 
@@ -67,15 +67,16 @@ def linear_layers(module: nn.Module) -> list[nn.Linear]:
 def gradients(precision: Precision, settings: PretrainConfig) -> tuple[dict[str, float], torch.Tensor]:
     """All losses of a batch, and the student's gradient in one row."""
     torch.manual_seed(0)
-    student = MeDUET(MODEL)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    step = parallelize(PretrainStep(student, teacher), replace(settings, precision=precision), World(CPU))
+    config = replace(settings, precision=precision)
+    task = MeDUETPretraining(config)
+    step = parallelize(task, config, World(CPU))
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(4, 4, 8, 8, 8, generator=generator)
     mask = random_mix_mask(4, MODEL.num_tokens, generator, CPU)
     domain = torch.tensor([0, 1, 2, 0])
-    losses = add_gradients(step, latents, domain, mask, settings.objective, precision=precision)
-    found = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    batch = {"latents": latents, "domain": domain, "mask": mask}
+    losses = add_gradients(step, batch, settings.steps - 1, low=low_precision(precision, CPU))
+    found = [parameter.grad for parameter in task.student.parameters() if parameter.grad is not None]
     assert {item.dtype for item in found} == {torch.float32}
     return {name: loss.item() for name, loss in losses.items()}, torch.cat([item.flatten() for item in found])
 

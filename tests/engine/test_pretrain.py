@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
-from meduet_fast.engine.metrics import LOSSES, RunLog, read_metrics
+from meduet_fast.engine.metrics import RunLog, read_metrics
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.pretraining import PretrainConfig, pretrain
+from meduet_fast.pretraining.losses import LOSSES
 
 
 def losses(run: Path) -> list[tuple[float, ...]]:

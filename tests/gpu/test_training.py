@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,15 +10,15 @@ import pytest
 import torch
 
 from meduet_fast.engine.distributed import World
+from meduet_fast.engine.loop import backward_of
 from meduet_fast.engine.metrics import StepValues
 from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.engine.parallel import parallelize
-from meduet_fast.engine.precision import Precision
+from meduet_fast.engine.precision import Precision, low_precision
 from meduet_fast.engine.prefetch import prefetch
-from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.pretraining import OptimizerConfig, PretrainConfig, random_mix_mask
-from meduet_fast.pretraining.task import PretrainStep, add_gradients
-from meduet_fast.pretraining.train import gradients_of, train_step
+from meduet_fast.engine.step import add_gradients, train_step
+from meduet_fast.models import MeDUETConfig
+from meduet_fast.pretraining import MeDUETPretraining, OptimizerConfig, PretrainConfig, random_mix_mask
 
 DEVICE = torch.device("cuda")
 MODEL = MeDUETConfig(
@@ -40,13 +39,11 @@ def batch(number: int) -> dict[str, torch.Tensor]:
 def stepper(config: PretrainConfig) -> Callable[[int], StepValues]:
     """A run's steps, from the same weights and batches each time."""
     torch.manual_seed(0)
-    student = MeDUET(MODEL).to(DEVICE)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    world = World(DEVICE)
-    step = parallelize(PretrainStep(student, teacher), config, world)
-    gradients, optimizer = gradients_of(step, config, world), build_optimizer(student, config.optimizer)
+    task, world = MeDUETPretraining(config).to(DEVICE), World(DEVICE)
+    model = parallelize(task, config, world)
+    backward, optimizer = backward_of(model, config, world), build_optimizer(task.student, config.optimizer)
     batches = prefetch((batch(number) for number in itertools.count()), DEVICE)
-    return lambda number: train_step(step, gradients, optimizer, batches, number, config, DEVICE)
+    return lambda number: train_step(model, backward, optimizer, batches, number, config, world)
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -91,14 +88,14 @@ def test_prefetched_batches_are_those_that_were_read() -> None:
 def losses_and_gradient(config: PretrainConfig) -> tuple[dict[str, float], torch.Tensor]:
     """Of one batch; the student's gradient in one row."""
     torch.manual_seed(0)
-    student = MeDUET(MODEL).to(DEVICE)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    step = parallelize(PretrainStep(student, teacher), config, World(DEVICE))
+    task = MeDUETPretraining(config).to(DEVICE)
+    model = parallelize(task, config, World(DEVICE))
     # 520 rows of tokens: no multiple of 16, which float8 asks of the sizes of weights alone.
     latents, domain = (batch(0)[name].to(DEVICE).float() for name in ("latents", "domain"))
     mask = random_mix_mask(8, MODEL.num_tokens, torch.Generator(DEVICE).manual_seed(0), DEVICE)
-    losses = add_gradients(step, latents, domain.long(), mask, config.objective, precision=config.precision)
-    gradients = [item.grad.flatten() for item in student.parameters() if item.grad is not None]
+    given = {"latents": latents, "domain": domain.long(), "mask": mask}
+    losses = add_gradients(model, given, 0, low=low_precision(config.precision, DEVICE))
+    gradients = [item.grad.flatten() for item in task.student.parameters() if item.grad is not None]
     return {name: loss.item() for name, loss in losses.items()}, torch.cat(gradients)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meduet_fast.autoencoder.base import Tokenizer
+from meduet_fast.autoencoder import Tokenizer
 from meduet_fast.data import store_writer
 from meduet_fast.data.sources import IntensityRule, VolumeEntry
 from meduet_fast.data.store import LatentStore

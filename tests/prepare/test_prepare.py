@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meduet_fast.autoencoder.base import Tokenizer
+from meduet_fast.autoencoder import Tokenizer
 from meduet_fast.data.sources import IntensityRule, VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig, load_volume

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from meduet_fast.engine.parallel import shard_count
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.pretraining import ObjectiveConfig, PretrainConfig, pretraining_losses, random_mix_mask
@@ -21,7 +22,6 @@ from meduet_fast.pretraining.cost import (
     counted_flops,
     flops_per_sample,
     memory_estimate,
-    shard_count,
 )
 from meduet_fast.pretraining.dry_run import format_plan, format_sizes, print_plan
 

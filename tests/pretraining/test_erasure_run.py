@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from meduet_fast.engine.checkpoint import latest_checkpoint
-from meduet_fast.engine.metrics import LOSSES, RunLog, read_metrics
+from meduet_fast.engine.metrics import RunLog, read_metrics
 from meduet_fast.pretraining import PretrainConfig, erasure, pretrain
+from meduet_fast.pretraining.losses import LOSSES
 
 CONTENT = "disentangled_factorizer.proj_c.weight"
 

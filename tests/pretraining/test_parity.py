@@ -73,7 +73,7 @@ def test_intermediates(golden: Golden) -> None:
     student, teacher, latents = golden.model("student"), golden.model("teacher"), golden["input/x"]
     tables = mix_tables(golden["input/mask"])
     mixed = student.factorize(student.encode(student.embed(latents, tables.mask)), tables)
-    predicted = student.decode(mixed, tables)
+    predicted = student.decode(mixed, tables).tokens
     full = student(latents)
     complement = tables.complement()
     taught = teacher.factorize(teacher.encode(teacher.embed(latents, complement.mask)), complement)

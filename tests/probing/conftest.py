@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.models import MeDUETConfig
 
 Volume = tuple[str, str, str, tuple[int, int, int], tuple[float, float, float]]
@@ -49,7 +49,7 @@ def make_store(tmp_path: Path) -> MakeStore:
                 latent = torch.randn(4, *grid, generator=anatomy) + domains.index(domain)
                 if empty_above is not None:
                     latent[..., empty_above:] = 0
-                writer.add(
+                record = VolumeRecord(
                     name=name,
                     domain=domain,
                     body_part=part,
@@ -60,6 +60,7 @@ def make_store(tmp_path: Path) -> MakeStore:
                     spacing=(1.5, 1.5, 1.5),
                     intensity={"kind": "ct_window", "low": 0.0, "high": 1.0},
                 )
+                writer.add(record)
         return LatentStore.open(path)
 
     return make

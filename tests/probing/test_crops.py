@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 from meduet_fast.probing import plan_evaluation, same_anatomy_groups
+from meduet_fast.probing.crops import evaluation_starts
 
 from .conftest import MakeStore
 
@@ -104,3 +106,27 @@ def test_places_do_not_depend_on_torchs_generator(make_store: MakeStore) -> None
     first = plan_evaluation(store, 8, 0.4, positions=10)
     torch.manual_seed(2)
     assert plan_evaluation(store, 8, 0.4, positions=10) == first
+
+
+def test_evaluation_corners_are_distinct_and_on_their_side() -> None:
+    grid, boundary = (30, 12, 10), held_out_start(30, 0.2, 4)
+    held_out = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=True)
+    training = evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=False)
+    assert len(set(held_out)) == len(set(training)) == 20
+    assert all(boundary <= x <= 26 for x, _, _ in held_out)
+    assert all(0 <= x <= boundary - 4 for x, _, _ in training)
+    assert all(0 <= y <= 8 and 0 <= z <= 6 for _, y, z in held_out + training)
+    assert held_out == evaluation_starts(grid, 4, 0.2, 20, seed=1, held_out=True)
+    assert held_out != evaluation_starts(grid, 4, 0.2, 20, seed=2, held_out=True)
+
+
+def test_evaluation_corners_of_a_tight_region_are_all_there_are() -> None:
+    starts = evaluation_starts((9, 5, 4), 4, 0.2, 50, seed=1, held_out=True)
+    assert sorted(starts) == [(5, 0, 0), (5, 1, 0)]
+
+
+def test_evaluation_corners_need_room() -> None:
+    with pytest.raises(UserError, match="cannot hold a crop of 4"):
+        evaluation_starts((9, 3, 4), 4, 0.2, 5, seed=1, held_out=True)
+    with pytest.raises(UserError, match="no held-out crops"):
+        evaluation_starts((9, 5, 4), 4, 0.0, 5, seed=1, held_out=True)

@@ -25,7 +25,7 @@ def published_way(model: MeDUET, first: Tensor, second: Tensor, mask: Tensor) ->
     """One pair at a time and stream by stream; tokens that were visible are NaN. Latents (1, C, S, S, S)."""
     tables = mix_tables(mask.expand(2, -1))
     mixed = model.factorize(model.encode(model.embed(torch.cat([first, second]), tables.mask)), tables)
-    streams = model.decode(mixed, tables).view(4, 2, *mask.shape[1:], -1)
+    streams = model.decode(mixed, tables).tokens.view(4, 2, *mask.shape[1:], -1)
     names = ("first", "second", "first in second", "second in first")
     found = {}
     for name, (kind, number) in zip(names, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.store_writer import StoreWriter
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
 from meduet_fast.report import read_numbers, write_report
 from meduet_fast.report.pictures import prepared_image
@@ -205,11 +205,12 @@ def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
         compression=4,
     ) as writer:
         for index, entry in enumerate(known.entries):
-            writer.add(
+            record = VolumeRecord(
                 name=entry.name, domain=entry.domain, body_part="chest", content_key=entry.content_key,
                 source=entry.source, latent=known.read_volume(index), affine=[[1.5, 0, 0, 0], [0, 1.5, 0, 0],
                 [0, 0, 1.5, 0], [0, 0, 0, 1]], spacing=entry.spacing, intensity={},
             )  # fmt: skip
+            writer.add(record)
     page = Page(write_report(copied, tmp_path / "store").read_text())
     assert len(page.images) == 3
     assert "imported latents, whose tokenizer is unknown" in page.text
@@ -226,11 +227,12 @@ def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: P
         compression=4,
     ) as writer:  # fmt: skip
         entry = known.entries[0]
-        writer.add(
+        record = VolumeRecord(
             name=entry.name, domain=entry.domain, body_part=entry.body_part, content_key=entry.content_key,
             source=entry.source, latent=known.read_volume(0), affine=[[1.0, 0, 0, 0]] * 4,
             spacing=entry.spacing, intensity={},
         )  # fmt: skip
+        writer.add(record)
     page = Page(write_report(copied, tmp_path / "store").read_text())
     assert page.anchors == SECTIONS
     assert "separation needs two domains" in page.text

@@ -1,0 +1,216 @@
+"""The training loop of every task; it reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path
+from meduet_fast.layers import set_attention_backend
+from meduet_fast.progress import progress_bar
+
+from .checkpoint import (
+    CheckpointWriter,
+    Trained,
+    find_start,
+    last_good,
+    load_checkpoint,
+    prepare_folder,
+    read_run,
+)
+from .config import EngineConfig
+from .cuda_graph import GraphedGradients
+from .distributed import World, join_world
+from .metrics import RunLog, StepValues, non_finite
+from .optimizer import build_optimizer
+from .parallel import inner_task, parallelize
+from .precision import low_precision
+from .prefetch import prefetch
+from .step import Backward, add_gradients, train_step
+from .stop import Agreement, StopRequest
+from .task import Batches, Task
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        finished: whether that is all of them.
+        stopped_by: the signal that stopped it, or None.
+        rank: which of the run's processes says so.
+    """
+
+    step: int
+    finished: bool
+    stopped_by: signal.Signals | None = None
+    rank: int = 0
+
+
+def fit(
+    make: Callable[[], tuple[Task, Batches]],
+    config: EngineConfig,
+    output: Path,
+    resume: bool = False,
+    explain: Callable[[BaseException], str | None] = lambda error: None,
+) -> FitResult:
+    """Train a task.
+
+    SIGINT and SIGTERM write a checkpoint and end the run. All processes that torchrun started call this
+    alike.
+
+    Args:
+        make: builds the task, on the CPU, and opens its data; called once, with the random generator seeded.
+        config: settings.
+        output: the run's folder: ``checkpoints/``, ``metrics.jsonl`` (of rank 0; the others have
+            ``metrics.rankN.jsonl``), ``tensorboard/``, ``run.json``.
+        resume: go on from the last checkpoint, if there is one; the result is that of a run never stopped, on
+            another number of processes to rounding.
+        explain: what an error of the data's readers means, if it is one.
+
+    Raises:
+        UserError: for bad settings, data that do not fit or can't be read, a non-finite loss, a full disk, a
+            lost process, a killed reader.
+    """
+    # The request first: a launcher that ends this process while it finds out what happened must not win.
+    with (
+        StopRequest() as stop,
+        join_world(config.device, config.timeout_s) as world,
+        _in_one_line(output, stop, explain),
+    ):
+        set_attention_backend(config.attention, world.device)
+        torch.manual_seed(config.seed)
+        task, data = make()
+        checkpoint = find_start(output, config, world.size, data.identity, resume)
+        start = read_run(checkpoint)["step"] if checkpoint else 0
+        world.barrier()  # all have looked before anything is written
+        if start >= config.steps:
+            return FitResult(start, finished=True, rank=world.rank)
+
+        model = parallelize(task.to(world.device), config, world)
+        backward = backward_of(model, config, world)
+        optimizer = build_optimizer(task.trained(), task.adamw)
+        trained = Trained(task, optimizer)
+        if checkpoint:
+            load_checkpoint(checkpoint, trained, world)
+        per_step = config.accumulate * world.size
+        stream = data.read(
+            start * per_step, config.steps * per_step, world.rank, world.size, world.device.type == "cuda"
+        )
+        batches = prefetch(stream, world.device)
+        if world.rank == 0:
+            prepare_folder(output / "checkpoints")
+            record = {"data": str(data.path.resolve()), "config": asdict(config)}
+            with atomic_path(output / RUN_FILE) as temporary:
+                temporary.write_text(json.dumps(record, indent=1))
+        world.barrier()
+
+        done = saved = start
+        pending: StepValues | None = None
+        stopped: signal.Signals | None = None
+        agreement = Agreement(world)
+        settings = {"config": config.identity(world.size), "data": data.identity}
+        writer = CheckpointWriter(
+            output / "checkpoints", settings, config.keep_checkpoints, world, config.async_checkpoints
+        )
+        with (
+            RunLog(output, start, task, config, world) as log,
+            progress_bar(task.title, config.steps, "step", start, world.rank == 0) as bar,
+        ):
+
+            def report(values: StepValues) -> None:
+                checked = _finite(values, data, output)
+                bar.update(1, log.report(values.step, checked, values.waited, values.done_at))
+
+            while done < config.steps and stopped is None:
+                values = train_step(model, backward, optimizer, batches, done, config, world)
+                done += 1
+                # The previous step's values have arrived meanwhile: reading them costs no waiting.
+                if pending is not None:
+                    report(pending)
+                pending = values
+                if done % config.checkpoint_every == 0:
+                    report(pending)  # only a state after finite steps may be kept
+                    pending = None
+                    writer.save(done, trained)
+                    saved = done
+                world.look_at_store()
+                stopped, look = agreement.exchange(stop.signal, writer.failed())
+                if look:
+                    writer.finish()
+            agreement.settle()
+            if pending is not None:
+                report(pending)
+            if done > saved:
+                writer.save(done, trained)
+            writer.finish()
+        return FitResult(done, done == config.steps, stopped, world.rank)
+
+
+def backward_of(model: torch.nn.Module, config: EngineConfig, world: World) -> Backward:
+    """Return what adds a batch's gradients and gives its losses.
+
+    Args:
+        model: a task, as :func:`~meduet_fast.engine.parallel.parallelize` left it.
+
+    Raises:
+        UserError: for a CUDA graph where there can't be one.
+    """
+    share, low = 1 / config.accumulate, low_precision(config.precision, world.device)
+    if not config.cuda_graph:
+        return partial(add_gradients, model, share=share, low=low)
+    if world.grouped or world.device.type != "cuda":
+        raise UserError(
+            "cuda_graph is for one GPU, without torchrun: "
+            f"found device {world.device}, {world.size} process{'es' * (world.size > 1)}"
+        )
+    return GraphedGradients(inner_task(model), share, low)
+
+
+def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float]:
+    """Fetch a step's values and refuse non-finite ones."""
+    values = pending.fetch()
+    bad = non_finite(values)
+    if bad == ["grad_norm"] and dist.is_initialized():
+        raise UserError(
+            f"{output}: stopped at step {pending.step}: grad_norm is {values['grad_norm']}, though this "
+            "process's losses are finite; see what the others say"
+        )
+    if bad:
+        names = sorted({name for part in pending.volumes for name in data.names(part)})
+        raise UserError(
+            f"{output}: stopped at step {pending.step}: {bad[0]} is {values[bad[0]]}"
+            + (f" (and {', '.join(bad[1:])})" if bad[1:] else "")
+            + (f"; volumes in the batch: {', '.join(names)}" if names else "")
+            + f"; {last_good(output / 'checkpoints')}"
+        )
+    return values
+
+
+@contextmanager
+def _in_one_line(
+    output: Path, stop: StopRequest, explain: Callable[[BaseException], str | None]
+) -> Iterator[None]:
+    """Turn what the operating system or a reader's death raises into a user's error that names the run."""
+    try:
+        yield
+    except Exception as error:
+        stop.ignore_children()
+        what = explain(error)
+        if what is None and isinstance(error, OSError):
+            what = error.strerror or str(error)
+        if what is None:
+            raise
+        raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error
