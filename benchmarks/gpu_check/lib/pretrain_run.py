@@ -22,7 +22,7 @@ from typing import Any
 from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, start_cuda
 
 # Where the loop finds the function of one optimiser step, which has an argument `step`.
-LOOP, STEP = "meduet_fast.pretraining.train", "train_step"
+LOOP, STEP = "meduet_fast.engine.loop", "train_step"
 MFTD, STEPS, PROFILED = (4, 8, 2) if REHEARSE else (30, 60, 3)
 WINDOWS = {
     MFTD - PROFILED: "without MFTD",
