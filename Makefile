@@ -59,6 +59,13 @@ bench: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.run --set gpu --output $(OUTPUT)
 
+# All that is to be seen on a GPU in BUDGET seconds; the folder gpu-check-output has what was found, errors first in
+# summary.txt. PARTS picks others: official is bench-gpu in the time that is left, sanitize needs compute-sanitizer.
+.PHONY: gpu-check
+gpu-check: BUDGET ?= 540
+gpu-check: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/gpu_check/measure.sh --budget $(BUDGET) $(PARTS:%=--parts %)
+
 setup: $(READY)
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .command import rows_command
+from .command import command
 from .harness import Case, Variant, time_cases
 from .published_step import relative
 from .results import Row
@@ -81,12 +81,12 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
         for edge in (edges[:1] if quick else edges)
         for what in (ENCODE, DECODE)
     ]
-    return time_cases(cases, device, 60.0)
+    return list(time_cases(cases, device, 60.0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return rows_command(rows, __doc__ or "", arguments)
+    return command(lambda options: rows(options.device, options.quick), __doc__ or "", arguments)
 
 
 if __name__ == "__main__":

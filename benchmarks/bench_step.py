@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -41,7 +42,7 @@ from meduet_fast.pretraining import (
 from meduet_fast.pretraining.cost import flops_per_sample, memory_estimate
 
 from .command import command
-from .harness import Case, Variant, not_importable, time_case
+from .harness import OUT_OF_TIME, Case, Variant, not_importable, time_case
 from .published_step import Gate, Losses, PublishedStep, published_losses
 from .reference_peer import ReferencePeer, checkout
 from .results import Row
@@ -257,39 +258,52 @@ def graph_rows(setting: Setting, batch: int, device: torch.device) -> list[Row]:
     return [replace(row, peak_memory=None) if row.variant == GRAPH else row for row in timed]
 
 
-# Blocks differ in size, in precision and in need of a gradient: eight forms, all that the default allows.
-@torch._dynamo.config.patch(recompile_limit=32)
-def rows(device: torch.device, quick: bool, peer: Path | None = None) -> list[Row]:
-    """Batches with and without MFTD, the ablation, loading: ViT-B on CUDA, a small network on the CPU."""
+def rows(
+    device: torch.device, quick: bool, peer: Path | None = None, seconds: float = math.inf
+) -> Iterator[Row]:
+    """Yield batches with and without MFTD, the ablation, loading: ViT-B on CUDA, a small network on the CPU.
+
+    Args:
+        device: what it runs on.
+        quick: the middle batch alone.
+        peer: a checkout of the published code, to be run too.
+        seconds: after which no further case begins; those left out say so.
+    """
+    began, peak = time.perf_counter(), peak_tflops(device)
+    # Blocks differ in size, in precision and in need of a gradient: eight forms, all that the default allows.
+    with torch._dynamo.config.patch(recompile_limit=32):
+        for row in _rows(device, quick, peer, began + seconds):
+            if peak and row.flops and row.median_us:
+                row = _with(row, mfu_percent_of_data_sheet=1e-4 * row.flops / row.median_us / peak)
+            yield row
+
+
+def _rows(device: torch.device, quick: bool, peer: Path | None, end: float) -> Iterator[Row]:
     gpu = device.type == "cuda"
     setting, middle = (VIT_BASE, 64) if gpu else (SMALL, 8)
     # What matters most first.
     batches = [middle] if quick else [64, 128, 32, 192, 256] if gpu else [4, 8, 16]
-    found: list[Row] = []
     for batch in batches:
         for mftd in (True, False):
             stages = mftd and batch == middle
             case = step_case(setting, batch, mftd, device, stages, peer)
             reason = does_not_fit(setting, batch, device) if gpu else ""
+            if time.perf_counter() > end:
+                reason = OUT_OF_TIME
             if reason:
-                found.append(case.row(OURS, unavailable=reason))
+                yield case.row(OURS, unavailable=reason)
                 continue
             timed = time_case(case, device, ROUNDS_S)
-            graphed = graph_rows(setting, batch, device) if gpu and stages else []
-            found += [*timed, *graphed]
+            yield from timed
             if stages:
-                found += ablation([*timed, *(replace(row, case=case.name) for row in graphed[1:])])
+                graphed = graph_rows(setting, batch, device) if gpu else []
+                yield from graphed
+                yield from ablation([*timed, *(replace(row, case=case.name) for row in graphed[1:])])
             if gpu:
                 gc.collect()  # compiled blocks are in cycles with themselves
                 torch.cuda.empty_cache()
-    found += loading_rows(setting, middle, device)
-    peak = peak_tflops(device)
-    return [
-        _with(row, mfu_percent_of_data_sheet=1e-4 * row.flops / row.median_us / peak)
-        if peak and row.flops and row.median_us
-        else row
-        for row in found
-    ]
+    if time.perf_counter() < end:
+        yield from loading_rows(setting, middle, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     def measure(options: argparse.Namespace) -> list[Row]:
-        return rows(options.device, options.quick, options.peer)
+        return list(rows(options.device, options.quick, options.peer))
 
     return command(measure, __doc__ or "", arguments, add_options)
 

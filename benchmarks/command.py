@@ -78,15 +78,6 @@ def command(
     return report_failures(rows)
 
 
-def rows_command(
-    rows: Callable[[torch.device, bool], list[Row]],
-    description: str,
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """:func:`command` of a benchmark that makes its rows itself and has no options of its own."""
-    return command(lambda options: rows(options.device, options.quick), description, arguments)
-
-
 def report_failures(rows: Iterable[Row]) -> int:
     """Say what was not right; the exit code."""
     wrong = failures(rows)
@@ -108,6 +99,6 @@ def cases_command(
 
     def measure(options: argparse.Namespace) -> list[Row]:
         chosen = [case for case in cases(options.device, options.quick) if options.only in str(case)]
-        return time_cases(chosen, options.device, options.budget)
+        return list(time_cases(chosen, options.device, options.budget))
 
     return command(measure, description, arguments, add_options)

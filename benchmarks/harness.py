@@ -12,7 +12,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -277,17 +277,16 @@ def time_case(case: Case, device: torch.device, budget_s: float = 1.0) -> list[R
     return rows
 
 
-def time_cases(cases: Iterable[Case], device: torch.device, budget_s: float) -> list[Row]:
-    """All cases of a benchmark; those that the budget (seconds, with all checks) does not reach say so."""
-    begin, rows = time.perf_counter(), []
+def time_cases(cases: Iterable[Case], device: torch.device, budget_s: float) -> Iterator[Row]:
+    """Yield all cases' rows as they come; those that the budget (seconds, checks included) misses say so."""
+    begin = time.perf_counter()
     for case in cases:
         left = budget_s - (time.perf_counter() - begin)
         if left <= 0:
-            rows += [case.row(name, unavailable=OUT_OF_TIME) for name in case.names or (OURS,)]
+            yield from (case.row(name, unavailable=OUT_OF_TIME) for name in case.names or (OURS,))
             continue
-        rows += time_case(case, device, min(1.0, left / 4))
+        yield from time_case(case, device, min(1.0, left / 4))
         print(f"  {case.bench}: {case}", file=sys.stderr, flush=True)
-    return rows
 
 
 def failures(rows: Iterable[Row]) -> list[str]:

@@ -160,9 +160,14 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """Commit of the code, with "-dirty" if something was changed since; MEDUET_COMMIT where git is not."""
-    described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return described or os.environ.get("MEDUET_COMMIT", "unknown")
+    """Return the commit of the code, with "-dirty" if something was changed since.
+
+    It is MEDUET_COMMIT where that is set: of a copy on another machine git knows nothing, or another state.
+    """
+    told = os.environ.get("MEDUET_COMMIT")
+    return (
+        told or _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+    )
 
 
 def device_name(device: torch.device) -> str:

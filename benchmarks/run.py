@@ -4,8 +4,9 @@
 
 The set "cpu" is made to take under 10 minutes on two cores and writes to ``benchmarks/results/<device>``.
 "gpu" is made to take under 8 minutes on an H100; of packages, only torch and triton must be there. With
-``--output`` all goes into one folder to carry home: results, tables, pictures. Exit code 1: a result was not
-right, or a benchmark failed.
+``--output`` all goes into one folder to carry home: results, tables, pictures; until they are complete, rows
+are in ``unfinished.json`` there as soon as they are measured. Exit code 1: a result was not right, or a
+benchmark failed; 3: the device can't be used any more, and the benchmarks behind that were not run.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import importlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from .results import Results, Row, provenance
 from .tables import OURS
 
 UNFINISHED = "unfinished.json"
+LOST = 3  # exit code
 
 
 class Share(NamedTuple):
@@ -61,7 +62,7 @@ SETS = {
         Share("accelerate", 30),
     ),
     "gpu": (
-        Share("step"),
+        Share("step", 180),
         Share("patch_embed", 50),
         Share("decoder_streams", 50),
         Share("pool", 35),
@@ -78,28 +79,42 @@ SETS = {
 LIMITS = {"cpu": 570.0, "gpu": 450.0}  # seconds, of all that do not limit themselves
 
 
-def measure(module: ModuleType, device: torch.device, quick: bool, seconds: float, left: float) -> list[Row]:
-    """Rows of one benchmark, from its cases or as it makes them itself, if any time is left."""
-    if hasattr(module, "cases"):
-        return time_cases(module.cases(device, quick), device, seconds)
-    if left <= 0:
-        return [Row(module.__name__.rpartition("bench_")[2], "all", OURS, unavailable=OUT_OF_TIME)]
-    return module.rows(device, quick)
+def measure(share: Share, device: torch.device, quick: bool, seconds: float, left: float) -> Iterator[Row]:
+    """Yield the rows of one benchmark as they come; one that fails must not take the others with it.
 
-
-def measure_or_say_why(
-    share: Share, device: torch.device, quick: bool, seconds: float, left: float
-) -> list[Row]:
-    """A benchmark that fails must not take the others with it."""
+    Args:
+        share: the benchmark.
+        device: what it runs on.
+        quick: whether a few cases are enough.
+        seconds: that it may take, if it doesn't limit itself.
+        left: seconds of the whole run.
+    """
     try:
         module = importlib.import_module(f".bench_{share.name}", __package__)
-        return measure(module, device, quick, seconds, left)
+        if hasattr(module, "cases"):
+            yield from time_cases(module.cases(device, quick), device, seconds)
+        elif left <= 0:
+            yield Row(share.name, "all", OURS, unavailable=OUT_OF_TIME)
+        elif share.seconds:
+            yield from module.rows(device, quick, seconds=seconds)
+        else:
+            yield from module.rows(device, quick)
+        return
     except ImportError as error:
         reason = not_importable(error)
     except Exception as error:
         traceback.print_exc()
         reason = f"{WRONG}{type(error).__name__}: {first_line(error)}"
-    return [Row(share.name, "all", OURS, unavailable=reason)]
+    yield Row(share.name, "all", OURS, unavailable=reason)
+
+
+def lost(device: torch.device) -> bool:
+    """Return whether a kernel has left the device unusable for this process."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,15 +143,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = limit - (started - begin)
         wanted = sum(other.seconds for other in chosen[number:])
         seconds = share.seconds * min(1.0, max(left, 0.0) / wanted) if wanted else 0.0
-        results.rows.extend(measure_or_say_why(share, device, options.set == "cpu", seconds, left))
+        for row in measure(share, device, options.set == "cpu", seconds, left):
+            results.rows.append(row)
+            if options.output:  # so that a crash or a kill leaves what was measured
+                results.save(options.output / UNFINISHED)
         print(f"{share.name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        if options.output:  # so that a crash of the device leaves what was measured
-            results.save(options.output / UNFINISHED)
+        if lost(device):
+            print(f"{device} can't be used any more: {share.name} broke it", file=sys.stderr)
+            return LOST
     print_table(results)
-    if options.output:
-        (options.output / UNFINISHED).unlink(missing_ok=True)
     for path in write_folder(results, options.output) if options.output else [results.save()]:
         print(path)
+    if options.output:
+        (options.output / UNFINISHED).unlink(missing_ok=True)
     print(f"{len(results.rows)} rows in {(time.perf_counter() - begin) / 60:.1f} minutes")
     return report_failures(results.rows)
 

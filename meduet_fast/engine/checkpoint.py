@@ -276,7 +276,7 @@ def find_start(output: Path, config: EngineConfig, processes: int, data: str, re
             f"({first} was {settings.get(first)}, now {identity[first]})"
         )
     if saved["data"] != data:
-        raise UserError(f"{output}: can't resume: the latent store is not the one that the run began with")
+        raise UserError(f"{output}: can't resume: the data are not those that the run began with")
     return checkpoint
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench_step, profile_step, step_parts
-from benchmarks.harness import time_case
+from benchmarks.harness import OUT_OF_TIME, time_case
 from benchmarks.profile_step import Usage, usage
 from benchmarks.step_parts import Setting
 from meduet_fast.kernels import kernel_backend
@@ -51,6 +51,13 @@ def test_step_rows_and_the_ablation() -> None:
         "fused kernels", "bf16, nothing waits", "CUDA graph",
     ]  # fmt: skip
     assert {row.bench for row in stages} == {"step_ablation"}
+
+
+def test_cases_that_the_time_does_not_reach_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "SMALL", TINY)
+    rows = list(bench_step.rows(CPU, quick=True, seconds=-1))
+    assert [row.variant for row in rows] == ["ours"] * 2
+    assert {row.unavailable for row in rows} == {OUT_OF_TIME}
 
 
 def test_a_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_cases_that_the_budget_does_not_reach_say_so(monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     cases = [made_case(names=("ours", "eager")) for _ in range(2)]
-    rows = time_cases(cases, CPU, 15.0)
+    rows = list(time_cases(cases, CPU, 15.0))
     assert [row.variant for row in rows] == ["ours", "ours", "eager"]
     assert [row.unavailable for row in rows] == ["", OUT_OF_TIME, OUT_OF_TIME]
 

@@ -77,7 +77,7 @@ def test_other_data_are_refused(whole: Path) -> None:
     class Others(OWN["Sines"]):  # type: ignore[misc]
         identity = "others"
 
-    with pytest.raises(UserError, match="not the one that the run began with"):
+    with pytest.raises(UserError, match="not those that the run began with"):
         fit(lambda: (OWN["Denoiser"](), Others()), CONFIG, whole, resume=True)
 
 

@@ -1,0 +1,61 @@
+"""What the parts share: findings as they are made, the time left, a GPU or its stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+OUT = Path(os.environ.get("OUT", "."))
+WORK = Path(os.environ.get("KIT_WORK", "/tmp/gpu-check"))
+LOGS = WORK / "logs"
+REHEARSE = os.environ.get("KIT_REHEARSE") == "1"
+NO_GPU = 4  # exit code
+
+
+def emit(name: str, status: str, text: str = "", part: str = "", **figures: Any) -> None:
+    """Tell one finding: a line on the screen and a line of JSON in ``$OUT/results.jsonl``.
+
+    Args:
+        name: of what was looked at.
+        status: "ok", "fail", "skip" or "note".
+        text: what is to be said of it.
+        part: that found it; this process's if not given.
+        figures: by name with unit, ``seconds=3``.
+    """
+    part = part or os.environ.get("KIT_PART", "")
+    record = {"part": part, "name": name, "status": status, "text": text, **figures}
+    with (OUT / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, default=str) + "\n")
+    shown = " ".join(f"{key}={value}" for key, value in figures.items())
+    print(f"{status.upper():5} {part} {name} {shown} {text[:400]}".rstrip(), flush=True)
+
+
+def left() -> float:
+    """Return the seconds until the part is ended."""
+    return float(os.environ.get("KIT_DEADLINE", "inf")) - time.time()
+
+
+def first_lines(error: BaseException) -> str:
+    """Return the type and the first three lines of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " | ".join(lines[:3])[:600]
+
+
+def start_cuda() -> None:
+    """Exit where torch sees no GPU; in a rehearsal, put the stand-in in its place."""
+    try:
+        import torch
+    except Exception as error:
+        emit("import torch", "fail", first_lines(error))
+        sys.exit(NO_GPU)
+    if REHEARSE:
+        from .fake_cuda import install
+
+        install()
+    if not torch.cuda.is_available():
+        emit("cuda", "fail", "torch sees no CUDA device")
+        sys.exit(NO_GPU)
