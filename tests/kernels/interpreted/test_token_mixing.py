@@ -138,7 +138,7 @@ def test_gradgradcheck_and_opcheck() -> None:
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     torch.library.opcheck(mix_index.token_order, (second,))
-    torch.library.opcheck(mix_index._tables, (second,))
+    torch.library.opcheck(mix_index._index, (second,))
     torch.library.opcheck(token_mixing._mix, (x, second, False))
     torch.library.opcheck(token_mixing._demix, (x, order, 2))
     torch.library.opcheck(token_mixing._remix, (z1, z2, order))
