@@ -26,7 +26,7 @@ MOST_ROWS_PLAIN = 32768
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Rows that are queries and keys at once, as one GPU's batch gives them or as gathered from many."""
+    """Yield rows that are queries and keys at once, of one GPU's batch or gathered from many."""
     gpu = device.type == "cuda"
     width = 768 if gpu else 256
     rows = [256, 1024, 4096] if quick else [256, 1024, 4096, 16384]

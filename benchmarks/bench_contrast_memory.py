@@ -36,7 +36,7 @@ RUNS: dict[str, Callable[..., Tensor]] = {
 
 
 def make_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys that resemble them, and the scale of the published configuration."""
+    """Make queries, keys that resemble them, and the scale of the published configuration."""
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(rows, width, generator=generator)
     keys = torch.randn(rows, width, generator=generator).add_(queries)  # in place: the peak counts
@@ -44,7 +44,7 @@ def make_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def peak_resident() -> int:
-    """The largest resident size of this process so far, in bytes. Linux alone.
+    """Return the largest resident size of this process so far, in bytes. Linux alone.
 
     Not getrusage's, which in a child begins with the size of the process that started it.
     """
@@ -56,7 +56,7 @@ def peak_resident() -> int:
 
 
 def measure(name: str, rows: int, width: int) -> dict[str, Any]:
-    """One forward and backward pass in this process: bytes above the inputs, seconds, results."""
+    """Run one forward and backward pass in this process: bytes above the inputs, seconds, results."""
 
     def step(inputs: tuple[Tensor, Tensor, Tensor]) -> float:
         loss = RUNS[name](*inputs, "content")
@@ -81,7 +81,7 @@ def measure(name: str, rows: int, width: int) -> dict[str, Any]:
 
 
 def in_a_process(name: str, rows: int, width: int) -> dict[str, Any]:
-    """:func:`measure` in a fresh process."""
+    """Call :func:`measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.bench_contrast_memory", "--only", name]
     command += ["--rows", str(rows), "--width", str(width)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -89,7 +89,7 @@ def in_a_process(name: str, rows: int, width: int) -> dict[str, Any]:
 
 
 def measure_rows(count: int, width: int, repeats: int) -> list[Row]:
-    """A row for each way to compute it, taking turns; nothing is timed unless loss and gradients agree."""
+    """Measure each way to compute it, taking turns; nothing is timed unless loss and gradients agree."""
     rounds = [{name: in_a_process(name, count, width) for name in RUNS} for _ in range(repeats)]
     case, shape = f"N={count} D={width}", {"rows": count, "width": width}
     common: dict[str, Any] = {"direction": "forward_backward", "dtype": "float32", "shape": shape}
@@ -114,13 +114,13 @@ def measure_rows(count: int, width: int, repeats: int) -> list[Row]:
 
 
 def rows(device: torch.device, quick: bool) -> list[Row]:
-    """For a run of all benchmarks; the device is the CPU whatever is asked for."""
+    """Measure for a run of all benchmarks; the device is the CPU whatever is asked for."""
     repeats = 2 if quick else 5
     return [row for count in (4096, 16384) for row in measure_rows(count, 256, repeats)]
 
 
 def main() -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
 
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--rows", type=int, default=16384)

@@ -33,7 +33,7 @@ def streams_by_masked_select(
     straight: bool,
     swapped: bool,
 ) -> Tensor:
-    """Sources compacted, fused, put back into their places: for straight and for exchanged styles."""
+    """Compact sources, fuse, put them back into their places: for straight and for exchanged styles."""
     second = index.mask.unsqueeze(-1)
     contents, styles = ([compact(x, mask) for mask in (~index.mask, index.mask)] for x in (content, style))
     sequences = []
@@ -48,12 +48,12 @@ def streams_by_masked_select(
 
 
 def demix_by_masked_select(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of source 1 and of source 2, (B, L/2, D) each."""
+    """Select tokens of source 1 and of source 2, (B, L/2, D) each."""
     return compact(x, ~mask), compact(x, mask)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """The four streams of a ViT-B step, and a batch taken apart, over the batch."""
+    """Yield the four streams of a ViT-B step, and a batch taken apart, over the batch."""
     gpu = device.type == "cuda"
     for batch in (16, 64, 256) if gpu else (4,) if quick else (4, 8, 16):
         streams = streams_workload(batch, 216, 384)

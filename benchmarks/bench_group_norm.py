@@ -21,12 +21,12 @@ from .operations import COMPILED, compiled, op_cases
 
 
 def two_calls(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """As models write it."""
+    """Normalise as models write it."""
     return F.silu(F.group_norm(x, num_groups, weight, bias))
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """A MAISI decoder's widest map and a diffusion U-Net's middle."""
+    """Yield a MAISI decoder's widest map and a diffusion U-Net's middle."""
     gpu = device.type == "cuda"
     sizes = [(1, 64, 64), (4, 256, 16)] if gpu else [(1, 64, 32), (2, 128, 16)]
     for batch, channels, edge in sizes[:1] if quick and not gpu else sizes:

@@ -24,7 +24,7 @@ from .operations import Run, op_cases, standard_peers
 
 
 def _finish(tokens: Tensor, source_mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
-    """Partner choice and room for CLS."""
+    """Choose between partners, and make room for CLS."""
     if source_mask is not None:
         tokens = torch.where(source_mask.unsqueeze(-1), tokens.flip(0), tokens)
     return F.pad(tokens, (0, 0, num_prefix_tokens, 0))
@@ -38,13 +38,13 @@ def conv3d(
     num_prefix_tokens: int,
     source_mask: Tensor | None = None,
 ) -> Tensor:
-    """As most 3D transformers embed: a convolution whose kernel is its stride."""
+    """Embed as most 3D transformers do: a convolution whose kernel is its stride."""
     tokens = F.conv3d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     return _finish(tokens + position, source_mask, num_prefix_tokens)
 
 
 def monai_block(shape: tuple[int, ...], patch: int) -> Run:
-    """MONAI's ``PatchEmbeddingBlock`` for volumes (B, C, X, Y, Z), on the weights that it is called with."""
+    """Build MONAI's ``PatchEmbeddingBlock`` for (B, C, X, Y, Z), on the weights that it is called with."""
     from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
 
     block = PatchEmbeddingBlock(
@@ -76,7 +76,7 @@ def monai_block(shape: tuple[int, ...], patch: int) -> Run:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Latents as MeDUET embeds them, over the batch; a large batch of small patches; images with patch 16."""
+    """Yield latents as MeDUET embeds them, over the batch; many small patches; images with patch 16."""
     gpu = device.type == "cuda"
     latents: Triple = (24, 24, 24)
     sizes: list[tuple[int, int, Triple, int, bool]] = [

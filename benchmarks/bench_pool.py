@@ -19,7 +19,7 @@ from .operations import op_cases, standard_peers
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Content of a ViT-B step by source, over the batch; style of one batch."""
+    """Yield content of a ViT-B step by source, over the batch; style of one batch."""
     gpu = device.type == "cuda"
     sizes = [(batch, 768) for batch in ((16, 64, 256) if gpu else (4, 8, 16))] + [(64 if gpu else 16, 192)]
     for batch, width in sizes[:1] if quick else sizes:

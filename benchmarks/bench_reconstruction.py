@@ -19,7 +19,7 @@ from .operations import op_cases, standard_peers
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Latents 4x24^3 in patches of 4, over the batch."""
+    """Yield latents 4x24^3 in patches of 4, over the batch."""
     gpu = device.type == "cuda"
     for batch in (16, 64, 256) if gpu else (4,) if quick else (4, 8, 16):
         workload = reconstruction_workload(batch, 4, 24, 4)

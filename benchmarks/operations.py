@@ -23,23 +23,23 @@ _MANY_FLOPS = 10**9
 
 
 def compiled(run: Run) -> Run:
-    """By ``torch.compile``, for these sizes alone."""
+    """Compile by ``torch.compile``, for these sizes alone."""
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 
 def standard_peers(workload: Workload, with_compiler: bool) -> dict[str, Callable[[], Run]]:
-    """The eager definition, and that compiled."""
+    """Return the eager definition, and that compiled."""
     peers = {EAGER: lambda: workload.reference}
     return peers | {COMPILED: lambda: compiled(workload.reference)} if with_compiler else peers
 
 
 def main_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA, as in training; float32 on the CPU."""
+    """Return bfloat16 on CUDA, as in training; float32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _caller(run: Run, inputs: Mapping[str, Any]) -> Callable[[], object]:
-    """Runs forward, and backward if an input asks for a gradient; what flows in is made in the first call."""
+    """Run forward, and backward if an input asks for a gradient; what flows in is made in the first call."""
     wanted = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
     incoming: list[Tensor] = []
 
@@ -63,7 +63,7 @@ def op_cases(
     dtype: torch.dtype | None = None,
     directions: Sequence[str] = (FORWARD, BOTH),
 ) -> Iterator[Case]:
-    """Cases of one workload, a case for each direction.
+    """Yield cases of one workload, a case for each direction.
 
     Args:
         bench: name of the benchmark.

@@ -55,12 +55,12 @@ def set_kernel_backend(backend: Backend) -> None:
 
 
 def kernel_backend() -> Backend:
-    """The name last given to :func:`set_kernel_backend`."""
+    """Return the name last given to :func:`set_kernel_backend`."""
     return _backend
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    """Return whether Triton runs its kernels in Python, on CPU tensors."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -86,7 +86,7 @@ def use_triton(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _auto_choice(device: str) -> bool:
-    """The choice for a CUDA device, logged at its first use."""
+    """Choose for a CUDA device, and log it at its first use."""
     if device not in _auto_choices:
         if triton is None:
             chosen, reason = False, "the package triton is not installed"

@@ -16,7 +16,7 @@ digit. For many thousand rows pass bfloat16 or float16, which are multiplied on 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,28 @@ MAX_SLICES, MAX_SLICE = 3, 256  # a program has up to three accumulators of up t
 # 1. Reference: contrast_eager.py. 2. Kernels: contrast_kernels.py. 3. Registration
 
 
+class _Contrast(NamedTuple):
+    queries: Tensor  # (M, D)
+    keys: Tensor  # (N, D)
+    log_scale: Tensor  # ()
+    query_labels: Tensor | None  # (M,) int64
+    key_labels: Tensor | None  # (N,) int64
+    self_index: Tensor | None  # (M,) int64
+    identity: int
+    key_offset: int
+    gradient: bool
+
+
+class _Gradients(NamedTuple):
+    grad: Tensor  # ()
+    slope: Tensor  # (M, D), or empty without a gradient
+    stats: Tensor  # (2,)
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+
+
 def _slices(width: int, limit: int) -> tuple[int, int, int]:
-    """Columns of an accumulator, accumulators of a program, programs that share the columns."""
+    """Return columns of an accumulator, accumulators of a program, programs that share the columns."""
     groups = triton.cdiv(width, limit)
     share = triton.cdiv(width, groups)
     choices = [(max(16, triton.next_power_of_2(triton.cdiv(share, n))), n) for n in range(1, MAX_SLICES + 1)]
@@ -64,172 +84,127 @@ def _slices(width: int, limit: int) -> tuple[int, int, int]:
     return size, count, groups
 
 
-def _launch_forward(
-    queries: Tensor,
-    keys: Tensor,
-    log_scale: Tensor,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    self_index: Tensor | None,
-    identity: int,
-    key_offset: int,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = queries.shape
-    key_rows = keys.shape[0]
-    device, acc = queries.device, accumulator(queries.dtype)
-    narrow = queries.dtype in (torch.float16, torch.bfloat16)
-    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[queries.dtype] if narrow else acc
-    if queries.dtype == torch.bfloat16 and interpreted():
+def _fake_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.queries.new_empty((), dtype=torch.promote_types(x.queries.dtype, torch.float32))
+    return loss, loss.new_empty(x.queries.shape if x.gradient else 0), loss.new_empty(2)
+
+
+def _launch_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, width), key_rows = x.queries.shape, x.keys.shape[0]
+    device, dtype, acc = x.queries.device, x.queries.dtype, accumulator(x.queries.dtype)
+    labelled = x.identity == LABELS
+    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, acc)
+    if dtype == torch.bfloat16 and interpreted():
         dot = tl.float32  # the interpreter's bfloat16 products are wrong
-    if not narrow:
+    if dtype.itemsize != 2:
         name = "contrast_float32"
     elif rows <= INLINE_LENGTHS:
         name = "contrast_small"
-    else:  # masks take registers, and so does dividing tiles, as float16 does
-        ragged = queries.dtype == torch.float16 or width % 64 != 0 or key_rows % 128 != 0
-        name = "contrast_large_ragged" if ragged else "contrast_large"
+    elif width % 64 != 0 or key_rows % 128 != 0 or (labelled and dtype == torch.float16):
+        name = "contrast_large_ragged"  # masks take registers; labels and float16, which divides tiles, too
+    elif labelled:
+        name = "contrast_large_labels"
+    else:
+        name = "contrast_large_float16" if dtype == torch.float16 else "contrast_large"
     options = config(name, device)
     size, count, groups = _slices(width, options["COLUMNS"])
-    loss, slope, stats = _fake_forward(
-        queries, keys, log_scale, query_labels, key_labels, self_index, identity, key_offset, gradient
-    )
+    loss, slope, stats = _fake_contrast(x)  # (), (M, D), (2,)
     limits = {"EPS": EPSILON, "MIN": MIN_SCALE, "MAX": MAX_SCALE}
 
     inverse = None
     if key_rows > INLINE_LENGTHS:
         inverse = loss.new_empty(key_rows)
         chosen = config("contrast_lengths", device)
-        launch(
-            contrast_lengths_kernel,
-            (triton.cdiv(key_rows, chosen["ROWS"]),),
-            (keys, inverse, key_rows, width, *keys.stride()),
-            {"EPS": EPSILON, "ROWS": chosen["ROWS"], "CHUNK": chosen["CHUNK"], "ACC": acc},
-            "contrast_lengths",
-            chosen,
-        )
+        grid: tuple[int, ...] = (triton.cdiv(key_rows, chosen["ROWS"]),)
+        constants = {"EPS": EPSILON, "ROWS": chosen["ROWS"], "CHUNK": chosen["CHUNK"], "ACC": acc}
+        arguments: tuple[Any, ...] = (x.keys, inverse, key_rows, width, *x.keys.stride())
+        launch(contrast_lengths_kernel, grid, arguments, constants, "contrast_lengths", chosen)
 
     # Few queries: the keys are shared out until every multiprocessor has a program.
     blocks = triton.cdiv(rows, options["BLOCK_M"])
-    passes = groups if gradient else 1
+    passes = groups if x.gradient else 1
     wanted = triton.cdiv(options["PROGRAMS"], blocks * passes)
     tiles = triton.cdiv(key_rows, options["BLOCK_N"])
     tiles_per_split = triton.cdiv(tiles, min(wanted, tiles))
     splits = triton.cdiv(tiles, tiles_per_split)
-    statistics = loss.new_empty(5, splits, rows)
-    ticket = queries.new_empty((), dtype=torch.int32)
+    statistics = loss.new_empty(5, splits, rows)  # of each row: peak, total, moment, agreement, count
+    ticket = x.queries.new_empty((), dtype=torch.int32)
     weighted = None
-    if gradient:
+    if x.gradient:
         weighted = slope if splits == 1 else loss.new_empty(splits, rows, width)
 
-    labelled = identity == LABELS
-    layout = (rows, width, rows // 4, key_rows // 4, key_offset, splits, *queries.stride(), *keys.stride())
-    for stage in (
-        [STATISTICS, WEIGHTS][: 1 + gradient] if labelled else [ONE_PASS if gradient else STATISTICS]
-    ):
-        launch(
-            contrast_rows_kernel,
-            (blocks, splits, 1 if stage == STATISTICS else groups),
-            (
-                queries, keys, log_scale, query_labels, key_labels, self_index, inverse, *statistics,
-                weighted, ticket, rows, key_rows, *layout[1:5],
-                tiles_per_split * options["BLOCK_N"], *layout[5:],
-            ),
-            limits
-            | {
-                "LABELLED": labelled, "PASS": stage, "HELD": bool(options["HELD"]) and groups == 1,
-                "EVEN": width == size * count * groups and width % options["CHUNK"] == 0,
-                "WHOLE": key_rows % options["BLOCK_N"] == 0,
-                "BLOCK_M": options["BLOCK_M"], "BLOCK_N": options["BLOCK_N"], "CHUNK": options["CHUNK"],
-                "SLICE": size, "SLICES": count, "ACC": acc, "DOT": dot, "PRECISION": "ieee",
-            },
-            name,
-            options,
-        )  # fmt: skip
+    quarters = (width, rows // 4, key_rows // 4, x.key_offset)
+    strides = (*x.queries.stride(), *x.keys.stride())
+    constants = {
+        **limits, "LABELLED": labelled, "HELD": bool(options["HELD"]) and groups == 1,
+        "EVEN": width == size * count * groups and width % options["CHUNK"] == 0,
+        "WHOLE": key_rows % options["BLOCK_N"] == 0,
+        "BLOCK_M": options["BLOCK_M"], "BLOCK_N": options["BLOCK_N"], "CHUNK": options["CHUNK"],
+        "SLICE": size, "SLICES": count, "ACC": acc, "DOT": dot, "PRECISION": "ieee",
+    }  # fmt: skip
+    arguments = (*x[:6], inverse, *statistics, weighted, ticket, rows, key_rows, *quarters)
+    arguments += (tiles_per_split * options["BLOCK_N"], splits, *strides)
+    if labelled:
+        stages = [STATISTICS, WEIGHTS] if x.gradient else [STATISTICS]
+    else:
+        stages = [ONE_PASS if x.gradient else STATISTICS]
+    for stage in stages:
+        grid = (blocks, splits, 1 if stage == STATISTICS else groups)
+        launch(contrast_rows_kernel, grid, arguments, {**constants, "PASS": stage}, name, options)
+
     chosen = config("contrast_finish", device)
     block = triton.next_power_of_2(width)
     rows_each = max(min(chosen["ROWS"], 4096 // block), 1)  # whole rows must fit in a program
     programs = triton.cdiv(rows, rows_each)
-    launch(
-        contrast_finish_kernel,
-        (programs,),
-        (
-            queries, keys, log_scale, *statistics, weighted, slope, loss.new_empty(3, programs), ticket, loss,
-            stats, *layout,
-        ),
-        limits
-        | {
-            "IDENTITY": identity, "GRADIENT": gradient, "ROWS": rows_each,
-            "BLOCK_D": block, "BLOCK_P": chosen["BLOCK_P"], "ACC": acc,
-        },
-        "contrast_finish",
-        chosen,
-    )  # fmt: skip
+    partial = loss.new_empty(3, programs)
+    constants = {
+        **limits, "IDENTITY": x.identity, "GRADIENT": x.gradient, "ROWS": rows_each,
+        "BLOCK_D": block, "BLOCK_P": chosen["BLOCK_P"], "ACC": acc,
+    }  # fmt: skip
+    arguments = (*x[:3], *statistics, weighted, slope, partial, ticket, loss, stats)
+    arguments += (rows, *quarters, splits, *strides)
+    launch(contrast_finish_kernel, (programs,), arguments, constants, "contrast_finish", chosen)
     return loss, slope, stats
 
 
-def _fake_forward(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    shape = queries.shape if rest[-1] else (0,)
-    return tuple(queries.new_empty(size, dtype=dtype) for size in ((), shape, (2,)))  # type: ignore[return-value]
+def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+    return x.slope.new_empty(x.slope.shape, dtype=x.dtype), x.slope.new_empty((), dtype=x.scale_dtype)
 
 
-def _launch_backward(
-    grad: Tensor, slope: Tensor, stats: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    grad_queries, grad_scale = _fake_backward(grad, slope, stats, dtype, scale_dtype)
-    options = config("contrast_backward", slope.device)
-    launch(
-        contrast_backward_kernel,
-        (max(triton.cdiv(slope.numel(), options["BLOCK"]), 1),),  # there may be a slope of the scale alone
-        (grad, slope, stats, grad_queries, grad_scale, slope.numel()),
-        {"BLOCK": options["BLOCK"]},
-        "contrast_backward",
-        options,
-    )
-    return grad_queries, grad_scale
+def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+    outputs, elements = _fake_gradients(x), x.slope.numel()  # (M, D), ()
+    options = config("contrast_backward", x.slope.device)
+    grid = (max(triton.cdiv(elements, options["BLOCK"]), 1),)  # there may be a slope of the scale alone
+    constants, arguments = {"BLOCK": options["BLOCK"]}, (*x[:3], *outputs, elements)
+    launch(contrast_backward_kernel, grid, arguments, constants, "contrast_backward", options)
+    return outputs
 
 
-def _fake_backward(
-    grad: Tensor, slope: Tensor, stats: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return slope.new_empty(slope.shape, dtype=dtype), slope.new_empty((), dtype=scale_dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, _, log_scale = inputs[:3]
+def _setup_context(ctx: Any, x: _Contrast, output: tuple[Tensor, ...]) -> None:
     _, slope, stats = output
     ctx.save_for_backward(slope, stats)
     ctx.mark_non_differentiable(slope, stats)
     ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
-    ctx.dtypes, ctx.scale_shape = (queries.dtype, log_scale.dtype), log_scale.shape
+    ctx.dtypes, ctx.scale_shape = (x.queries.dtype, x.log_scale.dtype), x.log_scale.shape
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
-    return (
-        grad_queries if ctx.needs_input_grad[0] else None,
-        None,
-        grad_scale.reshape(ctx.scale_shape) if ctx.needs_input_grad[2] else None,
-        *(None,) * 6,
-    )
+    gradients: list[Tensor | None] = [None] * len(_Contrast._fields)
+    if grad is not None:
+        grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+        if ctx.needs_input_grad[0]:
+            gradients[0] = grad_queries
+        if ctx.needs_input_grad[2]:
+            gradients[2] = grad_scale.reshape(ctx.scale_shape)
+    return tuple(gradients)
 
 
 _contrast = register(
-    "contrast(Tensor queries, Tensor keys, Tensor log_scale, Tensor? query_labels, Tensor? key_labels, "
-    "Tensor? self_index, int identity, int key_offset, bool gradient) -> (Tensor, Tensor, Tensor)",
-    _launch_forward,
-    _fake_forward,
-    _setup_context,
-    _backward,
-)
+    "contrast", _Contrast, "(Tensor, Tensor, Tensor)",
+    _launch_contrast, _fake_contrast, _setup_context, _backward,
+)  # fmt: skip
 _contrast_backward = register(
-    "contrast_backward(Tensor grad, Tensor slope, Tensor stats, ScalarType dtype, ScalarType scale_dtype) "
-    "-> (Tensor, Tensor)",
-    _launch_backward,
-    _fake_backward,
+    "contrast_backward", _Gradients, "(Tensor, Tensor)", _launch_gradients, _fake_gradients
 )
 
 
@@ -249,7 +224,7 @@ def _check(queries: Tensor, keys: Tensor, log_scale: Tensor) -> None:
 
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, and the keys cut off from the graph."""
+    """Return both in one dtype, and the keys cut off from the graph."""
     if queries.dtype != keys.dtype:
         queries = at_least_float32(queries)
     return queries, keys.detach().to(queries.dtype)
@@ -258,7 +233,7 @@ def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 def quadruplet_contrast(
     queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
 ) -> Tensor:
-    """Mean over rows of minus the mean log-probability of a row's three positives.
+    """Average over rows minus the mean log-probability of a row's three positives.
 
     Logits are scale * cos(query, key), the row's own key left out; scale = exp(log_scale) clamped to
     [1e-3, 100], where the clamp acts without a gradient; a vector is divided by its length plus 1e-8.
@@ -308,7 +283,7 @@ def supervised_contrast(
     log_scale: Tensor,
     self_index: Tensor | None = None,
 ) -> Tensor:
-    """Mean of minus the mean log-probability of a query's positives, which are the keys with its label.
+    """Average minus the mean log-probability of a query's positives, which are the keys with its label.
 
     Logits, scale and lengths are those of :func:`quadruplet_contrast`, which is the special case of labels
     that repeat four times and needs two thirds of the operations. A query without positives adds nothing and

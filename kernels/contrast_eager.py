@@ -5,7 +5,7 @@ Source: MeDUET section "Losses", SiQC; the gradient's closed form is in :func:`_
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ CPU_LOGITS, GPU_LOGITS = 2**22, 2**26
 
 
 def check_identity(identity: str) -> None:
-    """Raises: ValueError for an unknown identity."""
+    """Refuse an unknown identity with a ValueError."""
     if identity not in IDENTITIES:
         raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
 
 
 def quadruplet_identities(batch: int, identity: Identity, device: torch.device | None = None) -> Tensor:
-    """Identity of each of the 4B rows: (4B,) int64.
+    """Return the identity of each of the 4B rows: (4B,) int64.
 
     The four blocks are: source 1, source 2 (the batch-flip partner), the reconstruction with source 1's
     content and source 2's style, and the reverse. Rows are alike in content, or in style.
@@ -54,34 +54,34 @@ def supervised_contrast_reference(
     log_scale: Tensor,
     self_index: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`.contrast.supervised_contrast`: holds every logit."""
-    query = at_least_float32(queries)
-    key = keys.detach().to(query.dtype)
+    """Compute :func:`.contrast.supervised_contrast` in plain PyTorch: its definition, holds every logit."""
+    query = at_least_float32(queries)  # (M, D)
+    key = keys.detach().to(query.dtype)  # (N, D)
     query = query / (query.norm(dim=1, keepdim=True) + EPSILON)
     key = key / (key.norm(dim=1, keepdim=True) + EPSILON)
     scale = log_scale.to(query.dtype).exp().clamp(MIN_SCALE, MAX_SCALE)
     with without_autocast(queries.device):  # it would run the small, sensitive similarity in bf16
-        logits = scale * (query @ key.T)
-    positive = query_labels[:, None] == key_labels[None, :]
+        logits = scale * (query @ key.T)  # (M, N)
+    positive = query_labels[:, None] == key_labels[None, :]  # (M, N)
     if self_index is not None:
         itself = torch.zeros_like(positive).scatter(1, self_index[:, None], True)
         # Not -inf: a row without any other key would turn into NaN.
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
         positive = positive & ~itself
-    log_probability = logits.log_softmax(1).masked_fill(~positive, 0.0)
-    count = positive.sum(1)
-    per_row = -log_probability.sum(1) / count.clamp(min=1)
-    return per_row.sum() / (count > 0).sum().clamp(min=1)
+    log_probability = logits.log_softmax(1).masked_fill(~positive, 0.0)  # (M, N)
+    count = positive.sum(1)  # (M,)
+    per_row = -log_probability.sum(1) / count.clamp(min=1)  # (M,)
+    return per_row.sum() / (count > 0).sum().clamp(min=1)  # ()
 
 
 def quadruplet_contrast_reference(
     queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
 ) -> Tensor:
-    """The definition of :func:`.contrast.quadruplet_contrast`: the supervised contrast, with its labels."""
+    """Compute :func:`.contrast.quadruplet_contrast` by its definition: labels for the supervised contrast."""
     batch, key_batch = queries.shape[0] // 4, keys.shape[0] // 4
-    labels = quadruplet_identities(batch, identity, queries.device)
+    labels = quadruplet_identities(batch, identity, queries.device)  # (4B,)
     ranks = torch.arange(0, key_batch, max(batch, 1), device=queries.device)
-    key_labels = (labels.view(4, 1, batch) + ranks[:, None]).flatten()
+    key_labels = (labels.view(4, 1, batch) + ranks[:, None]).flatten()  # (4 B*,)
     self_index, _ = quadruplet_indices(batch, key_batch, identity, key_offset, queries.device)
     return supervised_contrast_reference(
         queries, keys, labels + key_offset, key_labels, log_scale, self_index
@@ -91,7 +91,7 @@ def quadruplet_contrast_reference(
 def quadruplet_indices(
     batch: int, key_batch: int, identity: Identity, key_offset: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Each query's own key (4B,) and its three positives (4B, 3), in closed form.
+    """Return each query's own key (4B,) and its three positives (4B, 3), in closed form.
 
     Query i of block b finds key i in the blocks that carry what b carries, own or partner, and key B-1-i in
     the others; those of the block b itself is the query's own key.
@@ -107,28 +107,31 @@ def quadruplet_indices(
     return itself.flatten(), positives.reshape(4 * batch, 3)
 
 
-def _fake(queries: Tensor, log_scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    loss, scale_slope = (queries.new_empty((), dtype=dtype) for _ in range(2))
-    return loss, queries.new_empty(queries.shape if gradient else (0,), dtype=dtype), scale_slope
+class _Chunked(NamedTuple):
+    queries: Tensor  # (M, D)
+    keys: Tensor  # (N, D)
+    log_scale: Tensor  # ()
+    positives: Tensor | None  # (M, 3) int64
+    query_labels: Tensor | None  # (M,) int64
+    key_labels: Tensor | None  # (N,) int64
+    self_index: Tensor | None  # (M,) int64
+    gradient: bool
 
 
-def _chunked(
-    queries: Tensor,
-    keys: Tensor,
-    log_scale: Tensor,
-    positives: Tensor | None,
-    query_labels: Tensor | None,
-    key_labels: Tensor | None,
-    self_index: Tensor | None,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its derivatives by the queries and by log_scale; the backward pass has but to multiply.
+def _fake_chunked(x: _Chunked) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.queries.dtype, torch.float32)
+    loss, scale_slope = (x.queries.new_empty((), dtype=dtype) for _ in range(2))
+    return loss, loss.new_empty(x.queries.shape if x.gradient else (0,)), scale_slope
+
+
+def _chunked(x: _Chunked) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute loss and its derivatives by the queries and by log_scale; backward has but to multiply.
 
     With unit vectors q^ and K^ and a row's softmax: dL/dq^ = (s / N) (softmax K^ - mean of its positives K^),
     dL/dlog s = sum of q^ . dL/dq^. Both products run on the same chunk of logits: 4 N^2 D operations.
     """
-    loss, slope, scale_slope = _fake(queries, log_scale, gradient)
+    queries, keys, log_scale, positives, query_labels, key_labels, self_index, gradient = x
+    loss, slope, scale_slope = _fake_chunked(x)  # (), (M, D), ()
     rows, columns = queries.shape[0], keys.shape[0]
     step = max((GPU_LOGITS if queries.is_cuda else CPU_LOGITS) // columns, 16)
     raw_scale = log_scale.to(loss.dtype).reshape(()).exp()
@@ -143,7 +146,7 @@ def _chunked(
             query = queries[part].to(loss.dtype)
             length = query.norm(dim=1, keepdim=True)
             query = query / (length + EPSILON)
-            logits = torch.mm(query * scale, key.T, out=buffer[: len(query)])
+            logits = torch.mm(query * scale, key.T, out=buffer[: len(query)])  # (rows of the chunk, N)
             if self_index is not None:
                 itself = self_index[part, None]
                 logits.scatter_(1, itself, torch.finfo(loss.dtype).min)
@@ -187,45 +190,34 @@ def _chunked(
     return loss, slope, scale_slope
 
 
-def _fake_chunked(queries: Tensor, keys: Tensor, log_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake(queries, log_scale, rest[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, _, log_scale = inputs[:3]
+def _setup_context(ctx: Any, x: _Chunked, output: tuple[Tensor, ...]) -> None:
     _, slope, scale_slope = output
     ctx.save_for_backward(slope, scale_slope)
     ctx.mark_non_differentiable(slope, scale_slope)
     ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
-    ctx.dtypes = queries.dtype, log_scale.dtype
-    ctx.scale_shape = log_scale.shape
+    ctx.dtypes = x.queries.dtype, x.log_scale.dtype
+    ctx.scale_shape = x.log_scale.shape
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    slope, scale_slope = ctx.saved_tensors
-    grad_queries = grad_scale = None
-    if ctx.needs_input_grad[0]:
-        grad_queries = (grad * slope).to(ctx.dtypes[0])
-    if ctx.needs_input_grad[2]:
-        grad_scale = (grad * scale_slope).to(ctx.dtypes[1]).reshape(ctx.scale_shape)
-    return grad_queries, None, grad_scale, None, None, None, None, None
+    gradients: list[Tensor | None] = [None] * len(_Chunked._fields)
+    if grad is not None:
+        slope, scale_slope = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            gradients[0] = (grad * slope).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            gradients[2] = (grad * scale_slope).to(ctx.dtypes[1]).reshape(ctx.scale_shape)
+    return tuple(gradients)
 
 
 _contrast_chunked = register(
-    "contrast_chunked(Tensor queries, Tensor keys, Tensor log_scale, Tensor? positives, "
-    "Tensor? query_labels, Tensor? key_labels, Tensor? self_index, bool gradient) "
-    "-> (Tensor, Tensor, Tensor)",
-    _chunked,
-    _fake_chunked,
-    _setup_context,
-    _backward,
-)
+    "contrast_chunked", _Chunked, "(Tensor, Tensor, Tensor)",
+    _chunked, _fake_chunked, _setup_context, _backward,
+)  # fmt: skip
 
 
 def wants_gradient(queries: Tensor, log_scale: Tensor) -> bool:
-    """Whether the forward pass should compute the slopes as well."""
+    """Return whether the forward pass should compute the slopes as well."""
     return torch.is_grad_enabled() and (queries.requires_grad or log_scale.requires_grad)
 
 
@@ -236,7 +228,7 @@ def _in_one_piece(queries: Tensor, keys: Tensor) -> bool:
 def quadruplet_contrast_eager(
     queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
 ) -> Tensor:
-    """The reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
+    """Run the reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
     if _in_one_piece(queries, keys):
         return quadruplet_contrast_reference(queries, keys, log_scale, identity, key_offset)
     self_index, positives = quadruplet_indices(
@@ -255,7 +247,7 @@ def supervised_contrast_eager(
     log_scale: Tensor,
     self_index: Tensor | None = None,
 ) -> Tensor:
-    """The reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
+    """Run the reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
     if _in_one_piece(queries, keys):
         return supervised_contrast_reference(queries, keys, query_labels, key_labels, log_scale, self_index)
     gradient = wants_gradient(queries, log_scale)

@@ -1,12 +1,22 @@
 """The decoder's input streams out of a mixed sequence, each source alone, styles kept or swapped: one pass.
 
+A row of six tokens; 23 is the content of place 2 with the style of place 3, m the mask token:
+
+    place                 0   1   2   3   4   5
+    mask                  0   1   1   0   1   0     0 shows source 1, 1 shows source 2
+    partner               1   0   3   2   5   4     the place of equal rank in the other source
+    straight, source 1   00   m   m  33   m  55
+    straight, source 2    m  11  22   m  44   m
+    swapped, source 1    01   m   m  32   m  54
+    swapped, source 2     m  10  23   m  45   m
+
 Source: MeDUET section "Mixing and demixing". The published code compacts each source, fuses it, and puts it
 back at its positions. Only the rank-paired swap depends on that, and it is a table on the full grid.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,18 +46,15 @@ def assemble_streams_reference(
     straight: bool = True,
     swapped: bool = True,
 ) -> Tensor:
-    """The definition of :func:`assemble_streams`, in plain PyTorch."""
-    fused = []
-    if straight:
-        fused.append(content + style)
+    """Compute :func:`assemble_streams` in plain PyTorch: its definition."""
+    fused = [content + style] if straight else []  # (B, L, E)
     if swapped:
-        fused.append(content + take_rows(style, index.partner))
-    second = index.mask.unsqueeze(-1)
-    mask_token = mask_token.to(content.dtype)
-    rows = [torch.where(hidden, mask_token, tokens) for tokens in fused for hidden in (second, ~second)]
-    prefix = prefix.to(content.dtype)
-    sequences = torch.cat([torch.cat([prefix, tokens], 1) for tokens in rows])
-    return sequences + position.to(content.dtype)
+        fused.append(content + take_rows(style, index.partner))  # (B, L, E)
+    second = index.mask.unsqueeze(-1)  # (B, L, 1)
+    mask_token, prefix = mask_token.to(content.dtype), prefix.to(content.dtype)  # (E,), (B, P, E)
+    streams = [torch.where(hidden, mask_token, tokens) for tokens in fused for hidden in (second, ~second)]
+    sequences = torch.cat([torch.cat([prefix, tokens], 1) for tokens in streams])  # (n*B, P+L, E)
+    return sequences + position.to(content.dtype)  # (n*B, P+L, E)
 
 
 # 2. Kernels
@@ -62,23 +69,23 @@ if triton is not None:
         BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
     ):  # fmt: skip
         # `places` count from the first prefix row, `rows` from the first token.
-        columns, valid = tile_columns(width, BLOCK_D)
-        places = tile_rows(0, STEPS, ROWS)
+        columns, valid = tile_columns(width, BLOCK_D)  # (1, BLOCK_D)
+        places = tile_rows(0, STEPS, ROWS)  # (ROWS, 1)
         batch, batches = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64)
         rows = places - prefixes
         token = (rows >= 0) & (rows < length)
-        source = tl.load(second + batch * length + rows, mask=token, other=0)
-        content += batch * content_b + columns * content_d
-        style += batch * style_b + columns * style_d
-        prefix += batch * prefix_b + columns * prefix_d
+        source = tl.load(second + batch * length + rows, mask=token, other=0)  # of (B, L)
+        content += batch * content_b + columns * content_d  # (B, L, E)
+        style += batch * style_b + columns * style_d  # (B, L, E)
+        prefix += batch * prefix_b + columns * prefix_d  # (B, P, E)
         # Each of the two is zero where the other is not.
-        fixed = load_rows(content, rows, length, valid, content_l, ACC)
+        fixed = load_rows(content, rows, length, valid, content_l, ACC)  # (ROWS, BLOCK_D), as all below
         fixed += load_rows(prefix, places, prefixes, valid, prefix_l, ACC)
-        positions = load_rows(position + columns, places, prefixes + length, valid, width, ACC)
-        shadow = tl.load(mask_token + columns, mask=valid, other=0.0).to(ACC)
+        positions = load_rows(position + columns, places, prefixes + length, valid, width, ACC)  # of (P+L, E)
+        shadow = tl.load(mask_token + columns, mask=valid, other=0.0).to(ACC)  # of (E,)
         inside = (places < prefixes + length) & valid
-        stride = batches * (prefixes + length) * width
-        out += (batch * (prefixes + length) + places) * width + columns
+        stride = batches * (prefixes + length) * width  # of a stream
+        out += (batch * (prefixes + length) + places) * width + columns  # (n*B, P+L, E)
         if STRAIGHT:
             fused = fixed + load_rows(style, rows, length, valid, style_l, ACC)
             for stream in tl.static_range(2):
@@ -86,7 +93,7 @@ if triton is not None:
                 tl.store(out + stream * stride, result.to(out.dtype.element_ty), mask=inside)
             out += 2 * stride
         if SWAPPED:
-            other = tl.load(partner + batch * length + rows, mask=token, other=-1)
+            other = tl.load(partner + batch * length + rows, mask=token, other=-1)  # of (B, L)
             fused = fixed + load_rows(style, other, length, valid, style_l, ACC)
             for stream in tl.static_range(2):
                 result = tl.where(token & (source != stream), shadow, fused) + positions
@@ -101,18 +108,18 @@ if triton is not None:
     ):  # fmt: skip
         # partial (B*chunks, E): the mask token's gradient over a chunk of rows. Gradients that are None are
         # not wanted. Prefix rows count as source 1: shown and hidden streams together are all streams.
-        columns, valid = tile_columns(width, BLOCK_D)
+        columns, valid = tile_columns(width, BLOCK_D)  # (1, BLOCK_D)
         chunk = tl.program_id(1)
         batch, batches = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64)
-        grad += batch * stride_b + columns * stride_d
+        grad += batch * stride_b + columns * stride_d  # (n*B, P+L, E)
         shadow = tl.zeros((ROWS, BLOCK_D), ACC)
         for step in range(STEPS):
-            places = tile_rows(step, STEPS, ROWS)
+            places = tile_rows(step, STEPS, ROWS)  # (ROWS, 1)
             rows = places - prefixes
             token = (rows >= 0) & (rows < length)
             lead = (rows < 0) & valid
             inside = (rows < length) & valid
-            second_source = tl.load(second + batch * length + rows, mask=token, other=0) != 0
+            second_source = tl.load(second + batch * length + rows, mask=token, other=0) != 0  # of (B, L)
             at = grad + places * stride_l
             shown = at + tl.where(second_source, batches, 0) * stride_b
             hidden = at + tl.where(second_source, 0, batches) * stride_b
@@ -132,16 +139,16 @@ if triton is not None:
                 others += tl.load(hidden, mask=wanted, other=0.0).to(ACC)
                 if grad_style is not None:
                     # This token's style went to its partner, in the other source's stream.
-                    other = tl.load(partner + batch * length + rows, mask=token, other=0)
+                    other = tl.load(partner + batch * length + rows, mask=token, other=0)  # of (B, L)
                     lent = hidden + (other - rows) * stride_l
                     styles += tl.load(lent, mask=token & valid, other=0.0).to(ACC)
-            out = (batch * length + rows) * width + columns
+            out = (batch * length + rows) * width + columns  # (B, L, E)
             if grad_content is not None:
                 tl.store(grad_content + out, tokens.to(grad_content.dtype.element_ty), mask=token & valid)
             if grad_style is not None:
                 tl.store(grad_style + out, styles.to(grad_style.dtype.element_ty), mask=token & valid)
             if grad_prefix is not None:
-                out = batch * prefix_b + places * width + columns
+                out = batch * prefix_b + places * width + columns  # (B, P, E)
                 total = (tokens + others).to(grad_prefix.dtype.element_ty)
                 tl.store(grad_prefix + out, total, mask=lead)
             if partial is not None:
@@ -154,114 +161,83 @@ if triton is not None:
 # 3. Registration
 
 
-def _launch_streams(
-    content: Tensor,
-    style: Tensor,
-    prefix: Tensor,
-    mask_token: Tensor,
-    position: Tensor,
-    second: Tensor,
-    partner: Tensor,
-    straight: bool,
-    swapped: bool,
-) -> Tensor:
-    batch, length, width = content.shape
-    out = _fake_streams(content, style, prefix, mask_token, position, second, partner, straight, swapped)
-    grid, constants, options = token_grid("assemble_streams_forward", content, batch, out.shape[1], width)
+class _Streams(NamedTuple):
+    content: Tensor  # (B, L, E)
+    style: Tensor  # (B, L, E)
+    prefix: Tensor  # (B, P, E)
+    mask_token: Tensor  # (E,)
+    position: Tensor  # (P+L, E)
+    second: Tensor  # (B, L) uint8, 1 where the token shows source 2
+    partner: Tensor  # (B, L) int64
+    straight: bool
+    swapped: bool
+
+
+class _Gradients(NamedTuple):
+    grad: Tensor  # (n*B, P+L, E)
+    prefix: Tensor  # (B, P, E)
+    mask_token: Tensor  # (E,)
+    second: Tensor  # (B, L) uint8
+    partner: Tensor  # (B, L) int64
+    straight: bool
+    swapped: bool
+    wanted: list[bool]  # of content, style, prefix, mask token
+
+
+def _fake_streams(x: _Streams) -> Tensor:
+    batch, _, width = x.content.shape
+    return x.content.new_empty(2 * (x.straight + x.swapped) * batch, x.position.shape[0], width)
+
+
+def _launch_streams(x: _Streams) -> Tensor:
+    (batch, length, width), prefixes = x.content.shape, x.prefix.shape[1]
+    out = _fake_streams(x)  # (n*B, P+L, E)
+    name = "assemble_streams_forward"
+    grid, constants, options = token_grid(name, x.content, batch, prefixes + length, width)
+    tensors = (*x[:3], x.mask_token.contiguous(), x.position.contiguous(), x.second, x.partner, out)
+    strides = (*x.content.stride(), *x.style.stride(), *x.prefix.stride())
+    constants |= {"STRAIGHT": x.straight, "SWAPPED": x.swapped, "ACC": accumulator(x.content.dtype)}
     launch(
-        streams_forward_kernel,
-        grid,
-        (
-            content, style, prefix, mask_token.contiguous(), position.contiguous(), second, partner, out,
-            length, prefix.shape[1], width, *content.stride(), *style.stride(), *prefix.stride(),
-        ),
-        {"STRAIGHT": straight, "SWAPPED": swapped, **constants, "ACC": accumulator(content.dtype)},
-        "assemble_streams_forward",
-        options,
-    )  # fmt: skip
+        streams_forward_kernel, grid, (*tensors, length, prefixes, width, *strides), constants, name, options
+    )
     return out
 
 
-def _fake_streams(
-    content: Tensor,
-    style: Tensor,
-    prefix: Tensor,
-    mask_token: Tensor,
-    position: Tensor,
-    second: Tensor,
-    partner: Tensor,
-    straight: bool,
-    swapped: bool,
-) -> Tensor:
-    batch, _, width = content.shape
-    return content.new_empty(2 * (straight + swapped) * batch, position.shape[0], width)
+def _fake_gradients(x: _Gradients) -> tuple[Tensor, ...]:
+    tokens = (*x.second.shape, x.prefix.shape[2])
+    content, style = (x.grad.new_empty(tokens if want else 0) for want in x.wanted[:2])
+    prefix = x.prefix.new_empty(x.prefix.shape if x.wanted[2] else 0)
+    return content, style, prefix, x.mask_token.new_empty(x.mask_token.shape if x.wanted[3] else 0)
 
 
-def _launch_streams_backward(
-    grad: Tensor,
-    prefix: Tensor,
-    mask_token: Tensor,
-    second: Tensor,
-    partner: Tensor,
-    straight: bool,
-    swapped: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (batch, length), (prefixes, width) = second.shape, prefix.shape[1:]
-    outputs = _fake_streams_backward(grad, prefix, mask_token, second, partner, straight, swapped, wanted)
-    grid, constants, options = token_grid("assemble_streams_backward", grad, batch, prefixes + length, width)
+def _launch_gradients(x: _Gradients) -> tuple[Tensor, ...]:
+    (batch, length), (prefixes, width) = x.second.shape, x.prefix.shape[1:]
+    *outputs, grad_token = _fake_gradients(x)  # (B, L, E), (B, L, E), (B, P, E), (E,)
+    name = "assemble_streams_backward"
+    grid, constants, options = token_grid(name, x.grad, batch, prefixes + length, width)
     partial = None
-    if wanted[3]:
-        partial_dtype = torch.promote_types(grad.dtype, torch.float32)
-        partial = grad.new_empty(batch * grid[1], width, dtype=partial_dtype)
-    launch(
-        streams_backward_kernel,
-        grid,
-        (
-            grad, second, partner,
-            *(output if want else None for output, want in zip(outputs[:3], wanted[:3], strict=True)),
-            partial, length, prefixes, width, *grad.stride(), prefixes * width,
-        ),
-        {"STRAIGHT": straight, "SWAPPED": swapped, **constants, "ACC": accumulator(grad.dtype)},
-        "assemble_streams_backward",
-        options,
-    )  # fmt: skip
-    if partial is None:
-        return outputs
-    return (*outputs[:3], partial.sum(0).to(mask_token.dtype))
+    if x.wanted[3]:
+        precise = torch.promote_types(x.grad.dtype, torch.float32)
+        partial = x.grad.new_empty(batch * grid[1], width, dtype=precise)
+    stored = (output if want else None for output, want in zip(outputs, x.wanted[:3], strict=True))
+    sizes = (length, prefixes, width, *x.grad.stride(), prefixes * width)
+    constants |= {"STRAIGHT": x.straight, "SWAPPED": x.swapped, "ACC": accumulator(x.grad.dtype)}
+    arguments = (x.grad, x.second, x.partner, *stored, partial, *sizes)
+    launch(streams_backward_kernel, grid, arguments, constants, name, options)
+    return *outputs, grad_token if partial is None else partial.sum(0).to(grad_token.dtype)
 
 
-def _fake_streams_backward(
-    grad: Tensor,
-    prefix: Tensor,
-    mask_token: Tensor,
-    second: Tensor,
-    partner: Tensor,
-    straight: bool,
-    swapped: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grid = (*second.shape, prefix.shape[2])
-    content, style = (grad.new_empty(grid if want else 0) for want in wanted[:2])
-    lead, token = (
-        like.new_empty(like.shape if want else 0)
-        for like, want in zip((prefix, mask_token), wanted[2:], strict=True)
-    )
-    return content, style, lead, token
+def _setup_context(ctx: Any, x: _Streams, output: Tensor) -> None:
+    ctx.kinds, ctx.position_dtype = (x.straight, x.swapped), x.position.dtype
+    ctx.save_for_backward(x.prefix, x.mask_token, x.second, x.partner)
 
 
-def _setup_streams(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, prefix, mask_token, position, second, partner, ctx.straight, ctx.swapped = inputs
-    ctx.position_dtype = position.dtype
-    ctx.save_for_backward(prefix, mask_token, second, partner)
-
-
-def _backward_streams(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * 9
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * len(_Streams._fields)
     wanted = list(ctx.needs_input_grad[:4])
     if any(wanted):
-        outputs = _streams_backward(grad, *ctx.saved_tensors, ctx.straight, ctx.swapped, wanted)
-        gradients[:4] = [output if want else None for output, want in zip(outputs, wanted, strict=True)]
+        found = _streams_backward(grad, *ctx.saved_tensors, *ctx.kinds, wanted)
+        gradients[:4] = [value if want else None for value, want in zip(found, wanted, strict=True)]
     if ctx.needs_input_grad[4]:
         # Positions are fixed in every model here: no kernel for learned ones.
         precise = torch.promote_types(grad.dtype, torch.float32)
@@ -270,18 +246,14 @@ def _backward_streams(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _streams = register(
-    "assemble_streams(Tensor content, Tensor style, Tensor prefix, Tensor mask_token, Tensor position, "
-    "Tensor second, Tensor partner, bool straight, bool swapped) -> Tensor",
-    _launch_streams,
-    _fake_streams,
-    _setup_streams,
-    _backward_streams,
+    "assemble_streams", _Streams, "Tensor", _launch_streams, _fake_streams, _setup_context, _backward
 )
 _streams_backward = register(
-    "assemble_streams_backward(Tensor grad, Tensor prefix, Tensor mask_token, Tensor second, Tensor partner, "
-    "bool straight, bool swapped, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    _launch_streams_backward,
-    _fake_streams_backward,
+    "assemble_streams_backward",
+    _Gradients,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _launch_gradients,
+    _fake_gradients,
 )
 
 
@@ -298,7 +270,7 @@ def assemble_streams(
     straight: bool = True,
     swapped: bool = True,
 ) -> Tensor:
-    """The decoder's input sequences: each source alone, the other's places held by the mask token.
+    """Assemble the decoder's input sequences: each source alone, the mask token in the other's places.
 
     Args:
         content, style: (B, L, E), the parts of a fused token that come from each factor, already projected
@@ -328,12 +300,14 @@ def assemble_streams(
         )
     if prefix.dim() != 3 or prefix.shape[::2] != (batch, width):
         raise ValueError(f"prefix has shape {tuple(prefix.shape)}, expected ({batch}, P, {width})")
-    expected = {"mask_token": (width,), "position": (prefix.shape[1] + length, width)}
-    for name, value in (("mask_token", mask_token), ("position", position)):
-        if value.shape != expected[name]:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected[name]}")
-    check_index(index, content)
-    inputs = (content, style, prefix, mask_token, position)
+    for name, value, expected in (
+        ("mask_token", mask_token, (width,)),
+        ("position", position, (prefix.shape[1] + length, width)),
+    ):
+        if value.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+    check_index(index, content, "mask", "partner")
+    parts = (content, style, prefix, mask_token, position)
     if not use_triton(content) or content.numel() == 0:
-        return assemble_streams_reference(*inputs, index, straight, swapped)
-    return _streams(*inputs, packed(index.mask), index.partner.contiguous(), straight, swapped)
+        return assemble_streams_reference(*parts, index, straight, swapped)
+    return _streams(*parts, packed(index.mask), index.partner.contiguous(), straight, swapped)

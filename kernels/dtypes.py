@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float64 stays, everything narrower becomes float32."""
+    """Convert to float32 what is narrower; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -21,12 +21,12 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Within it matrix products keep their inputs' dtype; some devices have no autocast to turn off."""
+    """Turn autocast off, so that matrix products keep their inputs' dtype; some devices have none."""
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts matrix products on the device of ``x``; None while it is off."""
+    """Return the dtype to which autocast casts products on the device of ``x``; None while it is off."""
     device = "cpu" if x.is_meta else x.device.type  # meta has no autocast of its own
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -34,7 +34,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def accumulator(dtype: torch.dtype) -> Any:
-    """The Triton type in which a kernel computes on inputs of ``dtype``: float64 for float64, else float32.
+    """Return the Triton type in which a kernel computes on ``dtype``: float64 for float64, else float32.
 
     Triton's interpreter computes garbage in bfloat16, so kernels convert before any arithmetic.
     """

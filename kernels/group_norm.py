@@ -5,7 +5,7 @@ Source: Wu and He, "Group Normalization" (2018), as residual blocks of diffusion
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ def group_norm_silu_reference(
     eps: float = 1e-5,
     activation: bool = True,
 ) -> Tensor:
-    """The definition of :func:`group_norm_silu`, in plain PyTorch."""
-    wide = at_least_float32(x)
+    """Compute :func:`group_norm_silu` in plain PyTorch: its definition."""
+    wide = at_least_float32(x)  # (B, C, X, Y, Z)
     weight, bias = (None if item is None else item.to(wide.dtype) for item in (weight, bias))
     with without_autocast(x.device):
         y = F.group_norm(wide, num_groups, weight, bias, eps)
@@ -52,179 +52,142 @@ if triton is not None:
 # 3. Registration
 
 
+class _Norm(NamedTuple):
+    x: Tensor  # (B, C, X, Y, Z), contiguous or channels last
+    num_groups: int
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    eps: float
+    activation: bool
+
+
+class _Gradients(NamedTuple):
+    grad_y: Tensor  # (B, C, X, Y, Z)
+    x: Tensor  # (B, C, X, Y, Z)
+    num_groups: int
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    mean: Tensor  # (B, G)
+    rstd: Tensor  # (B, G)
+    activation: bool
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """Contiguous, or channels last where that is what ``x`` is."""
+    """Return contiguous, or channels last where that is what ``x`` is."""
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
     return torch.channels_last_3d if last else torch.contiguous_format
 
 
-def _blocks(x: Tensor, options: dict[str, int]) -> tuple[int, int, tuple[int, int, int]]:
-    """Positions and channels of a tile, and the strides of (B, C, S)."""
-    channels, spatial = x.shape[1], x[0, 0].numel()
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+def _tiles(
+    x: Tensor, name: str, stepped: bool = False
+) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any], dict[str, int]]:
+    """Compute grid (blocks of positions, of channels, samples), strides of (B, C, S), constants, options."""
+    batch, channels, spatial, options = *x.shape[:2], x[0, 0].numel(), config(name, x.device)
     if _memory_format(x) == torch.channels_last_3d:
         columns = min(triton.next_power_of_2(channels), options["COLUMNS"])
-        return options["TILE"] // columns, columns, (channels * spatial, 1, channels)
-    rows = min(triton.next_power_of_2(spatial), options["TILE"])
-    columns = min(triton.next_power_of_2(channels), options["TILE"] // rows)
-    return rows, columns, (channels * spatial, spatial, 1)
+        rows, strides = options["TILE"] // columns, (channels * spatial, 1, channels)
+    else:
+        rows = min(triton.next_power_of_2(spatial), options["TILE"])
+        columns = min(triton.next_power_of_2(channels), options["TILE"] // rows)
+        strides = (channels * spatial, spatial, 1)
+    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "ACC": accumulator(x.dtype)}
+    if stepped:
+        constants["STEPS"] = options["STEPS"]
+    chunks = triton.cdiv(spatial, rows * constants.get("STEPS", 1))
+    return (chunks, triton.cdiv(channels, columns), batch), strides, constants, options
 
 
-def _launch_forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = x.shape[:2]
-    spatial, width, acc = x[0, 0].numel(), channels // num_groups, accumulator(x.dtype)
-    y, mean, rstd = _fake_forward(x, num_groups, weight, bias, eps, activation)
+def _fake_norm(x: _Norm) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.x.dtype, torch.float32)
+    mean, rstd = (x.x.new_empty((x.x.shape[0], x.num_groups), dtype=dtype) for _ in range(2))
+    return _like(x.x), mean, rstd
 
-    options = config("group_norm_statistics", x.device)
-    rows, columns, strides = _blocks(x, options)
-    chunk_size = rows * options["STEPS"]
-    chunks = triton.cdiv(spatial, chunk_size)
+
+def _launch_norm(x: _Norm) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = x.x.shape[:2]
+    sizes = (x.x[0, 0].numel(), channels, channels // x.num_groups)  # S, C, channels of a group
+    y, mean, rstd = _fake_norm(x)  # (B, C, X, Y, Z), (B, G), (B, G)
+
+    grid, strides, constants, options = _tiles(x.x, "group_norm_statistics", stepped=True)
+    chunks = grid[0]
     partial = mean.new_empty(batch, chunks, 2, channels)
+    arguments: tuple[Any, ...] = (x.x, partial, *sizes[:2], *strides)
+    launch(group_norm_statistics_kernel, grid, arguments, constants, "group_norm_statistics", options)
+
+    chunk_size = constants["ROWS"] * constants["STEPS"]
+    options = config("group_norm_combine", x.x.device)
+    arguments = (partial, mean, rstd, chunks, *sizes, chunk_size)
+    constants = {"BLOCK": options["BLOCK"], "EPS": x.eps, "ACC": constants["ACC"]}
     launch(
-        group_norm_statistics_kernel,
-        (chunks, triton.cdiv(channels, columns), batch),
-        (x, partial, spatial, channels, *strides),
-        {"ROWS": rows, "COLUMNS": columns, "STEPS": options["STEPS"], "ACC": acc},
-        "group_norm_statistics",
-        options,
+        group_norm_combine_kernel, (x.num_groups, batch), arguments, constants, "group_norm_combine", options
     )
-    options = config("group_norm_combine", x.device)
-    launch(
-        group_norm_combine_kernel,
-        (num_groups, batch),
-        (partial, mean, rstd, chunks, spatial, channels, width, chunk_size),
-        {"BLOCK": options["BLOCK"], "EPS": eps, "ACC": acc},
-        "group_norm_combine",
-        options,
-    )
-    options = config("group_norm_apply", x.device)
-    rows, columns, strides = _blocks(x, options)
-    launch(
-        group_norm_apply_kernel,
-        (triton.cdiv(spatial, rows), triton.cdiv(channels, columns), batch),
-        (x, weight, bias, mean, rstd, y, spatial, channels, width, num_groups, *strides),
-        {"ROWS": rows, "COLUMNS": columns, "ACTIVATION": activation, "ACC": acc},
-        "group_norm_apply",
-        options,
-    )
+
+    grid, strides, constants, options = _tiles(x.x, "group_norm_apply")
+    arguments = (x.x, x.weight, x.bias, mean, rstd, y, *sizes, x.num_groups, *strides)
+    constants["ACTIVATION"] = x.activation
+    launch(group_norm_apply_kernel, grid, arguments, constants, "group_norm_apply", options)
     return y, mean, rstd
 
 
-def _fake_forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=dtype) for _ in range(2))
-    return torch.empty_like(x, memory_format=_memory_format(x)), mean, rstd
+def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight, grad_bias = (x.mean.new_empty(x.x.shape[1]) for _ in range(2))
+    return _like(x.x), grad_weight, grad_bias
 
 
-def _launch_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = x.shape[:2]
-    spatial, width, acc = x[0, 0].numel(), channels // num_groups, accumulator(x.dtype)
-    grad_y = grad_y.contiguous(memory_format=_memory_format(x))
-    grad_x = torch.empty_like(x, memory_format=_memory_format(x))
-    sums, means = mean.new_empty(2, batch, channels), mean.new_empty(2, batch, num_groups)
+def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, channels), groups = x.x.shape[:2], x.num_groups
+    sizes = (x.x[0, 0].numel(), channels, channels // groups)  # S, C, channels of a group
+    grad_y = x.grad_y.contiguous(memory_format=_memory_format(x.x))  # (B, C, X, Y, Z)
+    grad_x = _like(x.x)  # (B, C, X, Y, Z)
+    sums, means = x.mean.new_empty(2, batch, channels), x.mean.new_empty(2, batch, groups)
+    known = (x.x, x.weight, x.bias, x.mean, x.rstd, grad_y)
 
-    options = config("group_norm_sums", x.device)
-    rows, columns, strides = _blocks(x, options)
-    chunks = triton.cdiv(spatial, rows * options["STEPS"])
-    partial = mean.new_empty(batch, chunks, 2, channels)
-    launch(
-        group_norm_sums_kernel,
-        (chunks, triton.cdiv(channels, columns), batch),
-        (x, weight, bias, mean, rstd, grad_y, partial, spatial, channels, width, num_groups, *strides),
-        {"ROWS": rows, "COLUMNS": columns, "STEPS": options["STEPS"], "ACTIVATION": activation, "ACC": acc},
-        "group_norm_sums",
-        options,
-    )
-    options = config("group_norm_reduce", x.device)
-    columns = min(triton.next_power_of_2(width), options["COLUMNS"])
-    launch(
-        group_norm_reduce_kernel,
-        (num_groups, batch),
-        (partial, weight, sums, means, chunks, spatial, channels, width),
-        {"CHUNKS": options["TILE"] // columns, "COLUMNS": columns, "ACC": acc},
-        "group_norm_reduce",
-        options,
-    )
-    options = config("group_norm_backward", x.device)
-    rows, columns, strides = _blocks(x, options)
-    launch(
-        group_norm_backward_kernel,
-        (triton.cdiv(spatial, rows), triton.cdiv(channels, columns), batch),
-        (x, weight, bias, mean, rstd, grad_y, means, grad_x, spatial, channels, width, num_groups, *strides),
-        {"ROWS": rows, "COLUMNS": columns, "ACTIVATION": activation, "ACC": acc},
-        "group_norm_backward",
-        options,
-    )
+    grid, strides, constants, options = _tiles(x.x, "group_norm_sums", stepped=True)
+    chunks = grid[0]
+    partial = x.mean.new_empty(batch, chunks, 2, channels)
+    arguments: tuple[Any, ...] = (*known, partial, *sizes, groups, *strides)
+    constants["ACTIVATION"] = x.activation
+    launch(group_norm_sums_kernel, grid, arguments, constants, "group_norm_sums", options)
+
+    options = config("group_norm_reduce", x.x.device)
+    columns = min(triton.next_power_of_2(sizes[2]), options["COLUMNS"])
+    arguments = (partial, x.weight, sums, means, chunks, *sizes)
+    constants = {"CHUNKS": options["TILE"] // columns, "COLUMNS": columns, "ACC": constants["ACC"]}
+    launch(group_norm_reduce_kernel, (groups, batch), arguments, constants, "group_norm_reduce", options)
+
+    grid, strides, constants, options = _tiles(x.x, "group_norm_backward")
+    arguments = (*known, means, grad_x, *sizes, groups, *strides)
+    constants["ACTIVATION"] = x.activation
+    launch(group_norm_backward_kernel, grid, arguments, constants, "group_norm_backward", options)
     return grad_x, sums[1].sum(0), sums[0].sum(0)
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_weight, grad_bias = (mean.new_empty(x.shape[1]) for _ in range(2))
-    return torch.empty_like(x, memory_format=_memory_format(x)), grad_weight, grad_bias
-
-
-def _setup_context(
-    ctx: Any,
-    inputs: tuple[Tensor, int, Tensor | None, Tensor | None, float, bool],
-    output: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    x, ctx.num_groups, weight, bias, _, ctx.activation = inputs
+def _setup_context(ctx: Any, x: _Norm, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    ctx.num_groups, ctx.activation = x.num_groups, x.activation
+    ctx.save_for_backward(x.x, x.weight, x.bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor, *_: Tensor
-) -> tuple[Tensor, None, Tensor | None, Tensor | None, None, None]:
-    x, weight, bias, mean, rstd = ctx.saved_tensors
+def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, *statistics = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _group_norm_backward(
-        grad_y, x, ctx.num_groups, weight, bias, mean, rstd, ctx.activation
+        grad_y, x, ctx.num_groups, weight, bias, *statistics, ctx.activation
     )
-    return (
-        grad_x,
-        None,
-        None if weight is None else grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
-        None,
-        None,
-    )
+    grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+    return grad_x, None, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None
 
 
 _group_norm = register(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool activation) "
-    "-> (Tensor, Tensor, Tensor)",
-    _launch_forward,
-    _fake_forward,
-    _setup_context,
-    _backward,
-)
+    "group_norm_silu", _Norm, "(Tensor, Tensor, Tensor)",
+    _launch_norm, _fake_norm, _setup_context, _backward,
+)  # fmt: skip
 _group_norm_backward = register(
-    "group_norm_silu_backward(Tensor grad_y, Tensor x, int num_groups, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor rstd, bool activation) -> (Tensor, Tensor, Tensor)",
-    _launch_backward,
-    _fake_backward,
+    "group_norm_silu_backward", _Gradients, "(Tensor, Tensor, Tensor)", _launch_gradients, _fake_gradients
 )
 
 
@@ -239,7 +202,7 @@ def group_norm_silu(
     eps: float = 1e-5,
     activation: bool = True,
 ) -> Tensor:
-    """GroupNorm and SiLU of a 3D feature map: two reads and one write.
+    """Compute GroupNorm and SiLU of a 3D feature map: two reads and one write.
 
     Statistics are sums of squares around means, never differences of squares: a large mean costs no digits.
     Under autocast, too, the result has the dtype of ``x``; it is computed in at least float32.

@@ -88,7 +88,7 @@ class Compiled:
 def _signature(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility of a launch, as Triton's own launcher would specialise them."""
+    """Return types, constants and divisibility of a launch, as Triton's own launcher specialises them."""
     names = launch.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -112,7 +112,7 @@ def _signature(
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code of a cubin, by the tools inside the triton package."""
+    """Return resource usage and machine code of a cubin, by the tools inside the triton package."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -181,7 +181,13 @@ def _compile_numbered(number: int, dtype: torch.dtype, arch: int) -> list[Compil
 
 def compile_all(archs: Sequence[int]) -> list[Compiled]:
     """Compile all standard workloads for some architectures, on all processors."""
-    jobs = [(number, dtype, arch) for number in range(len(workloads())) for dtype in DTYPES for arch in archs]
+    jobs = [
+        (number, dtype, arch)
+        for number, workload in enumerate(workloads())
+        for dtype in workload.dtypes
+        if dtype in DTYPES
+        for arch in archs
+    ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return [item for found in pool.map(_compile_numbered, *zip(*jobs, strict=True)) for item in found]
 

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
         arguments: in the order of the kernel's first parameters.
         constants: compile-time values by name.
         config: name in the table of configurations.
-        options: num_warps and num_stages.
+        options: num_warps and, where it matters, num_stages.
     """
 
     kernel: Any
@@ -51,7 +51,7 @@ def _arch(device: torch.device) -> int:
 
 
 def config(name: str, device: torch.device) -> dict[str, int]:
-    """Block sizes, num_warps and num_stages of a kernel, for a device.
+    """Return block sizes, num_warps and num_stages of a kernel, for a device.
 
     The table ``configs.json`` holds for every kernel a ``default`` and, where one was tuned, an entry for an
     architecture (``sm_90``).
@@ -68,7 +68,7 @@ def config(name: str, device: torch.device) -> dict[str, int]:
 
 @contextmanager
 def override_config(name: str, values: Mapping[str, int]) -> Iterator[None]:
-    """Within it the kernel ``name`` runs with these values: for tuning, and for tests of every size."""
+    """Run the kernel ``name`` with these values: for tuning, and for tests of every size."""
     _overrides[name] = values
     try:
         yield
@@ -112,12 +112,13 @@ def launch(
         arguments: positional, in the order of the kernel's parameters.
         constants: compile-time values by name.
         name: of the configuration, see :func:`config`.
-        options: that configuration; num_warps and num_stages are taken from it.
+        options: that configuration; num_warps is taken from it and, where there is one, num_stages. It counts
+            for loops with a product alone.
 
     Raises:
         ValueError: for tensors on several devices, or more programs than a launch can have.
     """
-    chosen = {"num_warps": options["num_warps"], "num_stages": options["num_stages"]}
+    chosen = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants, name, chosen))
         return

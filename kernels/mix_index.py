@@ -1,4 +1,4 @@
-"""Index tables of a mask that mixes two sources into one token sequence.
+"""Where the tokens of two sources stand in the sequence into which a mask mixes them.
 
 Source: MeDUET section "Mixing and demixing".
 """
@@ -19,7 +19,7 @@ if triton is not None:
 
 
 class MixIndex(NamedTuple):
-    """Where the tokens of two sources stand in a mixed sequence; every table is (B, L).
+    """Where the tokens of two sources stand in a mixed sequence, (B, L) each; by :func:`build_mix_index`.
 
     Attributes:
         mask: bool, True where the token shows the partner (source 2).
@@ -36,7 +36,7 @@ class MixIndex(NamedTuple):
     next: Tensor
 
     def complement(self) -> MixIndex:
-        """Tables of the inverted mask: the sources change names, everything else stays."""
+        """Return the index of the inverted mask: the sources change names, everything else stays."""
         half = self.order.shape[1] // 2
         return MixIndex(~self.mask, self.order.roll(half, 1), self.partner, self.previous, self.next)
 
@@ -45,30 +45,30 @@ class MixIndex(NamedTuple):
 
 
 def token_order_reference(mask: Tensor) -> Tensor:
-    """Positions of the zeros of each row in raster order, then those of the ones: (B, L) int64."""
+    """Compute positions of the zeros of each row in raster order, then those of the ones: (B, L) int64."""
     return torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
 
 
 def build_mix_index_reference(mask: Tensor) -> MixIndex:
-    """The definition of :func:`build_mix_index`, in plain PyTorch."""
-    mask = mask.bool()
+    """Compute :func:`build_mix_index` in plain PyTorch: its definition."""
+    mask = mask.bool()  # (B, L)
     half = mask.shape[1] // 2
-    order = token_order_reference(mask)
+    order = token_order_reference(mask)  # (B, L)
     # Neighbours within each half of `order`; the ends have none.
-    halves = order.view(-1, 2, half)
+    halves = order.view(-1, 2, half)  # (B, 2, L/2)
     none = halves.new_full((halves.shape[0], 2, 1), -1)
-    before = torch.cat([none, halves[:, :, :-1]], 2).flatten(1)
-    after = torch.cat([halves[:, :, 1:], none], 2).flatten(1)
-
-    def at_positions(by_rank: Tensor) -> Tensor:
-        return torch.empty_like(order).scatter_(1, order, by_rank)
-
-    return MixIndex(mask, order, at_positions(order.roll(half, 1)), at_positions(before), at_positions(after))
+    before = torch.cat([none, halves[:, :, :-1]], 2).flatten(1)  # (B, L), by rank
+    after = torch.cat([halves[:, :, 1:], none], 2).flatten(1)  # (B, L), by rank
+    tables = (
+        torch.empty_like(order).scatter_(1, order, by_rank)  # (B, L), by position
+        for by_rank in (order.roll(half, 1), before, after)
+    )
+    return MixIndex(mask, order, *tables)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (B, L, D) at ``index`` (B, L); zeros where the index is -1."""
-    rows = torch.gather(x, 1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """Take rows of ``x`` (B, L, D) at ``index`` (B, L), zeros where it is -1: (B, L, D)."""
+    rows = torch.gather(x, 1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (B, L, D)
     return torch.where((index >= 0).unsqueeze(-1), rows, rows.new_zeros(()))
 
 
@@ -118,55 +118,58 @@ if triton is not None:
 # 3. Registration
 
 
-def launch_order(second: Tensor) -> Tensor:
-    """Launcher of :func:`token_order_reference` for a packed mask."""
-    batch, length = second.shape
-    order = _fake_order(second)
-    options = config("token_order", second.device)
+class _Mask(NamedTuple):
+    second: Tensor  # (B, L) uint8, 1 where the token shows source 2
+
+
+def _fake_order(x: _Mask) -> Tensor:
+    return x.second.new_empty(x.second.shape, dtype=torch.int64)
+
+
+def _launch_order(x: _Mask) -> Tensor:
+    batch, length = x.second.shape
+    order = _fake_order(x)  # (B, L)
+    options = config("token_order", x.second.device)
     block = min(triton.next_power_of_2(length), options["BLOCK"])
-    launch(token_order_kernel, (batch,), (second, order, length), {"BLOCK": block}, "token_order", options)
+    arguments = (x.second, order, length)
+    launch(token_order_kernel, (batch,), arguments, {"BLOCK": block}, "token_order", options)
     return order
 
 
-def _fake_order(second: Tensor) -> Tensor:
-    return second.new_empty(second.shape, dtype=torch.int64)
+def _fake_index(x: _Mask) -> tuple[Tensor, ...]:
+    return tuple(_fake_order(x) for _ in MixIndex._fields[1:])
 
 
-def _launch_tables(second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length = second.shape
-    order = launch_order(second)
-    partner, previous, following = (torch.empty_like(order) for _ in range(3))
-    options = config("mix_index", second.device)
+def _launch_index(x: _Mask) -> tuple[Tensor, ...]:
+    batch, length = x.second.shape
+    order = _launch_order(x)
+    tables = (order, *(torch.empty_like(order) for _ in MixIndex._fields[2:]))  # (B, L) each
+    options = config("mix_index", order.device)
     block = min(triton.next_power_of_2(length), options["BLOCK"])
-    launch(
-        mix_index_kernel,
-        (triton.cdiv(length, block), batch),
-        (order, partner, previous, following, length),
-        {"BLOCK": block},
-        "mix_index",
-        options,
-    )
-    return order, partner, previous, following
+    grid = (triton.cdiv(length, block), batch)
+    launch(mix_index_kernel, grid, (*tables, length), {"BLOCK": block}, "mix_index", options)
+    return tables
 
 
-def _fake_tables(second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    order, partner, previous, following = (_fake_order(second) for _ in range(4))
-    return order, partner, previous, following
+token_order = register("token_order", _Mask, "Tensor", _launch_order, _fake_order)
+_index = register("mix_index", _Mask, "(Tensor, Tensor, Tensor, Tensor)", _launch_index, _fake_index)
 
-
-token_order = register("token_order(Tensor second) -> Tensor", launch_order, _fake_order)
-_tables = register(
-    "mix_index(Tensor second) -> (Tensor, Tensor, Tensor, Tensor)", _launch_tables, _fake_tables
-)
 
 # 4. Public functions
+
+
+def packed(mask: Tensor) -> Tensor:
+    """Pack a mask of 0 and 1, of any dtype, as the kernels read it: contiguous bytes (B, L)."""
+    marks = mask.bool().contiguous()
+    # Before torch 2.12 Inductor can't view bools as bytes: it casts them, in one pass.
+    return marks.to(torch.uint8) if torch.compiler.is_compiling() else marks.view(torch.uint8)
 
 
 def check_ones(mask: Tensor, num_second: int, expected: str) -> None:
     """Refuse values other than 0 and 1, and rows without ``num_second`` ones; waits for the device."""
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("mask has values other than 0 and 1")
-    ones = mask.bool().sum(1)
+    ones = mask.bool().sum(1)  # (B,)
     uneven = (ones != num_second).nonzero().flatten().tolist()
     if uneven:
         raise ValueError(
@@ -191,30 +194,25 @@ def check_mask(mask: Tensor, check_values: bool = True) -> None:
         check_ones(mask, mask.shape[1] // 2, half)
 
 
-def packed(mask: Tensor) -> Tensor:
-    """A mask of 0 and 1, of any dtype, as the kernels read it: contiguous bytes."""
-    marks = mask.bool().contiguous()
-    # Before torch 2.12 Inductor can't view bools as bytes: it casts them, in one pass.
-    return marks.to(torch.uint8) if torch.compiler.is_compiling() else marks.view(torch.uint8)
-
-
-def build_mix_index(mask: Tensor) -> MixIndex:
-    """Index tables of a mask, on its device, without waiting for it.
+def build_mix_index(mask: Tensor, check_values: bool = False) -> MixIndex:
+    """Build the index of a mask, on its device: the one place where a training step checks its mask.
 
     Args:
-        mask: (B, L) of 0 and 1 with exactly L/2 ones in each row (see :func:`check_mask`), any dtype.
+        mask: (B, L) of 0 and 1 with exactly L/2 ones in each row, any dtype.
+        check_values: refuse other rows and values, which waits for the device; else they are the caller's.
 
     Raises:
-        ValueError: if the shape is wrong. Values are the caller's: see :func:`check_mask`.
+        ValueError: if the shape is wrong; with ``check_values`` also for the mask's values.
     """
-    check_mask(mask, check_values=False)
+    check_mask(mask, check_values)
     if not use_triton(mask) or mask.numel() == 0:
         return build_mix_index_reference(mask)
-    return MixIndex(mask.bool(), *_tables(packed(mask)))
+    return MixIndex(mask.bool(), *_index(packed(mask)))
 
 
-def check_index(index: MixIndex, x: Tensor) -> None:
-    """Refuse an index that is not that of tokens (B, L, D)."""
-    for name, table in zip(index._fields, index, strict=True):
-        if table.shape != x.shape[:2]:
-            raise ValueError(f"index.{name} has shape {tuple(table.shape)}, expected {tuple(x.shape[:2])}")
+def check_index(index: MixIndex, x: Tensor, *names: str) -> None:
+    """Refuse an index whose tables of these names are not those of tokens (B, L, D)."""
+    for name in names:
+        shape = getattr(index, name).shape
+        if shape != x.shape[:2]:
+            raise ValueError(f"index.{name} has shape {tuple(shape)}, expected {tuple(x.shape[:2])}")

@@ -39,10 +39,10 @@ if triton is not None:
 def _project(
     patches: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, num_prefix_tokens: int
 ) -> Tensor:
-    """Linear projection, plus positions, behind ``num_prefix_tokens`` zero rows."""
-    tokens = F.linear(patches, weight, bias)
+    """Project patches (B, L, K), add positions, put zero rows in front: (B, P+L, D)."""
+    tokens = F.linear(patches, weight, bias)  # (B, L, D)
     if position is not None:
-        tokens = tokens + position.to(tokens.dtype)
+        tokens = tokens + position.to(tokens.dtype)  # (B, L, D)
     return F.pad(tokens, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else tokens
 
 
@@ -54,10 +54,10 @@ def patch_embed_3d_reference(
     source_mask: Tensor | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """The definition of :func:`patch_embed_3d`, in plain PyTorch."""
-    patches = patchify_3d(x, (weight.shape[2], weight.shape[3], weight.shape[4]), "first")
+    """Compute :func:`patch_embed_3d` in plain PyTorch: its definition."""
+    patches = patchify_3d(x, (weight.shape[2], weight.shape[3], weight.shape[4]), "first")  # (B, L, K)
     if source_mask is not None:
-        patches = torch.where(source_mask.bool().unsqueeze(-1), patches.flip(0), patches)
+        patches = torch.where(source_mask.bool().unsqueeze(-1), patches.flip(0), patches)  # (B, L, K)
     return _project(patches, weight.flatten(1), bias, position, num_prefix_tokens)
 
 
@@ -68,14 +68,40 @@ def patch_embed_tokens_reference(
     position: Tensor | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """The definition of :func:`patch_embed_tokens`, in plain PyTorch."""
-    flat = weight.permute(0, 2, 3, 4, 1).flatten(1)
+    """Compute :func:`patch_embed_tokens` in plain PyTorch: its definition."""
+    flat = weight.permute(0, 2, 3, 4, 1).flatten(1)  # (D, K)
     return _project(tokens, flat, bias, position, num_prefix_tokens)
 
 
-# 2. Kernels: tokenize_kernels.py
+# 2. Kernels: patch_embed_kernels.py
 
 # 3. Registration
+
+
+class _Embed(NamedTuple):
+    blocks: Tensor  # (B, C, gx, px, gy, py, gz, pz)
+    weight: Tensor  # (D, C, px, py, pz)
+    bias: Tensor | None  # (D,)
+    position: Tensor | None  # (L, D)
+    mask: Tensor | None  # (B, L) uint8
+    prefix: int
+
+
+class _Gradient(NamedTuple):
+    grad: Tensor  # (B, P+L, D)
+    blocks: Tensor  # (B, C, gx, px, gy, py, gz, pz)
+    weight: Tensor  # (D, C, px, py, pz)
+    mask: Tensor | None  # (B, L) uint8
+    prefix: int
+
+
+class _WeightGradient(NamedTuple):
+    grad: Tensor  # (B, P+L, D)
+    blocks: Tensor  # (B, C, gx, px, gy, py, gz, pz)
+    weight: Tensor  # (D, C, px, py, pz)
+    mask: Tensor | None  # (B, L) uint8
+    prefix: int
+    with_bias: bool
 
 
 class _Plan(NamedTuple):
@@ -117,129 +143,104 @@ def _plan(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> _P
 
 
 def _walk(blocks: Tensor, width: int) -> tuple[_Plan, tuple[int, ...], dict[str, int]]:
-    """The plan for these blocks, and the kernels' arguments and constants that follow from it."""
+    """Return the plan for these blocks, and the kernels' arguments and constants that follow from it."""
     plan = _plan(tuple(blocks.shape), blocks.stride(), blocks.element_size())
     b, _, x, _, y, _, z, _ = blocks.stride()
     constants = {f"EXTENT_{axis}": extent for axis, extent in enumerate(plan.extents)}
-    return plan, (b, x, y, z, *plan.strides), {**constants, "WIDTH": width, "VECTOR": plan.vector}
+    arguments = (blocks.shape[4], blocks.shape[6], b, x, y, z, *plan.strides)  # grid_y, grid_z, strides
+    return plan, arguments, {**constants, "WIDTH": width, "VECTOR": plan.vector}
 
 
-_INTEGERS = {4: torch.int32, 8: torch.int64}
-
-
-def _options(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    # Without 16-bit tensor cores a tile is held in twice or four times the registers.
-    return config(name if dtype.itemsize == 2 else f"{name}_wide", device)
-
-
-def _tile(options: dict[str, int], dtype: torch.dtype, *sizes: int) -> dict[str, Any]:
-    """Block sizes, no larger than the product of these sizes (M, N, K) needs, and its types."""
+def _tile(
+    name: str, x: Tensor, rows: int, columns: int, depth: int
+) -> tuple[str, dict[str, int], dict[str, Any]]:
+    """Choose a configuration: name, options, constants; blocks as large as (rows, columns, depth) at most."""
+    if x.dtype.itemsize != 2:  # without 16-bit tensor cores a tile is held in 2 or 4 times the registers
+        name = f"{name}_wide"
+    options = config(name, x.device)
     blocks = {
-        name: min(options[name], max(16, triton.next_power_of_2(size)))
-        for name, size in zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True)
+        block: min(options[block], max(16, triton.next_power_of_2(size)))
+        for block, size in zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), (rows, columns, depth), strict=True)
     }
-    acc = accumulator(dtype)
+    acc = accumulator(x.dtype)
     # Triton's interpreter multiplies garbage in bfloat16.
     narrow = {torch.float16: tl.float16, torch.bfloat16: acc if interpreted() else tl.bfloat16}
-    return {**blocks, "DOT": narrow.get(dtype, acc), "ACC": acc}
+    return name, options, {**blocks, "DOT": narrow.get(x.dtype, acc), "ACC": acc}
 
 
 def _marks(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask, no narrower than a wide product's values.
+    """Return the mask, no narrower than a wide product's values.
 
     Triton 3.7 lays a product out for the narrowest load behind its operands, addresses included. With a mask
     of bytes it multiplies float32 as TF32 on sm_100 although asked not to, and cannot compile float64.
     """
-    return mask if mask is None or dtype.itemsize == 2 else mask.to(_INTEGERS[dtype.itemsize])
+    integers = {4: torch.int32, 8: torch.int64}
+    return mask if mask is None or dtype.itemsize == 2 else mask.to(integers[dtype.itemsize])
 
 
 def _packed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous and of this dtype, in at most one copy; ``to`` alone keeps strides if the dtype is right."""
+    """Make contiguous and of this dtype, in at most one copy; ``to`` alone keeps strides."""
     return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _flat(weight: Tensor, plan: _Plan, dtype: torch.dtype) -> Tensor:
-    """The weight (D, K) in the order of a plan; a view where that is its own order and dtype."""
+    """Return the weight (D, K) in the order of a plan; a view where that is its own order and dtype."""
     flat = weight.permute(0, *(1 + axis for axis in plan.order))
     return _packed(flat, dtype).view(weight.shape[0], -1)
 
 
-def _launch_forward(
-    blocks: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    mask: Tensor | None,
-    prefix: int,
-) -> Tensor:
-    out = _fake_forward(blocks, weight, bias, position, mask, prefix)
+def _fake_embed(x: _Embed) -> Tensor:
+    batch, _, gx, _, gy, _, gz, _ = x.blocks.shape
+    return x.blocks.new_empty((batch, x.prefix + gx * gy * gz, x.weight.shape[0]))
+
+
+def _launch_embed(x: _Embed) -> Tensor:
+    out = _fake_embed(x)  # (B, P+L, D)
     batch, rows, width = out.shape
-    plan, strides, walk = _walk(blocks, width)
-    factor = _flat(weight, plan, blocks.dtype)
-    options = _options("patch_embed_forward", blocks.dtype, blocks.device)
-    tile = _tile(options, blocks.dtype, batch * rows, width, factor.shape[1])
-    launch(
-        patch_embed_forward_kernel,
-        (triton.cdiv(batch * rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),),
-        (
-            blocks, factor, None if bias is None else bias.contiguous(), position, _marks(mask, blocks.dtype),
-            out,
-            batch, rows - prefix, prefix, factor.shape[1], blocks.shape[4], blocks.shape[6], *strides,
-            *((0, 0) if position is None else position.stride()),
-        ),
-        {**walk, **tile},
-        "patch_embed_forward",
-        options,
-    )  # fmt: skip
+    plan, walk, constants = _walk(x.blocks, width)
+    factor = _flat(x.weight, plan, x.blocks.dtype)  # (D, K)
+    bias = None if x.bias is None else x.bias.contiguous()  # (D,)
+    name, options, tile = _tile("patch_embed_forward", x.blocks, batch * rows, width, factor.shape[1])
+    grid = (triton.cdiv(batch * rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
+    tensors = (x.blocks, factor, bias, x.position, _marks(x.mask, x.blocks.dtype), out)
+    sizes = (batch, rows - x.prefix, x.prefix, factor.shape[1], *walk)
+    strides = (0, 0) if x.position is None else x.position.stride()
+    arguments = (*tensors, *sizes, *strides)
+    launch(patch_embed_forward_kernel, grid, arguments, constants | tile, name, options)
     return out
 
 
-def _fake_forward(
-    blocks: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    mask: Tensor | None,
-    prefix: int,
-) -> Tensor:
-    batch, _, x, _, y, _, z, _ = blocks.shape
-    return blocks.new_empty((batch, prefix + x * y * z, weight.shape[0]))
+def _fake_grad_x(x: _Gradient) -> Tensor:
+    return torch.empty_like(x.blocks)  # in the input's own layout: autograd reshapes it without a copy
 
 
-def _launch_grad_x(grad: Tensor, blocks: Tensor, weight: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
-    grad_x = _fake_grad_x(grad, blocks, weight, mask, prefix)
-    batch, rows, width = grad.shape
-    length = rows - prefix
-    plan, strides, walk = _walk(grad_x, width)
-    factor = _flat(weight, plan, grad.dtype)
-    options = _options("patch_embed_grad_x", grad.dtype, grad.device)
-    tile = _tile(options, grad.dtype, batch * length, factor.shape[1], width)
-    launch(
-        patch_embed_grad_x_kernel,
-        (triton.cdiv(batch * length, tile["BLOCK_M"]) * triton.cdiv(factor.shape[1], tile["BLOCK_N"]),),
-        (
-            grad, factor, _marks(mask, grad.dtype), grad_x, batch, length, prefix, width,
-            blocks.shape[4], blocks.shape[6], *grad.stride(), *strides,
-        ),
-        {**walk, **tile},
-        "patch_embed_grad_x",
-        options,
-    )  # fmt: skip
+def _launch_grad_x(x: _Gradient) -> Tensor:
+    grad_x = _fake_grad_x(x)  # (B, C, gx, px, gy, py, gz, pz)
+    batch, rows, width = x.grad.shape
+    length = rows - x.prefix
+    plan, walk, constants = _walk(grad_x, width)
+    factor = _flat(x.weight, plan, x.grad.dtype)  # (D, K)
+    depth = factor.shape[1]
+    name, options, tile = _tile("patch_embed_grad_x", x.grad, batch * length, depth, width)
+    grid = (triton.cdiv(batch * length, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"]),)
+    grid_y, grid_z, *strides = walk
+    sizes = (batch, length, x.prefix, width, grid_y, grid_z, *x.grad.stride(), *strides)
+    arguments = (x.grad, factor, _marks(x.mask, x.grad.dtype), grad_x, *sizes)
+    launch(patch_embed_grad_x_kernel, grid, arguments, constants | tile, name, options)
     return grad_x
 
 
-def _fake_grad_x(grad: Tensor, blocks: Tensor, weight: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
-    return torch.empty_like(blocks)  # in the input's own layout, so that autograd reshapes it without a copy
+def _fake_grad_weight(x: _WeightGradient) -> tuple[Tensor, Tensor]:
+    precise = torch.promote_types(x.grad.dtype, torch.float32)
+    grad_bias = x.grad.new_empty(x.grad.shape[2] if x.with_bias else 0, dtype=precise)
+    return x.weight.new_empty(x.weight.shape), grad_bias
 
 
-def _launch_grad_weight(
-    grad: Tensor, blocks: Tensor, weight: Tensor, mask: Tensor | None, prefix: int, with_bias: bool
-) -> tuple[Tensor, Tensor]:
-    batch, rows, width = grad.shape
-    length, depth = rows - prefix, weight[0].numel()
-    plan, strides, walk = _walk(blocks, width)
-    options = _options("patch_embed_grad_weight", grad.dtype, grad.device)
-    tile = _tile(options, grad.dtype, width, depth, length)
+def _launch_grad_weight(x: _WeightGradient) -> tuple[Tensor, Tensor]:
+    batch, rows, width = x.grad.shape
+    length, depth = rows - x.prefix, x.weight[0].numel()
+    plan, walk, constants = _walk(x.blocks, width)
+    name, options, tile = _tile("patch_embed_grad_weight", x.grad, width, depth, length)
     tiles = triton.cdiv(width, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"])
     # Parts enough to keep the chip busy and no more: each is written and read in float32.
     parts = max(1, options["PROGRAMS"] // tiles)
@@ -248,51 +249,39 @@ def _launch_grad_weight(
     token_parts = triton.cdiv(all_tokens, tokens)
     samples = triton.cdiv(batch, max(1, parts // token_parts))
     sample_parts = triton.cdiv(batch, samples)
-    acc = torch.promote_types(grad.dtype, torch.float32)
-    partial = grad.new_empty((sample_parts * token_parts, width, depth), dtype=acc)
-    partial_bias = grad.new_empty((sample_parts * token_parts, width if with_bias else 0), dtype=acc)
-    launch(
-        patch_embed_grad_weight_kernel,
-        (tiles, token_parts, sample_parts),
-        (
-            grad, blocks, _marks(mask, grad.dtype), partial, partial_bias if with_bias else None,
-            batch, length, prefix, samples, tokens, blocks.shape[4], blocks.shape[6],
-            *grad.stride(), *strides,
-        ),
-        {**walk, **tile},
-        "patch_embed_grad_weight",
-        options,
-    )  # fmt: skip
-    ordered = partial.sum(0).view(width, *(weight.shape[1 + axis] for axis in plan.order))
+    precise = torch.promote_types(x.grad.dtype, torch.float32)
+    partial = x.grad.new_empty((sample_parts * token_parts, width, depth), dtype=precise)
+    partial_bias = partial.new_empty((partial.shape[0], width if x.with_bias else 0))  # (parts, D)
+    bias = partial_bias if x.with_bias else None
+    grid_y, grid_z, *strides = walk
+    sizes = (batch, length, x.prefix, samples, tokens, grid_y, grid_z, *x.grad.stride(), *strides)
+    arguments = (x.grad, x.blocks, _marks(x.mask, x.grad.dtype), partial, bias, *sizes)
+    grid = (tiles, token_parts, sample_parts)
+    launch(patch_embed_grad_weight_kernel, grid, arguments, constants | tile, name, options)
+    ordered = partial.sum(0).view(width, *(x.weight.shape[1 + axis] for axis in plan.order))
     grad_weight = ordered.permute(0, *(1 + plan.order.index(axis) for axis in range(4)))
-    return _packed(grad_weight, weight.dtype), partial_bias.sum(0)
+    return _packed(grad_weight, x.weight.dtype), partial_bias.sum(0)  # (D, C, px, py, pz), (D,)
 
 
-def _fake_grad_weight(
-    grad: Tensor, blocks: Tensor, weight: Tensor, mask: Tensor | None, prefix: int, with_bias: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    return weight.new_empty(weight.shape), grad.new_empty(grad.shape[2] if with_bias else 0, dtype=dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    blocks, weight, bias, position, mask, ctx.prefix = inputs
-    ctx.save_for_backward(blocks, weight, mask)
-    ctx.dtypes = [None if item is None else item.dtype for item in (bias, position)]
+def _setup_context(ctx: Any, x: _Embed, output: Tensor) -> None:
+    ctx.prefix = x.prefix
+    ctx.save_for_backward(x.blocks, x.weight, x.mask)
+    ctx.dtypes = [None if item is None else item.dtype for item in (x.bias, x.position)]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    blocks, weight, mask = ctx.saved_tensors
     for_x, for_weight, for_bias, for_position = ctx.needs_input_grad[:4]
+    known = (grad, *ctx.saved_tensors, ctx.prefix)
     grad_x = grad_weight = bias = position = None
     if for_x:
-        grad_x = _grad_x(grad, blocks, weight, mask, ctx.prefix)
+        grad_x = _grad_x(*known)
     if for_position or (for_bias and not for_weight):
-        position = grad[:, ctx.prefix :].sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-        bias = position.sum(0)
+        precise = torch.promote_types(grad.dtype, torch.float32)
+        position = grad[:, ctx.prefix :].sum(0, dtype=precise)  # (L, D)
+        bias = position.sum(0)  # (D,)
     if for_weight:
         with_bias = for_bias and bias is None
-        grad_weight, sums = _grad_weight(grad, blocks, weight, mask, ctx.prefix, with_bias)
+        grad_weight, sums = _grad_weight(*known, with_bias)
         bias = sums if with_bias else bias
     bias = bias.to(ctx.dtypes[0]) if for_bias and bias is not None else None
     position = position.to(ctx.dtypes[1]) if for_position and position is not None else None
@@ -300,29 +289,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _patch_embed = register(
-    "patch_embed(Tensor blocks, Tensor weight, Tensor? bias, Tensor? position, Tensor? mask, int prefix) -> "
-    "Tensor",
-    _launch_forward,
-    _fake_forward,
-    _setup_context,
-    _backward,
+    "patch_embed", _Embed, "Tensor", _launch_embed, _fake_embed, _setup_context, _backward
 )
-_grad_x = register(
-    "patch_embed_grad_x(Tensor grad, Tensor blocks, Tensor weight, Tensor? mask, int prefix) -> Tensor",
-    _launch_grad_x,
-    _fake_grad_x,
-)
+_grad_x = register("patch_embed_grad_x", _Gradient, "Tensor", _launch_grad_x, _fake_grad_x)
 _grad_weight = register(
-    "patch_embed_grad_weight(Tensor grad, Tensor blocks, Tensor weight, Tensor? mask, int prefix, "
-    "bool with_bias) -> (Tensor, Tensor)",
-    _launch_grad_weight,
-    _fake_grad_weight,
+    "patch_embed_grad_weight", _WeightGradient, "(Tensor, Tensor)", _launch_grad_weight, _fake_grad_weight
 )
 
 
 @register_flop_formula(_patch_embed.overloadpacket)
 def _forward_flops(blocks_shape: list[int], weight_shape: list[int], *_: Any, **__: Any) -> int:
-    """One matrix product, as :class:`torch.utils.flop_counter.FlopCounterMode` counts it."""
+    """Count one matrix product, as :class:`torch.utils.flop_counter.FlopCounterMode` does."""
     return 2 * math.prod(blocks_shape) * weight_shape[0]
 
 
@@ -335,14 +312,14 @@ def _backward_flops(_grad: Any, blocks_shape: list[int], weight_shape: list[int]
 
 
 def _volume_blocks(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, C, X, Y, Z) as blocks; splitting axes is a view whatever the strides."""
+    """View (B, C, X, Y, Z) as blocks; splitting axes is a view whatever the strides."""
     batch, channels, p, q, r = x.shape[0], *weight.shape[1:]
     gx, gy, gz = patch_grid(x.shape, (p, q, r))
     return x.view(batch, channels, gx, p, gy, q, gz, r)
 
 
 def _token_blocks(tokens: Tensor, weight: Tensor) -> Tensor:
-    """(B, L, p^3*C) as blocks; any factors of L do as the grid, for a sequence has one stride."""
+    """View (B, L, p^3*C) as blocks; any factors of L do as the grid, for a sequence has one stride."""
     batch, length, channels, p, q, r = *tokens.shape[:2], *weight.shape[1:]
     blocks = tokens.view(batch, length, 1, 1, p, q, r, channels)
     return blocks.permute(0, 7, 1, 4, 2, 5, 3, 6)
@@ -361,7 +338,7 @@ def _check(
 
 
 def _product_dtype(name: str, x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which F.linear would multiply: autocast's, else the inputs' common one."""
+    """Return the dtype in which F.linear would multiply: autocast's, else the inputs' common one."""
     narrow, dtypes = autocast_dtype(x), [x.dtype, weight.dtype]
     if narrow is not None:
         dtypes = [item if item == torch.float64 else narrow for item in dtypes]

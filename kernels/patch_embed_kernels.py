@@ -1,4 +1,4 @@
-"""The Triton kernels of the patch embedding; ``tokenize`` launches them.
+"""The Triton kernels of the patch embedding; ``patch_embed`` launches them.
 
 All three multiply with an index k over a patch's values. The launcher orders the patch's four axes by the
 input's strides, so that the fastest part of k is the contiguous one, and permutes the weight, which is small,

@@ -1,7 +1,7 @@
 """Patches of a 3D volume as tokens, and back.
 
 Both are a strided copy, which is one kernel of PyTorch's already. The fast operations that consume patches,
-:mod:`.tokenize` and :mod:`.reconstruction`, read them from the volume and make no copy.
+:mod:`.patch_embed` and :mod:`.reconstruction`, read them from the volume and make no copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _triple(patch_size: int | Triple) -> Triple:
 
 
 def patch_grid(shape: tuple[int, ...] | torch.Size, patch_size: int | Triple) -> Triple:
-    """Number of patches along each of the last three axes of ``shape``.
+    """Count patches along each of the last three axes of ``shape``.
 
     Raises:
         ValueError: naming the axis whose size is not a multiple of the patch edge.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ if triton is not None:
 
 
 def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens, of the whole sequence or of each source.
+    """Average tokens, of the whole sequence or of each source.
 
     Args:
         x: (B, L, D).
@@ -35,19 +35,19 @@ def token_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
         ValueError: if the mask's shape does not fit.
     """
     if mask is None:
-        return x.mean(1).unsqueeze(0)
+        return x.mean(1).unsqueeze(0)  # (1, B, D)
     _check(x, mask)
-    second = mask.to(x.dtype).unsqueeze(-1)
-    sums = torch.stack([(x * (1 - second)).sum(1), (x * second).sum(1)])
-    counts = torch.stack([(1 - second).sum(1), second.sum(1)])
-    return sums / counts.clamp(min=1)
+    second = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
+    sums = torch.stack([(x * (1 - second)).sum(1), (x * second).sum(1)])  # (2, B, D)
+    counts = torch.stack([(1 - second).sum(1), second.sum(1)])  # (2, B, 1)
+    return sums / counts.clamp(min=1)  # (2, B, D)
 
 
 def pooled_layer_norm_reference(
     x: Tensor, mask: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`pooled_layer_norm`, in plain PyTorch."""
-    x = at_least_float32(x)
+    """Compute :func:`pooled_layer_norm` in plain PyTorch: its definition."""
+    x = at_least_float32(x)  # (B, L, D)
     return token_mean(F.layer_norm(x, x.shape[-1:], eps=eps), mask), token_mean(x, mask)
 
 
@@ -169,98 +169,92 @@ if triton is not None:
 # 3. Registration
 
 
-def _launch_forward(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = x.shape
-    sources = 1 if mask is None else 2
-    block = triton.next_power_of_2(width)
-    options = config("pool_forward", x.device)
-    rows, steps = options["ROWS"], options["STEPS"]
-    chunks = triton.cdiv(length, rows * steps)
-    normed, plain, count = _fake_forward(x, mask, eps)
-    partial = normed.new_empty(batch, chunks, sources, 2, width)
-    acc = accumulator(x.dtype)
-    launch(
-        pool_forward_kernel,
-        (chunks, batch),
-        (x, mask, partial, length, width, *x.stride()),
-        {"SOURCES": sources, "BLOCK_D": block, "ROWS": rows, "STEPS": steps, "EPS": eps, "ACC": acc},
-        "pool_forward",
-        options,
-    )
-    options = config("pool_reduce", x.device)
-    launch(
-        pool_reduce_kernel,
-        (batch, sources),
-        (partial, mask, normed, plain, count, chunks, length, width),
-        {"SOURCES": sources, "BLOCK_D": block, "BLOCK_L": options["BLOCK_L"], "ACC": acc},
-        "pool_reduce",
-        options,
-    )
+class _Pool(NamedTuple):
+    x: Tensor  # (B, L, D)
+    mask: Tensor | None  # (B, L) uint8
+    eps: float
+
+
+class _Gradients(NamedTuple):
+    grad_normed: Tensor  # (S, B, D)
+    grad_plain: Tensor  # (S, B, D)
+    x: Tensor  # (B, L, D)
+    mask: Tensor | None  # (B, L) uint8
+    counts: Tensor  # (S, B)
+    eps: float
+
+
+def _fake_pool(x: _Pool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, width = x.x.shape
+    count = x.x.new_empty(_sources(x), batch, dtype=torch.promote_types(x.x.dtype, torch.float32))
+    normed, plain = (count.new_empty(*count.shape, width) for _ in range(2))
     return normed, plain, count
 
 
-def _fake_forward(x: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = (1 if mask is None else 2, x.shape[0])
-    normed, plain = (x.new_empty((*shape, x.shape[2]), dtype=dtype) for _ in range(2))
-    return normed, plain, x.new_empty(shape, dtype=dtype)
+def _sources(x: _Pool | _Gradients) -> int:
+    return 1 if x.mask is None else 2
 
 
-def _launch_backward(
-    grad_normed: Tensor, grad_plain: Tensor, x: Tensor, mask: Tensor | None, count: Tensor, eps: float
-) -> Tensor:
-    batch, length, width = x.shape
-    grad_x = _fake_backward(grad_normed, grad_plain, x, mask, count, eps)
-    options = config("pool_backward", x.device)
-    launch(
-        pool_backward_kernel,
-        (triton.cdiv(length, options["ROWS"]), batch),
-        (
-            x, mask, count, grad_normed.contiguous(), grad_plain.contiguous(), grad_x,
-            length, width, *x.stride(),
-        ),
-        {
-            "SOURCES": 1 if mask is None else 2,
-            "BLOCK_D": triton.next_power_of_2(width),
-            "ROWS": options["ROWS"],
-            "EPS": eps,
-            "ACC": accumulator(x.dtype),
-        },
-        "pool_backward",
-        options,
-    )  # fmt: skip
+def _constants(x: _Pool | _Gradients) -> dict[str, Any]:
+    """Return the constants that the kernels share."""
+    block = triton.next_power_of_2(x.x.shape[2])
+    return {"SOURCES": _sources(x), "BLOCK_D": block, "ACC": accumulator(x.x.dtype)}
+
+
+def _launch_pool(x: _Pool) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, width), sources = x.x.shape, _sources(x)
+    options = config("pool_forward", x.x.device)
+    rows, steps = options["ROWS"], options["STEPS"]
+    chunks = triton.cdiv(length, rows * steps)
+    normed, plain, count = _fake_pool(x)  # (S, B, D), (S, B, D), (S, B)
+    partial = normed.new_empty(batch, chunks, sources, 2, width)
+    arguments = (x.x, x.mask, partial, length, width, *x.x.stride())
+    constants = {**_constants(x), "ROWS": rows, "STEPS": steps, "EPS": x.eps}
+    launch(pool_forward_kernel, (chunks, batch), arguments, constants, "pool_forward", options)
+    options = config("pool_reduce", x.x.device)
+    arguments = (partial, x.mask, normed, plain, count, chunks, length, width)
+    constants = {**_constants(x), "BLOCK_L": options["BLOCK_L"]}
+    launch(pool_reduce_kernel, (batch, sources), arguments, constants, "pool_reduce", options)
+    return normed, plain, count
+
+
+def _fake_gradient(x: _Gradients) -> Tensor:
+    return torch.empty_like(x.x, memory_format=torch.contiguous_format)
+
+
+def _launch_gradient(x: _Gradients) -> Tensor:
+    batch, length, width = x.x.shape
+    grad_x = _fake_gradient(x)  # (B, L, D)
+    options = config("pool_backward", x.x.device)
+    grid = (triton.cdiv(length, options["ROWS"]), batch)
+    tensors = (x.x, x.mask, x.counts, x.grad_normed.contiguous(), x.grad_plain.contiguous(), grad_x)
+    constants = {**_constants(x), "ROWS": options["ROWS"], "EPS": x.eps}
+    arguments = (*tensors, length, width, *x.x.stride())
+    launch(pool_backward_kernel, grid, arguments, constants, "pool_backward", options)
     return grad_x
 
 
-def _fake_backward(
-    grad_normed: Tensor, grad_plain: Tensor, x: Tensor, mask: Tensor | None, count: Tensor, eps: float
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: tuple[Tensor, ...]) -> None:
-    x, mask, ctx.eps = inputs
-    ctx.save_for_backward(x, mask, output[2])
+def _setup_context(ctx: Any, x: _Pool, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.eps = x.eps
+    ctx.save_for_backward(x.x, x.mask, output[2])
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx: Any, grad_normed: Tensor, grad_plain: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    x, mask, count = ctx.saved_tensors
-    return _pool_backward(grad_normed, grad_plain, x, mask, count, ctx.eps), None, None
+    return _pool_backward(grad_normed, grad_plain, *ctx.saved_tensors, ctx.eps), None, None
 
 
 _pool = register(
-    "pooled_layer_norm(Tensor x, Tensor? mask, float eps) -> (Tensor, Tensor, Tensor)",
-    _launch_forward,
-    _fake_forward,
+    "pooled_layer_norm",
+    _Pool,
+    "(Tensor, Tensor, Tensor)",
+    _launch_pool,
+    _fake_pool,
     _setup_context,
     _backward,
 )
 _pool_backward = register(
-    "pooled_layer_norm_backward(Tensor grad_normed, Tensor grad_plain, Tensor x, Tensor? mask, Tensor count, "
-    "float eps) -> Tensor",
-    _launch_backward,
-    _fake_backward,
+    "pooled_layer_norm_backward", _Gradients, "Tensor", _launch_gradient, _fake_gradient
 )
 
 
@@ -275,7 +269,7 @@ def _check(x: Tensor, mask: Tensor | None) -> None:
 
 
 def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """LayerNorm without affine followed by the token mean, and the plain token mean, in one read of ``x``.
+    """Compute the token mean of LayerNorm without affine, and the plain token mean, in one read of ``x``.
 
     Args:
         x: (B, L, D), any float dtype and strides.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ Pairing = Literal["source", "reference"]
 def dual_reconstruction_loss_reference(
     prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing = "source"
 ) -> Tensor:
-    """The definition of :func:`dual_reconstruction_loss`, in plain PyTorch."""
-    first, second = at_least_float32(prediction).chunk(2)
-    truth, hidden = patchify_3d(target, patch_size).to(first.dtype), mask.to(first.dtype)
-    error_first = (first - truth).square().mean(-1)
-    error_second = (second.flip(0) - truth).square().mean(-1)
-    hidden_second = 1 - (hidden.flip(0) if pairing == "source" else hidden)
-    return (error_first * hidden + error_second * hidden_second).mean()
+    """Compute :func:`dual_reconstruction_loss` in plain PyTorch: its definition."""
+    first, second = at_least_float32(prediction).chunk(2)  # (B, L, p^3*C) each
+    truth, hidden = patchify_3d(target, patch_size).to(first.dtype), mask.to(first.dtype)  # .., (B, L)
+    error_first = (first - truth).square().mean(-1)  # (B, L)
+    error_second = (second.flip(0) - truth).square().mean(-1)  # (B, L)
+    hidden_second = 1 - (hidden.flip(0) if pairing == "source" else hidden)  # (B, L)
+    return (error_first * hidden + error_second * hidden_second).mean()  # ()
 
 
 # 2. Kernels
@@ -133,82 +134,71 @@ if triton is not None:
 # 3. Registration
 
 
+class _Loss(NamedTuple):
+    prediction: Tensor  # (2B, L, p^3*C)
+    target: Tensor  # (B, C, X, Y, Z)
+    mask: Tensor  # (B, L) uint8
+    patch: list[int]
+    reference: bool
+
+
+class _Gradient(NamedTuple):
+    grad_loss: Tensor  # ()
+    prediction: Tensor  # (2B, L, p^3*C)
+    target: Tensor  # (B, C, X, Y, Z)
+    mask: Tensor  # (B, L) uint8
+    patch: list[int]
+    reference: bool
+
+
 def _shared(
-    prediction: Tensor, target: Tensor, patch: list[int], reference: bool, name: str
-) -> tuple[tuple[int, ...], dict[str, Any], dict[str, int]]:
-    """Sizes and strides, constants and configuration, alike for both kernels."""
-    options = config(name, prediction.device)
-    _, length, width = prediction.shape
+    x: _Loss | _Gradient, options: dict[str, int]
+) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """Compute the grid (blocks of tokens, samples, blocks of columns), sizes with strides, and constants."""
+    _, length, width = x.prediction.shape
     columns = min(triton.next_power_of_2(width), options["COLUMNS"])
     tokens = max(1, min(triton.next_power_of_2(length), options["TILE"] // columns))
-    _, grid_y, grid_z = patch_grid(target.shape, (patch[0], patch[1], patch[2]))
+    px, py, pz = x.patch
+    _, grid_y, grid_z = patch_grid(x.target.shape, (px, py, pz))
     constants = {
-        "CHANNELS": target.shape[1],
-        "PX": patch[0],
-        "PY": patch[1],
-        "PZ": patch[2],
-        "REFERENCE": reference,
-        "TOKENS": tokens,
-        "COLUMNS": columns,
-        "ACC": accumulator(prediction.dtype),
-    }
-    return (length, width, grid_y, grid_z, *prediction.stride(), *target.stride()), constants, options
+        "CHANNELS": x.target.shape[1], "PX": px, "PY": py, "PZ": pz, "REFERENCE": x.reference,
+        "TOKENS": tokens, "COLUMNS": columns, "ACC": accumulator(x.prediction.dtype),
+    }  # fmt: skip
+    grid = (triton.cdiv(length, tokens), x.target.shape[0], triton.cdiv(width, columns))
+    return grid, (length, width, grid_y, grid_z, *x.prediction.stride(), *x.target.stride()), constants
 
 
-def _launch_forward(
-    prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
-) -> Tensor:
-    sizes, constants, options = _shared(prediction, target, patch, reference, "reconstruction_forward")
-    blocks, samples = triton.cdiv(prediction.shape[1], constants["TOKENS"]), target.shape[0]
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    partial = prediction.new_empty(samples, blocks, dtype=dtype)
-    launch(
-        reconstruction_forward_kernel,
-        (blocks, samples),
-        (prediction, target, mask, partial, *sizes),
-        constants,
-        "reconstruction_forward",
-        options,
-    )
+def _fake_loss(x: _Loss) -> Tensor:
+    return x.prediction.new_empty((), dtype=torch.promote_types(x.prediction.dtype, torch.float32))
+
+
+def _launch_loss(x: _Loss) -> Tensor:
+    options = config("reconstruction_forward", x.prediction.device)
+    (blocks, samples, _), sizes, constants = _shared(x, options)
+    precise = torch.promote_types(x.prediction.dtype, torch.float32)
+    partial = x.prediction.new_empty(samples, blocks, dtype=precise)  # (B, blocks)
+    arguments = (x.prediction, x.target, x.mask, partial, *sizes)
+    name = "reconstruction_forward"
+    launch(reconstruction_forward_kernel, (blocks, samples), arguments, constants, name, options)
     return partial.sum()
 
 
-def _fake_forward(
-    prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
-) -> Tensor:
-    return prediction.new_empty((), dtype=torch.promote_types(prediction.dtype, torch.float32))
+def _fake_gradient(x: _Gradient) -> Tensor:
+    return torch.empty_like(x.prediction, memory_format=torch.contiguous_format)
 
 
-def _launch_backward(
-    grad_loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
-) -> Tensor:
-    grad_prediction = _fake_backward(grad_loss, prediction, target, mask, patch, reference)
-    sizes, constants, options = _shared(prediction, target, patch, reference, "reconstruction_backward")
-    _, length, width = prediction.shape
-    launch(
-        reconstruction_backward_kernel,
-        (
-            triton.cdiv(length, constants["TOKENS"]),
-            target.shape[0],
-            triton.cdiv(width, constants["COLUMNS"]),
-        ),
-        (prediction, target, mask, grad_loss, grad_prediction, *sizes),
-        constants,
-        "reconstruction_backward",
-        options,
-    )
+def _launch_gradient(x: _Gradient) -> Tensor:
+    grad_prediction = _fake_gradient(x)  # (2B, L, p^3*C)
+    options = config("reconstruction_backward", x.prediction.device)
+    grid, sizes, constants = _shared(x, options)
+    arguments = (x.prediction, x.target, x.mask, x.grad_loss, grad_prediction, *sizes)
+    launch(reconstruction_backward_kernel, grid, arguments, constants, "reconstruction_backward", options)
     return grad_prediction
 
 
-def _fake_backward(
-    grad_loss: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, patch: list[int], reference: bool
-) -> Tensor:
-    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, list[int], bool], output: Tensor) -> None:
-    prediction, target, mask, ctx.patch, ctx.reference = inputs
-    ctx.save_for_backward(prediction, target, mask)
+def _setup_context(ctx: Any, x: _Loss, output: Tensor) -> None:
+    ctx.patch, ctx.reference = x.patch, x.reference
+    ctx.save_for_backward(x.prediction, x.target, x.mask)
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -217,50 +207,20 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, No
 
 
 _reconstruction = register(
-    "dual_reconstruction_loss(Tensor prediction, Tensor target, Tensor mask, int[] patch, bool reference) "
-    "-> Tensor",
-    _launch_forward,
-    _fake_forward,
-    _setup_context,
-    _backward,
+    "dual_reconstruction_loss", _Loss, "Tensor", _launch_loss, _fake_loss, _setup_context, _backward
 )
 _reconstruction_backward = register(
-    "dual_reconstruction_loss_backward(Tensor grad_loss, Tensor prediction, Tensor target, Tensor mask, "
-    "int[] patch, bool reference) -> Tensor",
-    _launch_backward,
-    _fake_backward,
+    "dual_reconstruction_loss_backward", _Gradient, "Tensor", _launch_gradient, _fake_gradient
 )
 
 
 # 4. Public function
 
 
-def _edges(patch_size: int | Triple) -> Triple:
-    return (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
-
-
-def _check(
-    prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing
-) -> None:
-    if target.dim() != 5:
-        raise ValueError(f"target has shape {tuple(target.shape)}, expected (B, C, X, Y, Z)")
-    (p, q, r), (gx, gy, gz) = _edges(patch_size), patch_grid(target.shape, patch_size)
-    batch, length = target.shape[0], gx * gy * gz
-    expected = (2 * batch, length, target.shape[1] * p * q * r)
-    if prediction.shape != expected:
-        raise ValueError(
-            f"prediction has shape {tuple(prediction.shape)}, expected {expected} for this target"
-        )
-    if mask.shape != (batch, length):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, length)}")
-    if pairing not in ("source", "reference"):
-        raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
-
-
 def dual_reconstruction_loss(
     prediction: Tensor, target: Tensor, mask: Tensor, patch_size: int | Triple, pairing: Pairing = "source"
 ) -> Tensor:
-    """Mean squared error of hidden tokens against the patchified volume.
+    """Compute the mean squared error of hidden tokens against the patchified volume.
 
     Stream 1 of row i predicts sample i where mask_i is 1. Stream 2 of row B-1-i predicts sample i too; its
     hidden tokens are those where mask_{B-1-i} is 0. The kernels read the supervised tokens alone, once, and
@@ -280,7 +240,19 @@ def dual_reconstruction_loss(
     Raises:
         ValueError: if a shape does not fit, or for an unknown pairing.
     """
-    _check(prediction, target, mask, patch_size, pairing)
+    if target.dim() != 5:
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected (B, C, X, Y, Z)")
+    patch = [patch_size] * 3 if isinstance(patch_size, int) else list(patch_size)
+    batch, length = target.shape[0], math.prod(patch_grid(target.shape, patch_size))
+    expected = (2 * batch, length, target.shape[1] * math.prod(patch))
+    if prediction.shape != expected:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)}, expected {expected} for this target"
+        )
+    if mask.shape != (batch, length):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, length)}")
+    if pairing not in ("source", "reference"):
+        raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
     if not use_triton(prediction) or prediction.numel() == 0 or target.requires_grad:
         return dual_reconstruction_loss_reference(prediction, target, mask, patch_size, pairing)
-    return _reconstruction(prediction, target, packed(mask), list(_edges(patch_size)), pairing == "reference")
+    return _reconstruction(prediction, target, packed(mask), patch, pairing == "reference")

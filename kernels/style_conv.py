@@ -1,12 +1,12 @@
 """The style convolution: along the tokens of one source, wherever in the mixed sequence these stand.
 
 Source: MeDUET sections "Network" (factorizer) and "Mixing and demixing". The published code compacts each
-source into a half-length sequence first; here index name the neighbours.
+source into a half-length sequence first; here an index names the neighbours.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +27,15 @@ if triton is not None:
 
 
 def style_convolution_reference(style: Tensor, weight: Tensor, index: MixIndex | None = None) -> Tensor:
-    """The definition of :func:`style_convolution`, in plain PyTorch."""
-    before, here, after = weight.to(style.dtype).squeeze(1).unbind(1)
+    """Compute :func:`style_convolution` in plain PyTorch: its definition."""
+    before, here, after = weight.to(style.dtype).squeeze(1).unbind(1)  # (Ds,) each
     if index is None:
-        zero = torch.zeros_like(style[:, :1])
-        left = torch.cat([zero, style[:, :-1]], 1)
-        right = torch.cat([style[:, 1:], zero], 1)
+        zero = torch.zeros_like(style[:, :1])  # (B, 1, Ds)
+        left = torch.cat([zero, style[:, :-1]], 1)  # (B, L, Ds)
+        right = torch.cat([style[:, 1:], zero], 1)  # (B, L, Ds)
     else:
         left, right = take_rows(style, index.previous), take_rows(style, index.next)
-    return left * before + style * here + right * after
+    return left * before + style * here + right * after  # (B, L, Ds)
 
 
 # 2. Kernels
@@ -115,74 +115,67 @@ if triton is not None:
 # 3. Registration
 
 
-def _launch_style(style: Tensor, weight: Tensor, previous: Tensor | None, following: Tensor | None) -> Tensor:
-    out = _fake_style(style, weight, previous, following)
-    _, length, width = style.shape
-    grid, constants, options = token_grid("style_convolution_forward", style, *style.shape)
-    launch(
-        style_forward_kernel,
-        grid,
-        (style, weight.contiguous(), previous, following, out, length, width, *style.stride()),
-        {**constants, "ACC": accumulator(style.dtype)},
-        "style_convolution_forward",
-        options,
-    )
+class _Style(NamedTuple):
+    style: Tensor  # (B, L, Ds)
+    weight: Tensor  # (Ds, 1, 3)
+    previous: Tensor | None  # (B, L) int64
+    following: Tensor | None  # (B, L) int64
+
+
+class _Gradients(NamedTuple):
+    grad: Tensor  # (B, L, Ds)
+    style: Tensor  # (B, L, Ds)
+    weight: Tensor  # (Ds, 1, 3)
+    previous: Tensor | None  # (B, L) int64
+    following: Tensor | None  # (B, L) int64
+
+
+def _fake_style(x: _Style | _Gradients) -> Tensor:
+    return torch.empty_like(x.style, memory_format=torch.contiguous_format)
+
+
+def _launch_style(x: _Style) -> Tensor:
+    out = _fake_style(x)  # (B, L, Ds)
+    name = "style_convolution_forward"
+    grid, constants, options = token_grid(name, x.style, *x.style.shape)
+    arguments = (x.style, x.weight.contiguous(), x.previous, x.following, out)
+    sizes = (*x.style.shape[1:], *x.style.stride())
+    constants |= {"ACC": accumulator(x.style.dtype)}
+    launch(style_forward_kernel, grid, (*arguments, *sizes), constants, name, options)
     return out
 
 
-def _fake_style(style: Tensor, weight: Tensor, previous: Tensor | None, following: Tensor | None) -> Tensor:
-    return torch.empty_like(style, memory_format=torch.contiguous_format)
+def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+    return _fake_style(x), torch.empty_like(x.weight, memory_format=torch.contiguous_format)
 
 
-def _launch_style_backward(
-    grad: Tensor, style: Tensor, weight: Tensor, previous: Tensor | None, following: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    batch, length, width = style.shape
-    grad_style = torch.empty_like(style, memory_format=torch.contiguous_format)
-    grid, constants, options = token_grid("style_convolution_backward", style, *style.shape)
-    partial_dtype = torch.promote_types(style.dtype, torch.float32)
-    partial = style.new_empty(batch * grid[1], width, 3, dtype=partial_dtype)
-    launch(
-        style_backward_kernel,
-        grid,
-        (
-            grad, style, weight.contiguous(), previous, following, grad_style, partial, length, width,
-            *grad.stride(), *style.stride(),
-        ),
-        {**constants, "ACC": accumulator(style.dtype)},
-        "style_convolution_backward",
-        options,
-    )  # fmt: skip
-    return grad_style, partial.sum(0).to(weight.dtype).view(width, 1, 3)
+def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+    batch, length, width = x.style.shape
+    grad_style = _fake_style(x)  # (B, L, Ds)
+    name = "style_convolution_backward"
+    grid, constants, options = token_grid(name, x.style, batch, length, width)
+    precise = torch.promote_types(x.style.dtype, torch.float32)
+    partial = x.style.new_empty(batch * grid[1], width, 3, dtype=precise)  # (B*chunks, Ds, 3)
+    arguments = (x.grad, x.style, x.weight.contiguous(), x.previous, x.following, grad_style, partial)
+    sizes = (length, width, *x.grad.stride(), *x.style.stride())
+    constants |= {"ACC": accumulator(x.style.dtype)}
+    launch(style_backward_kernel, grid, (*arguments, *sizes), constants, name, options)
+    return grad_style, partial.sum(0).to(x.weight.dtype).view(width, 1, 3)
 
 
-def _fake_style_backward(
-    grad: Tensor, style: Tensor, weight: Tensor, previous: Tensor | None, following: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    grad_style = torch.empty_like(style, memory_format=torch.contiguous_format)
-    return grad_style, torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _setup_context(ctx: Any, x: _Style, output: Tensor) -> None:
+    ctx.save_for_backward(*x)
 
 
-def _setup_style(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_style(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     return (*_style_backward(grad, *ctx.saved_tensors), None, None)
 
 
 _style = register(
-    "style_convolution(Tensor style, Tensor weight, Tensor? previous, Tensor? following) -> Tensor",
-    _launch_style,
-    _fake_style,
-    _setup_style,
-    _backward_style,
+    "style_convolution", _Style, "Tensor", _launch_style, _fake_style, _setup_context, _backward
 )
 _style_backward = register(
-    "style_convolution_backward(Tensor grad, Tensor style, Tensor weight, Tensor? previous, "
-    "Tensor? following) -> (Tensor, Tensor)",
-    _launch_style_backward,
-    _fake_style_backward,
+    "style_convolution_backward", _Gradients, "(Tensor, Tensor)", _launch_gradients, _fake_gradients
 )
 
 
@@ -190,12 +183,12 @@ _style_backward = register(
 
 
 def style_convolution(style: Tensor, weight: Tensor, index: MixIndex | None = None) -> Tensor:
-    """Depthwise convolution of three taps along the token sequence, zero-padded.
+    """Convolve three taps along the token sequence, each channel for itself, zero-padded.
 
     Args:
         style: (B, L, Ds), any float dtype and strides.
         weight: (Ds, 1, 3), a depthwise Conv1d weight, in any float dtype.
-        index: with them a token's neighbours are those of its own source; without, of the sequence.
+        index: with it a token's neighbours are those of its own source; without, of the sequence.
 
     Returns:
         (B, L, Ds), in the dtype of ``style``.
@@ -208,7 +201,7 @@ def style_convolution(style: Tensor, weight: Tensor, index: MixIndex | None = No
     if weight.shape != (style.shape[2], 1, 3):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {(style.shape[2], 1, 3)}")
     if index is not None:
-        check_index(index, style)
+        check_index(index, style, "previous", "next")
     if not use_triton(style) or style.numel() == 0:
         return style_convolution_reference(style, weight, index)
     if index is None:

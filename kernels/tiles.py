@@ -36,7 +36,7 @@ if triton is not None:
 def token_grid(
     name: str, x: Tensor, batch: int, length: int, width: int
 ) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, int]]:
-    """How to launch a kernel over (batch, length, width) tokens on the device of ``x``.
+    """Lay out a launch over (batch, length, width) tokens on the device of ``x``.
 
     Args:
         name: of a configuration with BLOCK_D, ROWS and, if a program takes several blocks of rows, STEPS.

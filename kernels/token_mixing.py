@@ -1,12 +1,12 @@
 """Mixing two sources into one token sequence, taking them apart, putting them together: for any model.
 
 Source: MeDUET section "Mixing and demixing". Its own model mixes on the load side of the patch embedding and
-never compacts (see ``tokenize.py`` and ``demix.py``).
+never compacts (see ``patch_embed.py`` and ``decoder_streams.py``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,24 @@ if triton is not None:
 
 
 def mix_tokens_reference(x: Tensor, mask: Tensor) -> Tensor:
-    """The definition of :func:`mix_tokens`, in plain PyTorch."""
-    return torch.where(mask.bool().unsqueeze(-1), x.flip(0), x)
+    """Compute :func:`mix_tokens` in plain PyTorch: its definition."""
+    return torch.where(mask.bool().unsqueeze(-1), x.flip(0), x)  # (B, L, D)
 
 
 def demix_tokens_reference(x: Tensor, mask: Tensor, num_second: int | None = None) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`demix_tokens`, in plain PyTorch."""
+    """Compute :func:`demix_tokens` in plain PyTorch: its definition."""
     length = x.shape[1]
-    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(x)
+    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(x)  # (B, L, D)
     first = length - (length // 2 if num_second is None else num_second)
-    tokens = torch.gather(x, 1, index)
+    tokens = torch.gather(x, 1, index)  # (B, L, D), source 1 first
     return tokens[:, :first], tokens[:, first:]
 
 
 def remix_tokens_reference(z1: Tensor, z2: Tensor, mask: Tensor) -> Tensor:
-    """The definition of :func:`remix_tokens`, in plain PyTorch."""
-    tokens = torch.cat([z1, z2], 1)
-    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(tokens)
-    return torch.empty_like(tokens).scatter(1, index, tokens)
+    """Compute :func:`remix_tokens` in plain PyTorch: its definition."""
+    tokens = torch.cat([z1, z2], 1)  # (B, L, D), source 1 first
+    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(tokens)  # (B, L, D)
+    return torch.empty_like(tokens).scatter(1, index, tokens)  # (B, L, D)
 
 
 # 2. Kernels
@@ -104,27 +104,40 @@ if triton is not None:
 # 3. Registration
 
 
-def _launch_mix(x: Tensor, second: Tensor, adjoint: bool) -> Tensor:
-    out = _fake_mix(x, second, adjoint)
-    grid, constants, options = token_grid("mix_tokens", x, *x.shape)
-    launch(
-        mix_tokens_kernel,
-        grid,
-        (x, second, out, x.shape[1], x.shape[2], *x.stride()),
-        {"ADJOINT": adjoint, **constants, "ACC": accumulator(x.dtype)},
-        "mix_tokens",
-        options,
-    )
+class _Mixed(NamedTuple):
+    x: Tensor  # (B, L, D)
+    second: Tensor  # (B, L) uint8, 1 takes the partner's token
+    adjoint: bool
+
+
+class _Whole(NamedTuple):
+    x: Tensor  # (B, L, D)
+    order: Tensor  # (B, L) int64
+    num_second: int | torch.SymInt
+
+
+class _Halves(NamedTuple):
+    first: Tensor  # (B, L1, D)
+    second: Tensor  # (B, L2, D)
+    order: Tensor  # (B, L) int64
+
+
+def _fake_mix(x: _Mixed) -> Tensor:
+    return torch.empty_like(x.x, memory_format=torch.contiguous_format)
+
+
+def _launch_mix(x: _Mixed) -> Tensor:
+    out = _fake_mix(x)  # (B, L, D)
+    grid, constants, options = token_grid("mix_tokens", x.x, *x.x.shape)
+    arguments = (x.x, x.second, out, *x.x.shape[1:], *x.x.stride())
+    constants |= {"ADJOINT": x.adjoint, "ACC": accumulator(x.x.dtype)}
+    launch(mix_tokens_kernel, grid, arguments, constants, "mix_tokens", options)
     return out
 
 
-def _fake_mix(x: Tensor, second: Tensor, adjoint: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _setup_mix(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-    _, second, ctx.adjoint = inputs
-    ctx.save_for_backward(second)
+def _setup_mix(ctx: Any, x: _Mixed, output: Tensor) -> None:
+    ctx.adjoint = x.adjoint
+    ctx.save_for_backward(x.second)
 
 
 def _backward_mix(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -132,76 +145,59 @@ def _backward_mix(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _launch_halves(tokens: Tensor, first: Tensor, second: Tensor, order: Tensor, split: bool) -> None:
+    """Copy tokens (B, L, D) into both halves, or both halves into tokens."""
     grid, constants, options = token_grid("token_halves", tokens, *tokens.shape)
+    sizes = (tokens.shape[1], first.shape[1], tokens.shape[2])
     strides = (*tokens.stride(), *first.stride(), *second.stride())
-    launch(
-        token_halves_kernel,
-        grid,
-        (tokens, first, second, order, tokens.shape[1], first.shape[1], tokens.shape[2], *strides),
-        {"SPLIT": split, **constants},
-        "token_halves",
-        options,
-    )
+    arguments = (tokens, first, second, order, *sizes, *strides)
+    launch(token_halves_kernel, grid, arguments, {"SPLIT": split, **constants}, "token_halves", options)
 
 
-def _launch_demix(x: Tensor, order: Tensor, num_second: int) -> tuple[Tensor, Tensor]:
-    first, second = _fake_demix(x, order, num_second)
-    _launch_halves(x, first, second, order, split=True)
+def _fake_demix(x: _Whole) -> tuple[Tensor, Tensor]:
+    batch, length, width = x.x.shape
+    return x.x.new_empty(batch, length - x.num_second, width), x.x.new_empty(batch, x.num_second, width)
+
+
+def _launch_demix(x: _Whole) -> tuple[Tensor, Tensor]:
+    first, second = _fake_demix(x)  # (B, L1, D), (B, L2, D)
+    _launch_halves(x.x, first, second, x.order, split=True)
     return first, second
 
 
-def _fake_demix(x: Tensor, order: Tensor, num_second: int) -> tuple[Tensor, Tensor]:
-    batch, length, width = x.shape
-    return x.new_empty(batch, length - num_second, width), x.new_empty(batch, num_second, width)
-
-
-def _setup_demix(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[1])
+def _setup_demix(ctx: Any, x: _Whole, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(x.order)
 
 
 def _backward_demix(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[Tensor, None, None]:
     return _remix(grad_first, grad_second, ctx.saved_tensors[0]), None, None
 
 
-def _launch_remix(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
-    tokens = _fake_remix(first, second, order)
-    _launch_halves(tokens, first, second, order, split=False)
+def _fake_remix(x: _Halves) -> Tensor:
+    batch, num_first, width = x.first.shape
+    return x.first.new_empty(batch, num_first + x.second.shape[1], width)
+
+
+def _launch_remix(x: _Halves) -> Tensor:
+    tokens = _fake_remix(x)  # (B, L, D)
+    _launch_halves(tokens, x.first, x.second, x.order, split=False)
     return tokens
 
 
-def _fake_remix(first: Tensor, second: Tensor, order: Tensor) -> Tensor:
-    return first.new_empty(first.shape[0], first.shape[1] + second.shape[1], first.shape[2])
-
-
-def _setup_remix(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.num_second = inputs[1].shape[1]
-    ctx.save_for_backward(inputs[2])
+def _setup_remix(ctx: Any, x: _Halves, output: Tensor) -> None:
+    ctx.num_second = x.second.shape[1]
+    ctx.save_for_backward(x.order)
 
 
 def _backward_remix(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return (*_demix(grad, ctx.saved_tensors[0], ctx.num_second), None)
 
 
-_mix = register(
-    "mix_tokens(Tensor x, Tensor second, bool adjoint) -> Tensor",
-    _launch_mix,
-    _fake_mix,
-    _setup_mix,
-    _backward_mix,
-)
+_mix = register("mix_tokens", _Mixed, "Tensor", _launch_mix, _fake_mix, _setup_mix, _backward_mix)
 _demix = register(
-    "demix_tokens(Tensor x, Tensor order, SymInt num_second) -> (Tensor, Tensor)",
-    _launch_demix,
-    _fake_demix,
-    _setup_demix,
-    _backward_demix,
+    "demix_tokens", _Whole, "(Tensor, Tensor)", _launch_demix, _fake_demix, _setup_demix, _backward_demix
 )
 _remix = register(
-    "remix_tokens(Tensor first, Tensor second, Tensor order) -> Tensor",
-    _launch_remix,
-    _fake_remix,
-    _setup_remix,
-    _backward_remix,
+    "remix_tokens", _Halves, "Tensor", _launch_remix, _fake_remix, _setup_remix, _backward_remix
 )
 
 

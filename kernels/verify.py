@@ -34,8 +34,13 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Return whether the error is allowed; False for NaN too."""
         return self.error <= self.allowed
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """Return a source of random numbers on a device; the meta device needs none."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def _floating(value: Any) -> bool:
@@ -50,14 +55,15 @@ def _double(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _neighbour(inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Inputs of the same dtypes, each value off by about a rounding."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return inputs of the same dtypes, each value off by about a rounding."""
     result = dict(inputs)
-    for name, value in inputs.items():
-        if _floating(value):
-            noise = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64) - 1
-            moved = value.detach().double() * (1 + torch.finfo(value.dtype).eps * noise.to(value.device))
-            result[name] = moved.to(value.dtype).requires_grad_(value.requires_grad)
+    floating = {name: value for name, value in inputs.items() if _floating(value)}
+    sources = {device: _generator(device, seed) for device in {value.device for value in floating.values()}}
+    for name, value in floating.items():
+        device = value.device
+        noise = torch.rand(value.shape, generator=sources[device], dtype=torch.float64, device=device)
+        moved = value.detach().double() * (1 + torch.finfo(value.dtype).eps * (2 * noise - 1))
+        result[name] = moved.to(value.dtype).requires_grad_(value.requires_grad)
     return result
 
 
@@ -80,20 +86,20 @@ def outputs_and_gradients(
     wanted = {name: value for name, value in inputs.items() if _floating(value) and value.requires_grad}
     reached = [output for output in outputs if output.requires_grad]
     if wanted and reached:
-        generator = torch.Generator().manual_seed(seed)
+        device = reached[0].device
+        source = _generator(device, seed)
         # Rounded, so that the same gradient flows in whatever the dtype of the outputs.
-        weights = [torch.randn(item.shape, generator=generator).bfloat16() for item in reached]
-        gradients = torch.autograd.grad(
-            reached,
-            list(wanted.values()),
-            [weight.to(item.device, item.dtype) for weight, item in zip(weights, reached, strict=True)],
-        )
+        weights = [
+            torch.randn(item.shape, generator=source, device=device).bfloat16().to(item.dtype)
+            for item in reached
+        ]
+        gradients = torch.autograd.grad(reached, list(wanted.values()), weights)
         values.update({f"grad {name}": item for name, item in zip(wanted, gradients, strict=True)})
     return values
 
 
 def _error(value: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; 0 for empty tensors."""
+    """Return the largest absolute difference; 0 for empty tensors."""
     return (value.double() - expected).abs().max().item() if expected.numel() else 0.0
 
 
@@ -114,7 +120,7 @@ class Expected(NamedTuple):
 def expect(
     reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0, neighbours: int = NEIGHBOURS
 ) -> dict[str, Expected]:
-    """What an operation must give, by name.
+    """Compute what an operation must give, by name.
 
     Args:
         reference: the eager definition.
@@ -179,7 +185,7 @@ def compare(
 
 
 def refuse(comparisons: Sequence[Comparison]) -> None:
-    """Raises: AssertionError naming every output and gradient that errs too much."""
+    """Raise an AssertionError that names every output and gradient that errs too much, if one does."""
     wrong = [item for item in comparisons if not item.passed]
     if wrong:
         raise AssertionError(
@@ -190,7 +196,7 @@ def refuse(comparisons: Sequence[Comparison]) -> None:
 def require(
     run: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0
 ) -> None:
-    """:func:`compare`, and refuse.
+    """Compare an operation with its definition, and refuse it if it errs too much.
 
     Raises:
         AssertionError: naming every output and gradient that errs too much.

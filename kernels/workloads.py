@@ -1,6 +1,6 @@
 """Standard calls of every operation: what is inspected, held to its definition on a GPU, and timed.
 
-Each function makes a :class:`Workload` of any size; :func:`workloads` lists those that matter.
+Functions make a :class:`Workload` of any size; the lists at the end are those that matter.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .token_mixing import (
 )
 
 Inputs = dict[str, Any]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Cost(NamedTuple):
@@ -57,7 +58,7 @@ class Workload(NamedTuple):
         reference: the eager definition, called like ``run``.
         cost: bytes per element -> least cost of forward and of backward.
         matrix: whether the kernels must use tensor cores, on 16-bit inputs.
-        heavy: whether the definition takes many seconds, even on a GPU.
+        dtypes: which inputs it makes; where ``inputs`` decides by itself, that one.
     """
 
     op: str
@@ -67,7 +68,7 @@ class Workload(NamedTuple):
     reference: Callable[..., Any]
     cost: Callable[[int], tuple[Cost, Cost]]
     matrix: bool = False
-    heavy: bool = False
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
 def balanced_mask(batch: int, length: int, device: str) -> Tensor:
@@ -88,7 +89,7 @@ def _parameter(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _contrast_inputs(rows: int, keys: Tensor) -> Inputs:
-    """Queries that resemble the keys, a quarter of them in every block, and the published scale."""
+    """Make queries that resemble the keys, a quarter of them in every block, and the published scale."""
     device, dtype = keys.device, keys.dtype
     alike = keys.unflatten(0, (4, -1))[:, : rows // 4].reshape(rows, -1)  # (rows, D)
     queries = 0.5 * alike + torch.randn(alike.shape, device=device, dtype=dtype)
@@ -107,7 +108,7 @@ def _contrast_cost(rows: int, key_rows: int, width: int, passes: int, size: int)
 def quadruplet_workload(
     rows: int, key_rows: int, width: int, identity: Identity, always: torch.dtype | None = None
 ) -> Workload:
-    """Contrast of quadruplets; ``always`` is the inputs' dtype, whatever the caller asks for."""
+    """Contrast quadruplets; ``always`` is the inputs' dtype, whatever the caller asks for."""
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
         keys = torch.randn(key_rows, width, device=device, dtype=always or dtype)
@@ -121,12 +122,12 @@ def quadruplet_workload(
         quadruplet_contrast_eager,
         lambda size: _contrast_cost(rows, key_rows, width, 2, always.itemsize if always else size),
         matrix=always is None,
-        heavy=rows * key_rows > 2**32,
+        dtypes=DTYPES if always is None else (always,),
     )
 
 
 def supervised_workload(rows: int, key_rows: int, width: int, itself: bool) -> Workload:
-    """Contrast by labels, about eight keys each; ``itself``: a query's own key takes no part."""
+    """Contrast by labels, about eight keys each; with ``itself`` a query's own key takes no part."""
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
         keys = torch.randn(key_rows, width, device=device, dtype=dtype)
@@ -152,7 +153,7 @@ def supervised_workload(rows: int, key_rows: int, width: int, itself: bool) -> W
 
 
 def mix_index_workload(batch: int, length: int) -> Workload:
-    """The index of a mask (batch, length)."""
+    """Build the index of a mask (batch, length)."""
     cost = Cost(batch * length * (1 + 4 * 8), 0)
     return Workload(
         "mix_index",
@@ -161,6 +162,7 @@ def mix_index_workload(batch: int, length: int) -> Workload:
         lambda mask: tuple(build_mix_index(mask)[1:]),
         lambda mask: tuple(build_mix_index_reference(mask)[1:]),
         lambda size: (cost, Cost(0, 0)),
+        dtypes=(torch.bfloat16,),  # nothing has one
     )
 
 
@@ -187,7 +189,7 @@ def mixing_workloads(batch: int, length: int = 216, width: int = 768) -> list[Wo
 
 
 def style_workload(batch: int, length: int, width: int, mixed: bool) -> Workload:
-    """The style convolution of (batch, length, width), along each source if ``mixed``."""
+    """Convolve style (batch, length, width), along each source if ``mixed``."""
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
         mask = balanced_mask(batch, length, device)
@@ -212,7 +214,7 @@ def style_workload(batch: int, length: int, width: int, mixed: bool) -> Workload
 def streams_workload(
     batch: int, length: int, width: int, straight: bool = True, swapped: bool = True
 ) -> Workload:
-    """The decoder's two or four streams of (batch, length, width), behind one prefix row."""
+    """Assemble the decoder's two or four streams of (batch, length, width), behind one prefix row."""
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
         return {
@@ -260,7 +262,7 @@ def pool_workload(batch: int, length: int, width: int, masked: bool) -> Workload
 def reconstruction_workload(
     batch: int, channels: int, size: int, patch: int, pairing: Pairing = "source"
 ) -> Workload:
-    """The loss of ``batch`` volumes of edge ``size`` with patches of edge ``patch``."""
+    """Compute the loss of ``batch`` volumes of edge ``size`` with patches of edge ``patch``."""
     length, width = (size // patch) ** 3, channels * patch**3
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
@@ -289,7 +291,7 @@ def reconstruction_workload(
 
 
 def group_norm_workload(batch: int, channels: int, edge: int, last: bool) -> Workload:
-    """Maps (batch, channels, edge, edge, edge) in 32 groups; channels-last if ``last``."""
+    """Normalise maps (batch, channels, edge, edge, edge) in 32 groups; channels-last if ``last``."""
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
         x = torch.randn(batch, channels, edge, edge, edge, device=device, dtype=dtype)
@@ -347,7 +349,10 @@ def _embed_workload(
             Cost(rows * width * size + read + grad_x, product * (2 if x.requires_grad else 1)),
         )
 
-    return Workload("patch_embed", label, inputs, within(run), within(reference), cost, matrix=True)
+    dtypes = DTYPES if autocast is None else (autocast,)
+    return Workload(
+        "patch_embed", label, inputs, within(run), within(reference), cost, matrix=True, dtypes=dtypes
+    )
 
 
 def _embed_parameters(
@@ -413,8 +418,8 @@ def token_workload(batch: int, length: int, channels: int, patch: int, width: in
 # 5. All of them
 
 
-def workloads() -> list[Workload]:
-    """List the standard workloads: ViT-B steps, other models' sizes, and sizes that blocks do not divide."""
+def standard_workloads() -> list[Workload]:
+    """List the sizes of ViT-B steps, of large batches, and of other models."""
     latents: Triple = (24, 24, 24)
     return [
         # In training the pooled queries and keys are float32, which tensor cores do not multiply.
@@ -424,31 +429,19 @@ def workloads() -> list[Workload]:
         quadruplet_workload(256, 256, 192, "style"),
         quadruplet_workload(256, 2048, 768, "content"),
         quadruplet_workload(16384, 16384, 768, "content"),
-        quadruplet_workload(131072, 131072, 768, "content"),
-        quadruplet_workload(5900, 5900, 700, "style"),
-        supervised_workload(256, 2048, 768, itself=False),
-        supervised_workload(16384, 16384, 768, itself=True),
-        supervised_workload(5900, 7300, 700, itself=True),
         streams_workload(64, 216, 384),
         streams_workload(64, 216, 384, straight=False),
-        streams_workload(3, 210, 300, swapped=False),
         *(group_norm_workload(*size, last) for size in ((1, 64, 64), (4, 256, 16)) for last in (False, True)),
-        *(group_norm_workload(3, 96, 15, last) for last in (False, True)),
         *mixing_workloads(64),
-        *mixing_workloads(3, 215, 700),
         pool_workload(64, 216, 768, masked=True),
         pool_workload(64, 216, 192, masked=True),
         pool_workload(128, 216, 768, masked=False),
-        pool_workload(3, 215, 700, masked=True),
         reconstruction_workload(64, 4, 24, 4),
         reconstruction_workload(16, 4, 24, 2),
-        reconstruction_workload(3, 3, 15, 3, "reference"),
         style_workload(64, 216, 192, mixed=True),
         style_workload(64, 216, 192, mixed=False),
-        style_workload(3, 214, 100, mixed=True),
         mix_index_workload(64, 216),
         mix_index_workload(4, 13824),
-        mix_index_workload(3, 1002),
         volume_workload(64, 4, latents, 4, masked=True),
         volume_workload(64, 4, latents, 4, masked=True, autocast=torch.bfloat16),
         volume_workload(64, 4, latents, 4),
@@ -457,7 +450,34 @@ def workloads() -> list[Workload]:
         volume_workload(8, 4, (64, 64, 32), 4),
         volume_workload(8, 1, (96, 96, 96), 16),
         volume_workload(8, 1, (96, 96, 96), 8),
-        volume_workload(3, 3, (15, 21, 9), 3, masked=True, width=500, differentiate=True),
         token_workload(256, 216, 4, 4),
+    ]
+
+
+def further_workloads() -> list[Workload]:
+    """List what training does not use: labels, other options, and sizes that no block divides."""
+    return [
+        quadruplet_workload(5900, 5900, 700, "style"),
+        supervised_workload(256, 2048, 768, itself=False),
+        supervised_workload(16384, 16384, 768, itself=True),
+        supervised_workload(5900, 7300, 700, itself=True),
+        streams_workload(3, 210, 300, swapped=False),
+        *(group_norm_workload(3, 96, 15, last) for last in (False, True)),
+        *mixing_workloads(3, 215, 700),
+        pool_workload(3, 215, 700, masked=True),
+        reconstruction_workload(3, 3, 15, 3, "reference"),
+        style_workload(3, 214, 100, mixed=True),
+        mix_index_workload(3, 1002),
+        volume_workload(3, 3, (15, 21, 9), 3, masked=True, width=500, differentiate=True),
         token_workload(5, 35, 3, 3, width=500),
     ]
+
+
+def heavy_workloads() -> list[Workload]:
+    """List what takes many seconds by its definition, even on a GPU."""
+    return [quadruplet_workload(131072, 131072, 768, "content")]
+
+
+def workloads() -> list[Workload]:
+    """List all of them."""
+    return standard_workloads() + further_workloads() + heavy_workloads()

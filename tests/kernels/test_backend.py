@@ -69,11 +69,11 @@ def test_auto_says_once_what_it_chose_and_why(
 
 def test_configurations_come_from_the_table_unless_overridden() -> None:
     device = torch.device("cpu")
-    table = config("pool_reduce", device)
+    table = config("contrast_small", device)
     assert table.keys() >= {"num_warps", "num_stages"}
-    with override_config("pool_reduce", {"num_warps": 1, "num_stages": 1}):
-        assert config("pool_reduce", device)["num_warps"] == 1
-    assert config("pool_reduce", device) == table
+    with override_config("contrast_small", {"num_warps": 1, "num_stages": 1}):
+        assert config("contrast_small", device)["num_warps"] == 1
+    assert config("contrast_small", device) == table
     with pytest.raises(KeyError, match="nothing"):
         config("nothing", device)
 

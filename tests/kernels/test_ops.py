@@ -65,7 +65,7 @@ def test_patch_embedding_mixes_with_the_partner_and_leaves_room() -> None:
             assert torch.allclose(tokens[row, 2 + token], source[token] + position[token])
 
 
-def test_mix_tables_against_loops() -> None:
+def test_mix_index_against_loops() -> None:
     mask = random_mix_mask(5, 12, torch.Generator().manual_seed(1))
     index = build_mix_index(mask)
     opposite = index.complement()
@@ -213,6 +213,8 @@ def test_refusals_name_the_argument() -> None:
         build_mix_index(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="values other than 0 and 1"):
         check_mask(torch.full((1, 2), 0.5))
+    with pytest.raises(ValueError, match="mask row 0 has 2 ones of 2"):
+        build_mix_index(torch.ones(1, 2), check_values=True)
     with pytest.raises(ValueError, match=r"prediction has shape \(2, 8, 8\), expected \(4, 8, 8\)"):
         dual_reconstruction_loss(torch.zeros(2, 8, 8), x[..., :4], torch.zeros(2, 8), 2)
     with pytest.raises(ValueError, match="pairing is 'both'"):

@@ -28,7 +28,7 @@ seeds = st.integers(0, 1000)
 KINDS = [(True, True), (True, False), (False, True)]
 
 
-def make_tables(batch: int, length: int, seed: int = 0) -> MixIndex:
+def make_index(batch: int, length: int, seed: int = 0) -> MixIndex:
     values = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed))
     return build_mix_index(values.argsort(1).argsort(1) < length // 2)
 
@@ -49,7 +49,7 @@ def convolution(
     return {
         "style": tokens(batch, 2 * half, width, dtype, seed),
         "weight": randn(width, 1, 3, dtype=dtype, seed=seed + 1),
-        "index": make_tables(batch, 2 * half, seed) if mixed else None,
+        "index": make_index(batch, 2 * half, seed) if mixed else None,
     }
 
 
@@ -69,7 +69,7 @@ def streams(
         "prefix": tokens(batch, prefixes, width, dtype, seed + 2),
         "mask_token": randn(width, dtype=dtype, seed=seed + 3),
         "position": randn(prefixes + length, width, dtype=dtype, seed=seed + 4),
-        "index": make_tables(batch, length, seed),
+        "index": make_index(batch, length, seed),
         "straight": kinds[0],
         "swapped": kinds[1],
     }

@@ -262,7 +262,7 @@ def _index(batch: int, length: int) -> MixIndex:
     return mix_index.build_mix_index_reference(_mask(batch, length, length // 2))
 
 
-def _index_tables(mask: Tensor) -> Case:
+def _build_index(mask: Tensor) -> Case:
     def floats(function: Callable[[Tensor], MixIndex]) -> Callable[..., tuple[Tensor, ...]]:
         return lambda mask: tuple(table.double() for table in function(mask))
 
@@ -389,8 +389,8 @@ def _supervised(itself: bool, dtype: torch.dtype, width: int) -> Case:
 
 half, single = torch.float16, torch.float32
 CASES: dict[str, Callable[[], Case]] = {
-    "tables": lambda: _index_tables(_mask(3, 42, 21)),
-    "tables of uneven halves": lambda: _index_tables(torch.rand(4, 42) < torch.arange(4)[:, None] / 3),
+    "tables": lambda: _build_index(_mask(3, 42, 21)),
+    "tables of uneven halves": lambda: _build_index(torch.rand(4, 42) < torch.arange(4)[:, None] / 3),
     "mixing": _mixing,
     "demixing": lambda: _halves({"x": _tokens(3, 13, 9), "mask": _mask(3, 13, 5)}),
     "demixing of uneven halves": lambda: _halves(

@@ -37,7 +37,7 @@ def tokens(batch: int, length: int, width: int, dtype: torch.dtype, seed: int = 
     return x.to(dtype).transpose(0, 1).requires_grad_()  # not contiguous
 
 
-def require_tables(mask: Tensor) -> None:
+def require_index(mask: Tensor) -> None:
     made, expected = build_mix_index(mask), mix_index.build_mix_index_reference(mask)
     for name, table, value in zip(made._fields, made, expected, strict=True):
         assert table.dtype == value.dtype
@@ -49,20 +49,20 @@ def require_tables(mask: Tensor) -> None:
     st.integers(1, 4), st.integers(1, 100), st.sampled_from([torch.bool, torch.int64, torch.float32]), seeds
 )
 def test_tables_of_any_shape(batch: int, half: int, dtype: torch.dtype, seed: int) -> None:
-    require_tables(mask_with(batch, 2 * half, half, seed).to(dtype))
+    require_index(mask_with(batch, 2 * half, half, seed).to(dtype))
 
 
 @pytest.mark.parametrize("block", [1, 16, 4096])
 def test_tables_with_carried_counts(block: int) -> None:
     options = {"BLOCK": block, "num_warps": 4, "num_stages": 1}
     with override_config("token_order", options), override_config("mix_index", options):
-        require_tables(mask_with(2, 42, 21))
+        require_index(mask_with(2, 42, 21))
 
 
 def test_tables_of_a_long_sequence_and_of_edges() -> None:
-    require_tables(mask_with(2, 13824, 6912))
-    require_tables(mask_with(3, 16, 8).t().contiguous().t())
-    require_tables(torch.zeros(0, 4))
+    require_index(mask_with(2, 13824, 6912))
+    require_index(mask_with(3, 16, 8).t().contiguous().t())
+    require_index(torch.zeros(0, 4))
     opposite = build_mix_index(mask_with(2, 14, 7)).complement()
     for table, value in zip(opposite, build_mix_index(~mask_with(2, 14, 7)), strict=True):
         assert torch.equal(table, value)
@@ -71,7 +71,7 @@ def test_tables_of_a_long_sequence_and_of_edges() -> None:
 def test_rows_with_another_number_of_ones_stay_within_memory() -> None:
     mask = torch.rand(4, 40, generator=generator(3)) < 0.3
     mask[0], mask[1] = False, True
-    require_tables(mask)
+    require_index(mask)
     x = tokens(4, 40, 5, torch.float32)
     require(demix_tokens, token_mixing.demix_tokens_reference, {"x": x, "mask": mask})
 
@@ -138,7 +138,7 @@ def test_gradgradcheck_and_opcheck() -> None:
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     torch.library.opcheck(mix_index.token_order, (second,))
-    torch.library.opcheck(mix_index._tables, (second,))
+    torch.library.opcheck(mix_index._index, (second,))
     torch.library.opcheck(token_mixing._mix, (x, second, False))
     torch.library.opcheck(token_mixing._demix, (x, order, 2))
     torch.library.opcheck(token_mixing._remix, (z1, z2, order))
