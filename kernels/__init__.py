@@ -6,7 +6,7 @@ from .contrast_eager import quadruplet_identities
 from .decoder_streams import assemble_streams
 from .dtypes import at_least_float32, autocast_dtype
 from .group_norm import group_norm_silu
-from .mix_index import MixIndex, build_mix_index, check_mask
+from .mix_index import MixIndex, build_mix_index, check_mask, random_mix_mask
 from .patch_embed import patch_embed_3d, patch_embed_tokens
 from .patchify import patch_grid, patchify_3d, unpatchify_3d
 from .pool import pooled_layer_norm, token_mean
@@ -33,6 +33,7 @@ __all__ = [
     "pooled_layer_norm",
     "quadruplet_contrast",
     "quadruplet_identities",
+    "random_mix_mask",
     "remix_tokens",
     "set_kernel_backend",
     "style_convolution",

@@ -216,3 +216,17 @@ def check_index(index: MixIndex, x: Tensor, *names: str) -> None:
         shape = getattr(index, name).shape
         if shape != x.shape[:2]:
             raise ValueError(f"index.{name} has shape {tuple(shape)}, expected {tuple(x.shape[:2])}")
+
+
+def random_mix_mask(
+    batch: int, num_tokens: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw mixing masks: (B, L) bool with exactly L/2 ones in each row, made without a host sync.
+
+    Raises:
+        ValueError: for an odd number of tokens.
+    """
+    if num_tokens % 2:
+        raise ValueError(f"num_tokens is {num_tokens}, expected an even number: half of the tokens are mixed")
+    noise = torch.rand(batch, num_tokens, generator=generator, device=device)
+    return noise.argsort(1).argsort(1) < num_tokens // 2

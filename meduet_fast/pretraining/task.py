@@ -13,12 +13,13 @@ from meduet_fast.data.augment import augment
 from meduet_fast.engine.ema import update_average
 from meduet_fast.engine.optimizer import cosine
 from meduet_fast.engine.task import Batch, Task
+from meduet_fast.kernels import random_mix_mask
 from meduet_fast.models import MeDUET
 
 from .config import PretrainConfig
 from .cost import flops_per_sample
 from .erasure import DomainMeans
-from .losses import ObjectiveConfig, pretraining_losses, random_mix_mask
+from .losses import ObjectiveConfig, pretraining_losses
 
 
 class MeDUETPretraining(Task):

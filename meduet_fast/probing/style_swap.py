@@ -12,9 +12,8 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import build_mix_index, unpatchify_3d
+from meduet_fast.kernels import build_mix_index, random_mix_mask, unpatchify_3d
 from meduet_fast.models import MeDUET
-from meduet_fast.pretraining.losses import random_mix_mask
 
 from .crops import ProbeCrops, Start
 
