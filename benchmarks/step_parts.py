@@ -93,7 +93,7 @@ class OurStep:
 
     def __call__(self, latents: Tensor, domain: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The losses, on the device."""
-        losses = self._backward({"latents": latents, "domain": domain, "mask": mask}, 0)
+        losses = self._backward({"latents": latents, "domain": domain, "mask": mask}, 0, True)
         update(self._task, self._optimizer, 0, keep_gradients=self._graph)
         return losses
 

@@ -59,7 +59,7 @@ class GraphedGradients:
                 parameter.grad = torch.zeros_like(parameter)
                 self._gradients.append(parameter.grad)
 
-    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, step: int, last: bool = True) -> dict[str, Tensor]:
         """Compute the losses of a batch, on the device; all batches have the same entries and shapes."""
         if self._task.phase(step) != self._phase:
             self._capture(batch, step)
@@ -74,7 +74,7 @@ class GraphedGradients:
         self._replay, self._losses = None, {}  # the memory of the graph before
         fixed = self._batch = {name: item.clone() for name, item in batch.items()}
         self._losses, self._replay = capture(
-            lambda: add_gradients(self._task, fixed, step, self._share, self._low)
+            lambda: add_gradients(self._task, fixed, step, share=self._share, low=self._low)
         )
         self._phase = self._task.phase(step)
         torch._foreach_zero_(self._gradients)

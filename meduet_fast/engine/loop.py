@@ -30,12 +30,12 @@ from .checkpoint import (
 from .config import EngineConfig
 from .cuda_graph import GraphedGradients
 from .distributed import World, join_world
-from .metrics import RunLog, StepValues, non_finite
+from .metrics import RunLog, non_finite
 from .optimizer import build_optimizer
-from .parallel import inner_task, parallelize
+from .parallel import parallelize
 from .precision import low_precision
 from .prefetch import prefetch
-from .step import Backward, add_gradients, train_step
+from .step import Backward, StepValues, add_gradients, train_step
 from .stop import Agreement, StopRequest
 from .task import Batches, Task
 
@@ -109,7 +109,7 @@ def fit(
         stream = data.read(
             start * per_step, config.steps * per_step, world.rank, world.size, world.device.type == "cuda"
         )
-        batches = prefetch(stream, world.device)
+        batches = prefetch(stream, world.device) if world.device.type == "cuda" else stream
         if world.rank == 0:
             prepare_folder(output / "checkpoints")
             record = {"data": str(data.path.resolve()), "config": asdict(config)}
@@ -135,7 +135,7 @@ def fit(
                 bar.update(1, log.report(values.step, checked, values.waited, values.done_at))
 
             while done < config.steps and stopped is None:
-                values = train_step(model, backward, optimizer, batches, done, config, world)
+                values = train_step(task, backward, optimizer, batches, done, config, world)
                 done += 1
                 # The previous step's values have arrived meanwhile: reading them costs no waiting.
                 if pending is not None:
@@ -176,7 +176,8 @@ def backward_of(model: torch.nn.Module, config: EngineConfig, world: World) -> B
             "cuda_graph is for one GPU, without torchrun: "
             f"found device {world.device}, {world.size} process{'es' * (world.size > 1)}"
         )
-    return GraphedGradients(inner_task(model), share, low)
+    assert isinstance(model, Task)  # nothing is around it
+    return GraphedGradients(model, share, low)
 
 
 def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float]:

@@ -7,13 +7,11 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from meduet_fast.errors import UserError
@@ -24,49 +22,6 @@ from .distributed import World
 from .task import Task
 
 METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass
-class StepValues:
-    """Values of one step, on their way from the device.
-
-    Attributes:
-        step: which step.
-        names: of the values.
-        values: (len(names),) float32 on the host; valid once ``ready`` has happened.
-        volumes: ids of the volumes in the step's batches.
-        waited: seconds that the step waited for data.
-        done_at: ``time.perf_counter()`` when the host was through with the step; when the device was, if it
-            was found to be still at it.
-        ready: the copy's event; None where there is nothing to wait for.
-    """
-
-    step: int
-    names: Sequence[str]
-    values: Tensor
-    volumes: list[Tensor]
-    waited: float
-    done_at: float
-    ready: torch.cuda.Event | None
-
-    def fetch(self) -> dict[str, float]:
-        """The values; waits for the copy, which is long over a step later."""
-        if self.ready is not None and not self.ready.query():
-            self.ready.synchronize()
-            self.done_at = time.perf_counter()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
-
-
-def send_values(step: int, values: dict[str, Tensor], volumes: list[Tensor], waited: float) -> StepValues:
-    """Start the copy of scalar tensors to the host without waiting for it."""
-    stacked = torch.stack([value.detach().float() for value in values.values()])
-    if not stacked.is_cuda:
-        return StepValues(step, list(values), stacked, volumes, waited, time.perf_counter(), None)
-    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-    host.copy_(stacked, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return StepValues(step, list(values), host, volumes, waited, time.perf_counter(), ready)
 
 
 # Dense bfloat16 TFLOP/s by name of the device, the longer names first. Source: NVIDIA's data sheets.

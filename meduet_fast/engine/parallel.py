@@ -104,13 +104,6 @@ def parallelize(task: Task, config: EngineConfig, world: World) -> nn.Module:
     return task
 
 
-def inner_task(model: nn.Module) -> Task:
-    """Return the task that :func:`parallelize` was given."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    assert isinstance(inner, Task)
-    return inner
-
-
 @contextmanager
 def _unreduced(model: FSDPModule) -> Iterator[None]:
     model.set_requires_gradient_sync(False)

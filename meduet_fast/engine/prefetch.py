@@ -12,12 +12,9 @@ from .task import VOLUME, Batch
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield the same batches on the device; the entry ``volume`` stays on the host.
 
-    On CUDA the next batch is copied on a stream of its own while the present one is used; its tensors must be
+    The next batch is copied on a stream of its own while the present one is used; its tensors must be
     in page-locked memory for that.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
     stream = torch.cuda.Stream(device)
     ahead: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:

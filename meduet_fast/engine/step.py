@@ -3,24 +3,67 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .config import EngineConfig
 from .distributed import World
-from .metrics import StepValues, send_values
 from .optimizer import clip_gradients, learning_rate
-from .parallel import inner_task, without_reduction
+from .parallel import without_reduction
 from .task import VOLUME, Batch, Task
 
-Backward = Callable[[Batch, int], dict[str, Tensor]]
+Backward = Callable[[Batch, int, bool], dict[str, Tensor]]  # batch, step, whether it is the step's last
+
+
+@dataclass
+class StepValues:
+    """Values of one step, on their way from the device.
+
+    Attributes:
+        step: which step.
+        names: of the values.
+        values: (len(names),) float32 on the host; valid once ``ready`` has happened.
+        volumes: ids of the volumes in the step's batches.
+        waited: seconds that the step waited for data.
+        done_at: ``time.perf_counter()`` when the host was through with the step; when the device was, if it
+            was found to be still at it.
+        ready: the copy's event; None where there is nothing to wait for.
+    """
+
+    step: int
+    names: Sequence[str]
+    values: Tensor
+    volumes: list[Tensor]
+    waited: float
+    done_at: float
+    ready: torch.cuda.Event | None
+
+    def fetch(self) -> dict[str, float]:
+        """The values; waits for the copy, which is long over a step later."""
+        if self.ready is not None and not self.ready.query():
+            self.ready.synchronize()
+            self.done_at = time.perf_counter()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+def send_values(step: int, values: dict[str, Tensor], volumes: list[Tensor], waited: float) -> StepValues:
+    """Start the copy of scalar tensors to the host without waiting for it."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if not stacked.is_cuda:
+        return StepValues(step, list(values), stacked, volumes, waited, time.perf_counter(), None)
+    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+    host.copy_(stacked, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return StepValues(step, list(values), host, volumes, waited, time.perf_counter(), ready)
 
 
 def add_gradients(
-    model: nn.Module, batch: Batch, step: int, share: float = 1.0, low: bool = False
+    model: nn.Module, batch: Batch, step: int, last: bool = True, share: float = 1.0, low: bool = False
 ) -> dict[str, Tensor]:
     """Compute the losses of one batch; gradients grow by ``share`` of theirs.
 
@@ -28,6 +71,7 @@ def add_gradients(
         model: a task, as :func:`~meduet_fast.engine.parallel.parallelize` left it.
         batch: as :meth:`Task.prepare` gave it.
         step: number of the step.
+        last: whether it is the step's last batch; the others' gradients stay in their process.
         share: of this batch in the step.
         low: whether autocast to bfloat16 is on.
 
@@ -35,9 +79,10 @@ def add_gradients(
         The losses, detached.
     """
     device = next(iter(batch.values())).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=low):
-        losses = model(batch, step)
-    (losses["total"] * share).backward()
+    with nullcontext() if last else without_reduction(model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            losses = model(batch, step)
+        (losses["total"] * share).backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -58,7 +103,7 @@ def update(task: Task, optimizer: torch.optim.Optimizer, step: int, keep_gradien
 
 
 def train_step(
-    model: nn.Module,
+    task: Task,
     backward: Backward,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
@@ -69,7 +114,7 @@ def train_step(
     """Do one optimiser step.
 
     Args:
-        model: a task, as :func:`~meduet_fast.engine.parallel.parallelize` left it.
+        task: what is trained.
         backward: adds a batch's gradients and gives its losses.
         optimizer: of :meth:`Task.trained`.
         batches: this process's share of the stream, at the step's place, on the device.
@@ -80,7 +125,6 @@ def train_step(
     Returns:
         The step's losses in this process, gradient norm and learning rate, on their way to the host.
     """
-    task = inner_task(model)
     rate = learning_rate(step, config.steps, task.adamw)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -95,9 +139,7 @@ def train_step(
         # Random numbers depend on the batch's number in the stream alone.
         number = (step * config.accumulate + turn) * world.size + world.rank
         batch = task.prepare(batch, torch.Generator(world.device).manual_seed((config.seed << 40) + number))
-        last = turn + 1 == config.accumulate
-        with nullcontext() if last else without_reduction(model):
-            losses = backward(batch, step)
+        losses = backward(batch, step, turn + 1 == config.accumulate)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss / config.accumulate
     sums["grad_norm"] = update(task, optimizer, step, keep_gradients=config.cuda_graph)

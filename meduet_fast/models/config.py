@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class MeDUETConfig:
         if self.style_dim < 1:
             raise ValueError(f"style_ratio {self.style_ratio} of embed_dim {self.embed_dim} leaves no style")
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of a crop, without CLS."""
         return (self.latent_size // self.patch_size) ** 3

@@ -32,6 +32,7 @@ class MeDUETPretraining(Task):
     """
 
     title, sample = "Pretraining", "crop"
+    tokens: int
     labels = {  # noqa: RUF012  read only
         "total": "loss", "reconstruction": "rec", "domain_content": "dom_c", "domain_style": "dom_s",
         "mftd": "mftd", "siqc": "siqc",
@@ -48,6 +49,7 @@ class MeDUETPretraining(Task):
         self.domain_means = None
         if config.objective.content_adversary == "erasure":
             self.domain_means = DomainMeans(config.model.num_domains, config.model.embed_dim)
+        self._phases = [(start, config.objective_at(start)) for start in sorted({0, *self.phase_starts()})]
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Flip and turn the crops, and draw the mixing mask.
@@ -60,8 +62,7 @@ class MeDUETPretraining(Task):
             ``latents`` float32, ``domain``, and ``mask`` (B, L) bool.
         """
         latents = augment(batch["latents"], generator).float()  # (B, C, S, S, S)
-        length = self.config.model.num_tokens
-        mask = random_mix_mask(len(latents), length, generator, latents.device)  # (B, L)
+        mask = random_mix_mask(len(latents), self.tokens, generator, latents.device)  # (B, L)
         return {"latents": latents, "domain": batch["domain"], "mask": mask}
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -86,7 +87,7 @@ class MeDUETPretraining(Task):
 
     def phase(self, step: int) -> ObjectiveConfig:
         """Return which losses are on."""
-        return self.config.objective_at(step)
+        return next(objective for start, objective in reversed(self._phases) if step >= start)
 
     def after_step(self, step: int) -> None:
         """Let the teacher follow, and erase the domains from the content of both, if that was asked for."""

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,7 @@ def test_a_replayed_graph_gives_the_plain_losses(monkeypatch: pytest.MonkeyPatch
         optimizer, stream = build_optimizer(task.trained(), task.adamw), data.read(0, 16, 0, 1, False)
         config = replace(CONFIG, cuda_graph=graph)
 
-        def plain(batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
-            return add_gradients(task, batch, step, 0.5)
-
-        backward = GraphedGradients(task, 0.5) if graph else plain
+        backward = GraphedGradients(task, 0.5) if graph else partial(add_gradients, task, share=0.5)
         world = World(torch.device("cpu"))
         return [train_step(task, backward, optimizer, stream, n, config, world).fetch() for n in range(8)]
 

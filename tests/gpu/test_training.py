@@ -11,12 +11,11 @@ import torch
 
 from meduet_fast.engine.distributed import World
 from meduet_fast.engine.loop import backward_of
-from meduet_fast.engine.metrics import StepValues
 from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.engine.parallel import parallelize
 from meduet_fast.engine.precision import Precision, low_precision
 from meduet_fast.engine.prefetch import prefetch
-from meduet_fast.engine.step import add_gradients, train_step
+from meduet_fast.engine.step import StepValues, add_gradients, train_step
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.pretraining import MeDUETPretraining, OptimizerConfig, PretrainConfig, random_mix_mask
 
@@ -43,7 +42,7 @@ def stepper(config: PretrainConfig) -> Callable[[int], StepValues]:
     model = parallelize(task, config, world)
     backward, optimizer = backward_of(model, config, world), build_optimizer(task.student, config.optimizer)
     batches = prefetch((batch(number) for number in itertools.count()), DEVICE)
-    return lambda number: train_step(model, backward, optimizer, batches, number, config, world)
+    return lambda number: train_step(task, backward, optimizer, batches, number, config, world)
 
 
 @pytest.mark.parametrize("graph", [False, True])
