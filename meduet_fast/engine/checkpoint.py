@@ -266,8 +266,10 @@ def find_start(output: Path, config: EngineConfig, processes: int, data: str, re
             f"{output}: holds a run already; continue it with --resume, or choose another --output"
         )
     checkpoint = latest_checkpoint(output)
-    saved, identity = read_run(checkpoint), config.identity(processes)
-    settings = type(config)().identity() | saved["config"]  # older runs lack newer settings
+    saved = read_run(checkpoint)
+    # As JSON has them: it knows no tuples. Older runs lack newer settings.
+    identity, defaults = json.loads(json.dumps([config.identity(processes), type(config)().identity()]))
+    settings = defaults | saved["config"]
     differing = [key for key in identity if settings.get(key) != identity[key]]
     if differing:
         first = differing[0]

@@ -6,6 +6,7 @@ import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ from meduet_fast.autoencoder import load_tokenizer
 from meduet_fast.autoencoder.autoencoder import Architecture, AutoencoderTokenizer
 from meduet_fast.autoencoder.identity_init import pass_images_through
 from meduet_fast.autoencoder.train import (
+    AutoencoderTraining,
     TokenizerTrainingConfig,
     _crop,
     _standardise,
@@ -77,6 +79,34 @@ def test_same_seed_same_weights(volumes: Path, tmp_path: Path) -> None:
         train_tokenizer(volumes, tmp_path / f"{name}.safetensors", config)
     a, b, c = (load_tokenizer(str(tmp_path / f"{name}.safetensors")).identity for name in "abc")
     assert a == b != c
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two checkpoints; the file is then that of a training never stopped."""
+    config = replace(TINY, steps=6, batch_size=2, checkpoint_every=2, log_every=1)
+    train_tokenizer(volumes, tmp_path / "whole.safetensors", config)
+    forward, calls = AutoencoderTraining.forward, 0
+
+    def interrupted(self: AutoencoderTraining, *given: Any) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return forward(self, *given)
+
+    monkeypatch.setattr(AutoencoderTraining, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(volumes, tmp_path / "own.safetensors", config)
+    monkeypatch.undo()
+    assert not (tmp_path / "own.safetensors").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        train_tokenizer(volumes, tmp_path / "own.safetensors", config)
+    train_tokenizer(volumes, tmp_path / "own.safetensors", config, resume=True)
+    own, whole = (load_tokenizer(str(tmp_path / f"{name}.safetensors")) for name in ("own", "whole"))
+    assert own.identity == whole.identity
+    assert not list(tmp_path.glob("*.run"))
 
 
 def test_standardised_latents_reconstruct_the_same() -> None:
