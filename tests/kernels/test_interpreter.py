@@ -20,8 +20,9 @@ FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "pretr
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_kernels_in_the_interpreter(file: Path) -> None:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    # `-m` puts the working directory on sys.path: not the root, where `kernels` would be found.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
