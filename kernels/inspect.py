@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -31,9 +31,8 @@ from torch import Tensor
 
 from .launch import Launch, record_launches
 from .verify import outputs_and_gradients
-from .workloads import Workload, workloads
+from .workloads import Workload, further_workloads, heavy_workloads, standard_workloads, workloads
 
-DTYPES = (torch.bfloat16, torch.float32)
 SHARED_LIMIT = 48 * 1024  # bytes; what every chip gives a program without being asked
 # Bytes/s of memory, dense bf16 FLOP/s, shared memory of a program in bytes (vendor data sheets).
 CHIPS = {
@@ -179,15 +178,22 @@ def _compile_numbered(number: int, dtype: torch.dtype, arch: int) -> list[Compil
     return compile_workload(workloads()[number], dtype, arch)
 
 
+def inspected() -> Iterator[tuple[int, torch.dtype]]:
+    """Yield the number of every workload with its first dtype, and float32 once for each op and list."""
+    number = 0
+    for some in (standard_workloads(), further_workloads() + heavy_workloads()):
+        seen: set[str] = set()
+        for workload in some:
+            for dtype in workload.dtypes:
+                if dtype == workload.dtypes[0] or (dtype == torch.float32 and workload.op not in seen):
+                    yield number, dtype
+            seen.add(workload.op)
+            number += 1
+
+
 def compile_all(archs: Sequence[int]) -> list[Compiled]:
     """Compile all standard workloads for some architectures, on all processors."""
-    jobs = [
-        (number, dtype, arch)
-        for number, workload in enumerate(workloads())
-        for dtype in workload.dtypes
-        if dtype in DTYPES
-        for arch in archs
-    ]
+    jobs = [(number, dtype, arch) for number, dtype in inspected() for arch in archs]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return [item for found in pool.map(_compile_numbered, *zip(*jobs, strict=True)) for item in found]
 
@@ -213,7 +219,7 @@ def summarize(compiled: Sequence[Compiled]) -> dict[str, str]:
 def floors(workload: Workload) -> dict[str, Any]:
     """Compute bytes and FLOPs of forward and backward, and the microseconds that each chip needs at least."""
     row: dict[str, Any] = {"op": workload.op, "workload": workload.label}
-    for name, cost in zip(("forward", "backward"), workload.cost(DTYPES[0].itemsize), strict=True):
+    for name, cost in zip(("forward", "backward"), workload.cost(torch.bfloat16.itemsize), strict=True):
         row[name] = {"megabytes": round(cost.bytes / 1e6, 3), "gigaflops": round(cost.flops / 1e9, 3)}
         for chips in CHIPS.values():
             for chip, (bandwidth, rate, _) in chips.items():

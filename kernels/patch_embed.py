@@ -152,10 +152,11 @@ def _walk(blocks: Tensor, width: int) -> tuple[_Plan, tuple[int, ...], dict[str,
 
 
 def _tile(
-    name: str, x: Tensor, rows: int, columns: int, depth: int
+    name: str, x: Tensor, vector: int, rows: int, columns: int, depth: int
 ) -> tuple[str, dict[str, int], dict[str, Any]]:
     """Choose a configuration: name, options, constants; blocks as large as (rows, columns, depth) at most."""
-    if x.dtype.itemsize != 2:  # without 16-bit tensor cores a tile is held in 2 or 4 times the registers
+    # Without 16-bit tensor cores a tile takes 2 or 4 times the registers; so does an address for every value.
+    if x.dtype.itemsize != 2 or vector == 1:
         name = f"{name}_wide"
     options = config(name, x.device)
     blocks = {
@@ -200,7 +201,9 @@ def _launch_embed(x: _Embed) -> Tensor:
     plan, walk, constants = _walk(x.blocks, width)
     factor = _flat(x.weight, plan, x.blocks.dtype)  # (D, K)
     bias = None if x.bias is None else x.bias.contiguous()  # (D,)
-    name, options, tile = _tile("patch_embed_forward", x.blocks, batch * rows, width, factor.shape[1])
+    name, options, tile = _tile(
+        "patch_embed_forward", x.blocks, plan.vector, batch * rows, width, factor.shape[1]
+    )
     grid = (triton.cdiv(batch * rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
     tensors = (x.blocks, factor, bias, x.position, _marks(x.mask, x.blocks.dtype), out)
     sizes = (batch, rows - x.prefix, x.prefix, factor.shape[1], *walk)
@@ -221,7 +224,7 @@ def _launch_grad_x(x: _Gradient) -> Tensor:
     plan, walk, constants = _walk(grad_x, width)
     factor = _flat(x.weight, plan, x.grad.dtype)  # (D, K)
     depth = factor.shape[1]
-    name, options, tile = _tile("patch_embed_grad_x", x.grad, batch * length, depth, width)
+    name, options, tile = _tile("patch_embed_grad_x", x.grad, plan.vector, batch * length, depth, width)
     grid = (triton.cdiv(batch * length, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"]),)
     grid_y, grid_z, *strides = walk
     sizes = (batch, length, x.prefix, width, grid_y, grid_z, *x.grad.stride(), *strides)
@@ -240,7 +243,7 @@ def _launch_grad_weight(x: _WeightGradient) -> tuple[Tensor, Tensor]:
     batch, rows, width = x.grad.shape
     length, depth = rows - x.prefix, x.weight[0].numel()
     plan, walk, constants = _walk(x.blocks, width)
-    name, options, tile = _tile("patch_embed_grad_weight", x.grad, width, depth, length)
+    name, options, tile = _tile("patch_embed_grad_weight", x.grad, plan.vector, width, depth, length)
     tiles = triton.cdiv(width, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"])
     # Parts enough to keep the chip busy and no more: each is written and read in float32.
     parts = max(1, options["PROGRAMS"] // tiles)

@@ -425,6 +425,7 @@ def standard_workloads() -> list[Workload]:
         # In training the pooled queries and keys are float32, which tensor cores do not multiply.
         quadruplet_workload(256, 256, 768, "content", torch.float32),
         quadruplet_workload(256, 256, 192, "style", torch.float32),
+        quadruplet_workload(16384, 16384, 768, "content", torch.float32),
         quadruplet_workload(256, 256, 768, "content"),
         quadruplet_workload(256, 256, 192, "style"),
         quadruplet_workload(256, 2048, 768, "content"),
