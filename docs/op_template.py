@@ -5,7 +5,7 @@ There the imports are relative: ``from .backend import triton, use_triton``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,40 +60,49 @@ if triton is not None:
 # 3. Registration
 
 
-def _launch_forward(x: Tensor, gate: Tensor) -> Tensor:
-    out = _fake_forward(x, gate)
-    options = config("gated_silu_forward", x.device)
-    constants = {"BLOCK": options["BLOCK"], "ACC": accumulator(x.dtype)}
-    grid = (triton.cdiv(x.numel(), options["BLOCK"]),)
-    launch(
-        gated_silu_forward_kernel, grid, (x, gate, out, x.numel()), constants, "gated_silu_forward", options
-    )
+class _Inputs(NamedTuple):
+    x: Tensor
+    gate: Tensor
+
+
+class _Gradients(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    gate: Tensor
+
+
+def _launch_forward(inputs: _Inputs) -> Tensor:
+    out, count = _fake_forward(inputs), inputs.x.numel()
+    options = config("gated_silu_forward", out.device)
+    constants = {"BLOCK": options["BLOCK"], "ACC": accumulator(out.dtype)}
+    grid = (triton.cdiv(count, options["BLOCK"]),)
+    launch(gated_silu_forward_kernel, grid, (*inputs, out, count), constants, "gated_silu_forward", options)
     return out
 
 
-def _fake_forward(x: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _fake_forward(inputs: _Inputs) -> Tensor:
+    return torch.empty_like(inputs.x)
 
 
-def _launch_backward(grad: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_gate = _fake_backward(grad, x, gate)
-    options = config("gated_silu_backward", x.device)
+def _launch_backward(inputs: _Gradients) -> tuple[Tensor, Tensor]:
+    (grad_x, grad_gate), count = _fake_backward(inputs), inputs.x.numel()
+    options = config("gated_silu_backward", inputs.x.device)
     launch(
         gated_silu_backward_kernel,
-        (triton.cdiv(x.numel(), options["BLOCK"]),),
-        (grad.contiguous(), x, gate, grad_x, grad_gate, x.numel()),
-        {"BLOCK": options["BLOCK"], "ACC": accumulator(x.dtype)},
+        (triton.cdiv(count, options["BLOCK"]),),
+        (inputs.grad.contiguous(), inputs.x, inputs.gate, grad_x, grad_gate, count),
+        {"BLOCK": options["BLOCK"], "ACC": accumulator(inputs.x.dtype)},
         "gated_silu_backward",
         options,
     )
     return grad_x, grad_gate
 
 
-def _fake_backward(grad: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(gate)
+def _fake_backward(inputs: _Gradients) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(inputs.x), torch.empty_like(inputs.gate)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: _Inputs, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -101,13 +110,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _gated_silu_backward(grad, *ctx.saved_tensors)
 
 
+# The schema comes from the inputs' types.
 _gated_silu = register(
-    "gated_silu(Tensor x, Tensor gate) -> Tensor", _launch_forward, _fake_forward, _setup_context, _backward
+    "gated_silu", _Inputs, "Tensor", _launch_forward, _fake_forward, _setup_context, _backward
 )
 _gated_silu_backward = register(
-    "gated_silu_backward(Tensor grad, Tensor x, Tensor gate) -> (Tensor, Tensor)",
-    _launch_backward,
-    _fake_backward,
+    "gated_silu_backward", _Gradients, "(Tensor, Tensor)", _launch_backward, _fake_backward
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ def template() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("op_template", FILE)
     assert spec
     assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["op_template"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     values = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
     with override_config("gated_silu_forward", values), override_config("gated_silu_backward", values):
