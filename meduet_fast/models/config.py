@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -67,7 +66,7 @@ class MeDUETConfig:
         if self.style_dim < 1:
             raise ValueError(f"style_ratio {self.style_ratio} of embed_dim {self.embed_dim} leaves no style")
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         """Tokens of a crop, without CLS."""
         return (self.latent_size // self.patch_size) ** 3

@@ -131,6 +131,7 @@ class MeDUET(nn.Module):
     def __init__(self, config: MeDUETConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or MeDUETConfig()
+        self.num_tokens = config.num_tokens
         dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
         grid = config.latent_size // config.patch_size
         self.embed_layer = PatchEmbedding(config)

@@ -70,8 +70,8 @@ def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, 
     batch = latents.shape[0]
     if batch == 0 or batch % 2:
         raise ValueError(f"batch is {batch}, expected a positive even number: sample i is paired with B-1-i")
-    if mask.shape != (batch, model.config.num_tokens):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, model.config.num_tokens)}")
+    if mask.shape != (batch, model.num_tokens):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, model.num_tokens)}")
     if domain.shape != (batch,) or domain.dtype != torch.int64:
         raise ValueError(f"domain is {domain.dtype} {tuple(domain.shape)}, expected torch.int64 {(batch,)}")
     if check_values:
