@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from meduet_fast.data.crops import CropConfig
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 
 MakeStore = Callable[..., tuple[LatentStore, dict[str, Tensor]]]
+THREE_DOMAINS = {
+    "a0": ("a", (12, 9, 8)),
+    "a1": ("a", (13, 8, 8)),
+    "a2": ("a", (12, 8, 10)),
+    "b0": ("b", (14, 8, 8)),
+    "c0": ("c", (12, 8, 9)),
+    "c1": ("c", (12, 8, 8)),
+}
+
+
+def small(**changes: Any) -> CropConfig:
+    return CropConfig(**{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
 
 
 @pytest.fixture

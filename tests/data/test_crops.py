@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +14,7 @@ from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
 
-MakeStore = Callable[..., tuple[LatentStore, dict[str, torch.Tensor]]]
-THREE_DOMAINS = {
-    "a0": ("a", (12, 9, 8)),
-    "a1": ("a", (13, 8, 8)),
-    "a2": ("a", (12, 8, 10)),
-    "b0": ("b", (14, 8, 8)),
-    "c0": ("c", (12, 8, 9)),
-    "c1": ("c", (12, 8, 8)),
-}
-
-
-def small(**changes: Any) -> CropConfig:
-    return CropConfig(**{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
+from .conftest import THREE_DOMAINS, MakeStore, small
 
 
 def store_without_files(tmp_path: Path, volumes_per_domain: list[int]) -> LatentStore:

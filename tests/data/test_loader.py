@@ -2,30 +2,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from meduet_fast.data.crops import CropBatches, CropConfig
 from meduet_fast.data.loader import crop_loader, lost_reader
-from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 
-MakeStore = Callable[..., tuple[LatentStore, dict[str, torch.Tensor]]]
-THREE_DOMAINS = {
-    "a0": ("a", (12, 9, 8)),
-    "a1": ("a", (13, 8, 8)),
-    "a2": ("a", (12, 8, 10)),
-    "b0": ("b", (14, 8, 8)),
-    "c0": ("c", (12, 8, 9)),
-    "c1": ("c", (12, 8, 8)),
-}
-
-
-def small(**changes: Any) -> CropConfig:
-    return CropConfig(**{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
+from .conftest import THREE_DOMAINS, MakeStore, small
 
 
 @pytest.mark.parametrize("workers", [0, 2])
