@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from meduet_fast.kernels.contrast_eager import quadruplet_contrast_reference
+from meduet_fast.kernels.contrast import quadruplet_contrast_reference
 from meduet_fast.kernels.workloads import quadruplet_workload
 
 from .command import cases_command

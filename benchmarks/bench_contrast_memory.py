@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meduet_fast.kernels.contrast_eager import quadruplet_contrast_eager, quadruplet_contrast_reference
+from meduet_fast.kernels.contrast import quadruplet_contrast_eager, quadruplet_contrast_reference
 
 from .command import command
 from .harness import WRONG, figures, first_line

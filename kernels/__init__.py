@@ -1,8 +1,7 @@
 """The fast operations, each with its eager reference; needs torch and triton alone, knows no trainer."""
 
 from .backend import kernel_backend, set_kernel_backend
-from .contrast import quadruplet_contrast, supervised_contrast
-from .contrast_eager import quadruplet_identities
+from .contrast import quadruplet_contrast, quadruplet_identities, supervised_contrast
 from .decoder_streams import assemble_streams
 from .dtypes import at_least_float32, autocast_dtype
 from .group_norm import group_norm_silu

@@ -1,8 +1,8 @@
 """Contrasts over large batches in O(N D) memory: three positives in closed form, or equal labels.
 
-Source: MeDUET section "Losses", SiQC. The definition and the plain PyTorch path are in ``contrast_eager``,
-the kernels in ``contrast_kernels``. Keys get no gradient, so the forward pass can compute that of the queries
-beside the loss: with unit vectors q^ and K^, dL/dq^ = (s / N) (softmax K^ - mean of the positives K^).
+Source: MeDUET section "Losses", SiQC. Keys get no gradient, so the forward pass can compute that of the
+queries beside the loss: with unit vectors q^ and K^, dL/dq^ = (s / N) (softmax K^ - mean of the positives
+K^), and dL/dlog s = sum of q^ . dL/dq^. Kernels do so, and so does plain PyTorch in chunks of rows.
 
 Floating-point operations with a gradient: 4 N^2 D for three positives (logits once, softmax-weighted keys as
 flash attention accumulates them), 6 N^2 D for labels, where a first pass over the keys counts each query's
@@ -16,22 +16,13 @@ digit. For many thousand rows pass bfloat16 or float16, which are multiplied on 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import interpreted, triton, use_triton
-from .contrast_eager import (
-    EPSILON,
-    MAX_SCALE,
-    MIN_SCALE,
-    Identity,
-    check_identity,
-    quadruplet_contrast_eager,
-    supervised_contrast_eager,
-)
-from .dtypes import accumulator, at_least_float32
+from .dtypes import accumulator, at_least_float32, without_autocast
 from .launch import config, launch
 from .registration import register
 
@@ -45,14 +36,107 @@ if triton is not None:
         contrast_rows_kernel,
     )
 
-CONTENT, STYLE, LABELS = 0, 1, 2  # IDENTITY in the kernels
+Identity = Literal["content", "style"]
+IDENTITIES: tuple[Identity, ...] = ("content", "style")
+LABELS = 2  # IDENTITY in the kernels; 0 and 1 are those above
 STATISTICS, ONE_PASS, WEIGHTS = 0, 1, 2  # PASS in the kernels
+MIN_SCALE, MAX_SCALE = 1e-3, 100.0
+EPSILON = 1e-8
+# Logits that plain PyTorch may hold at once: beyond, rows go in chunks. A chunk of 16 MB stays near a CPU's
+# caches; a GPU wants larger products.
+CPU_LOGITS, GPU_LOGITS = 2**22, 2**26
 # Up to here every program computes the keys' lengths from the tiles that it multiplies, which saves a launch;
 # beyond, a kernel of its own computes them once.
 INLINE_LENGTHS = 4096
 MAX_SLICES, MAX_SLICE = 3, 256  # a program has up to three accumulators of up to 256 columns
 
-# 1. Reference: contrast_eager.py. 2. Kernels: contrast_kernels.py. 3. Registration
+# 1. Reference
+
+
+def check_identity(identity: str) -> None:
+    """Refuse an unknown identity with a ValueError."""
+    if identity not in IDENTITIES:
+        raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
+
+
+def quadruplet_identities(batch: int, identity: Identity, device: torch.device | None = None) -> Tensor:
+    """Return the identity of each of the 4B rows: (4B,) int64.
+
+    The four blocks are: source 1, source 2 (the batch-flip partner), the reconstruction with source 1's
+    content and source 2's style, and the reverse. Rows are alike in content, or in style.
+
+    In an odd batch the middle sample is its own partner, and its four rows are alike: three positives again.
+
+    Raises:
+        ValueError: for an unknown identity.
+    """
+    check_identity(identity)
+    own = torch.arange(batch, device=device)
+    partner = own.flip(0)
+    blocks = [own, partner, own, partner] if identity == "content" else [own, partner, partner, own]
+    return torch.cat(blocks)
+
+
+def supervised_contrast_reference(
+    queries: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, log_scale: Tensor,
+    self_index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute :func:`supervised_contrast` in plain PyTorch: its definition, holds every logit."""
+    query = at_least_float32(queries)  # (M, D)
+    key = keys.detach().to(query.dtype)  # (N, D)
+    query = query / (query.norm(dim=1, keepdim=True) + EPSILON)
+    key = key / (key.norm(dim=1, keepdim=True) + EPSILON)
+    scale = log_scale.to(query.dtype).exp().clamp(MIN_SCALE, MAX_SCALE)
+    with without_autocast(queries.device):  # it would run the small, sensitive similarity in bf16
+        logits = scale * (query @ key.T)  # (M, N)
+    positive = query_labels[:, None] == key_labels[None, :]  # (M, N)
+    if self_index is not None:
+        itself = torch.zeros_like(positive).scatter(1, self_index[:, None], True)
+        # Not -inf: a row without any other key would turn into NaN.
+        logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
+        positive = positive & ~itself
+    log_probability = logits.log_softmax(1).masked_fill(~positive, 0.0)  # (M, N)
+    count = positive.sum(1)  # (M,)
+    per_row = -log_probability.sum(1) / count.clamp(min=1)  # (M,)
+    return per_row.sum() / (count > 0).sum().clamp(min=1)  # ()
+
+
+def quadruplet_contrast_reference(
+    queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
+) -> Tensor:
+    """Compute :func:`quadruplet_contrast` by its definition: labels for the supervised contrast."""
+    batch, key_batch = queries.shape[0] // 4, keys.shape[0] // 4
+    labels = quadruplet_identities(batch, identity, queries.device)  # (4B,)
+    ranks = torch.arange(0, key_batch, max(batch, 1), device=queries.device)
+    key_labels = (labels.view(4, 1, batch) + ranks[:, None]).flatten()  # (4 B*,)
+    self_index, _ = quadruplet_indices(batch, key_batch, identity, key_offset, queries.device)
+    return supervised_contrast_reference(
+        queries, keys, labels + key_offset, key_labels, log_scale, self_index
+    )
+
+
+def quadruplet_indices(
+    batch: int, key_batch: int, identity: Identity, key_offset: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return each query's own key (4B,) and its three positives (4B, 3), in closed form.
+
+    Query i of block b finds key i in the blocks that carry what b carries, own or partner, and key B-1-i in
+    the others; those of the block b itself is the query's own key.
+    """
+    sample = torch.arange(batch, device=device)
+    block = torch.arange(4, device=device)
+    kind = block % 2 if identity == "content" else (block + 1) // 2 % 2
+    other = (block[:, None] + torch.arange(1, 4, device=device)) % 4  # (4, 3)
+    alike = (kind[other] == kind[:, None])[:, None, :]
+    index = torch.where(alike, sample[None, :, None], batch - 1 - sample[None, :, None])
+    positives = other[:, None, :] * key_batch + key_offset + index
+    itself = block[:, None] * key_batch + key_offset + sample
+    return itself.flatten(), positives.reshape(4 * batch, 3)
+
+
+# 2. Kernels: contrast_kernels.py
+
+# 3. Registration
 
 
 class _Contrast(NamedTuple):
@@ -62,17 +146,89 @@ class _Contrast(NamedTuple):
     query_labels: Tensor | None  # (M,) int64
     key_labels: Tensor | None  # (N,) int64
     self_index: Tensor | None  # (M,) int64
-    identity: int
+    identity: int  # position in IDENTITIES, or LABELS
     key_offset: int
     gradient: bool
+    fast: bool  # by the kernels
 
 
 class _Gradients(NamedTuple):
     grad: Tensor  # ()
     slope: Tensor  # (M, D), or empty without a gradient
-    stats: Tensor  # (2,)
+    stats: Tensor  # (2,): slope of log_scale, what the queries' slopes are multiplied by
     dtype: torch.dtype
     scale_dtype: torch.dtype
+    fast: bool
+
+
+def _fake_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.queries.new_empty((), dtype=torch.promote_types(x.queries.dtype, torch.float32))
+    return loss, loss.new_empty(x.queries.shape if x.gradient else 0), loss.new_empty(2)
+
+
+def _chunked_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute loss and derivatives in plain PyTorch; both products run on the same chunk of logits."""
+    queries, keys, log_scale, query_labels, key_labels, self_index = x[:6]
+    loss, slope, stats = _fake_contrast(x)  # (), (M, D), (2,)
+    rows, columns = queries.shape[0], keys.shape[0]
+    positives = None
+    if x.identity != LABELS:
+        self_index, positives = quadruplet_indices(
+            rows // 4, columns // 4, IDENTITIES[x.identity], x.key_offset, queries.device
+        )  # (M,), (M, 3)
+    step = max((GPU_LOGITS if queries.is_cuda else CPU_LOGITS) // columns, 16)
+    raw_scale = log_scale.to(loss.dtype).exp()
+    scale = raw_scale.clamp(MIN_SCALE, MAX_SCALE)
+    key = keys.to(loss.dtype)
+    key = key / (key.norm(dim=1, keepdim=True) + EPSILON)  # (N, D)
+    buffer = loss.new_empty(min(step, rows), columns)
+    totals = loss.new_zeros(3)  # loss, slope of the scale, rows with positives
+    with without_autocast(queries.device):
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            query = queries[part].to(loss.dtype)  # (m, D), m rows of the chunk
+            length = query.norm(dim=1, keepdim=True)  # (m, 1)
+            query = query / (length + EPSILON)  # (m, D)
+            logits = torch.mm(query * scale, key.T, out=buffer[: len(query)])  # (m, N)
+            if self_index is not None:
+                itself = self_index[part, None]  # (m, 1)
+                logits.scatter_(1, itself, torch.finfo(loss.dtype).min)
+            # Everything relative to the largest logit: differences of small numbers lose no digits.
+            logits.sub_(logits.amax(1, keepdim=True))
+            if positives is not None:
+                positive = positives[part]  # (m, 3)
+                count = torch.full_like(length, positive.shape[1])  # (m, 1)
+                agreement = logits.gather(1, positive).mean(1, keepdim=True)  # (m, 1)
+            else:
+                assert query_labels is not None
+                assert key_labels is not None
+                positive = query_labels[part, None] == key_labels  # (m, N)
+                if self_index is not None:
+                    positive.scatter_(1, itself, False)
+                count = positive.sum(1, keepdim=True)  # (m, 1)
+                agreement = logits.masked_fill(~positive, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+            total = logits.exp_().sum(1, keepdim=True)  # (m, 1)
+            valid = count > 0
+            totals[0] += torch.where(valid, total.log() - agreement, 0.0).sum()
+            totals[2] += valid.sum()
+            if not x.gradient:
+                continue
+            share = total / count.clamp(min=1)
+            if positives is not None:
+                logits.scatter_add_(1, positive, -share.expand(positive.shape))
+            else:
+                logits.addcmul_(positive.to(loss.dtype), share, value=-1.0)
+            difference = torch.where(valid, torch.mm(logits, key) / total, 0.0).mul_(scale)  # (m, D)
+            inner = (query * difference).sum(1, keepdim=True)  # (m, 1)
+            totals[1] += inner.sum()
+            # Through q / (|q| + eps); at zero PyTorch takes 0 for the slope of the length.
+            along = inner / torch.where(length > 0, length, 1.0)
+            torch.sub(difference / (length + EPSILON), query * along, out=slope[part])
+    share = 1 / totals[2].clamp(min=1)
+    loss.copy_(totals[0] * share)
+    free = (raw_scale >= MIN_SCALE) & (raw_scale <= MAX_SCALE)
+    stats.copy_(torch.stack([torch.where(free, totals[1] * share, 0.0), share]))
+    return loss, slope, stats
 
 
 def _slices(width: int, limit: int) -> tuple[int, int, int]:
@@ -82,11 +238,6 @@ def _slices(width: int, limit: int) -> tuple[int, int, int]:
     choices = [(max(16, triton.next_power_of_2(triton.cdiv(share, n))), n) for n in range(1, MAX_SLICES + 1)]
     size, count = min((c for c in choices if c[0] <= MAX_SLICE), key=lambda c: (c[0] * c[1], c[1]))
     return size, count, groups
-
-
-def _fake_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x.queries.new_empty((), dtype=torch.promote_types(x.queries.dtype, torch.float32))
-    return loss, loss.new_empty(x.queries.shape if x.gradient else 0), loss.new_empty(2)
 
 
 def _launch_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +322,10 @@ def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
     return x.slope.new_empty(x.slope.shape, dtype=x.dtype), x.slope.new_empty((), dtype=x.scale_dtype)
 
 
-def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+def _run_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
+    if not x.fast:
+        slopes = x.slope * (x.grad * x.stats[1])  # (M, D)
+        return slopes.to(x.dtype), (x.grad * x.stats[0]).to(x.scale_dtype)
     outputs, elements = _fake_gradients(x), x.slope.numel()  # (M, D), ()
     options = config("contrast_backward", x.slope.device)
     grid = (max(triton.cdiv(elements, options["BLOCK"]), 1),)  # there may be a slope of the scale alone
@@ -185,26 +339,27 @@ def _setup_context(ctx: Any, x: _Contrast, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(slope, stats)
     ctx.mark_non_differentiable(slope, stats)
     ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
-    ctx.dtypes, ctx.scale_shape = (x.queries.dtype, x.log_scale.dtype), x.log_scale.shape
+    ctx.known = x.queries.dtype, x.log_scale.dtype, x.fast
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(_Contrast._fields)
     if grad is not None:
-        grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+        grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.known)
         if ctx.needs_input_grad[0]:
             gradients[0] = grad_queries
         if ctx.needs_input_grad[2]:
-            gradients[2] = grad_scale.reshape(ctx.scale_shape)
+            gradients[2] = grad_scale
     return tuple(gradients)
 
 
 _contrast = register(
     "contrast", _Contrast, "(Tensor, Tensor, Tensor)",
-    _launch_contrast, _fake_contrast, _setup_context, _backward,
+    lambda x: (_launch_contrast if x.fast else _chunked_contrast)(x),
+    _fake_contrast, _setup_context, _backward,
 )  # fmt: skip
 _contrast_backward = register(
-    "contrast_backward", _Gradients, "(Tensor, Tensor)", _launch_gradients, _fake_gradients
+    "contrast_backward", _Gradients, "(Tensor, Tensor)", _run_gradients, _fake_gradients
 )
 
 
@@ -223,11 +378,42 @@ def _check(queries: Tensor, keys: Tensor, log_scale: Tensor) -> None:
         raise ValueError(f"log_scale has shape {tuple(log_scale.shape)}, expected a scalar")
 
 
-def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in one dtype, and the keys cut off from the graph."""
+def _run(
+    queries: Tensor, keys: Tensor, log_scale: Tensor, identity: int, key_offset: int, fast: bool,
+    labels: tuple[Tensor | None, ...] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    """Contrast in one dtype, by kernels or in chunks; ``labels`` of queries, of keys, and ``self_index``."""
     if queries.dtype != keys.dtype:
         queries = at_least_float32(queries)
-    return queries, keys.detach().to(queries.dtype)
+    # The kernels get the slope of log_scale for nothing, the chunks from that of the queries.
+    differentiated = queries.requires_grad or (log_scale.requires_grad and not fast)
+    gradient = torch.is_grad_enabled() and differentiated
+    keys = keys.detach().to(queries.dtype)
+    labels = tuple(None if item is None else item.contiguous() for item in labels)
+    return _contrast(queries, keys, log_scale.reshape(()), *labels, identity, key_offset, gradient, fast)[0]
+
+
+def _in_one_piece(queries: Tensor, keys: Tensor) -> bool:
+    return queries.shape[0] * keys.shape[0] <= (GPU_LOGITS if queries.is_cuda else CPU_LOGITS)
+
+
+def quadruplet_contrast_eager(
+    queries: Tensor, keys: Tensor, log_scale: Tensor, identity: Identity, key_offset: int = 0
+) -> Tensor:
+    """Run the reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
+    if _in_one_piece(queries, keys):
+        return quadruplet_contrast_reference(queries, keys, log_scale, identity, key_offset)
+    return _run(queries, keys, log_scale, IDENTITIES.index(identity), key_offset, False)
+
+
+def supervised_contrast_eager(
+    queries: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, log_scale: Tensor,
+    self_index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the reference where all logits fit in one chunk, else chunk by chunk: O(N D) memory."""
+    if _in_one_piece(queries, keys):
+        return supervised_contrast_reference(queries, keys, query_labels, key_labels, log_scale, self_index)
+    return _run(queries, keys, log_scale, LABELS, 0, False, (query_labels, key_labels, self_index))
 
 
 def quadruplet_contrast(
@@ -269,20 +455,13 @@ def quadruplet_contrast(
         )
     if not use_triton(queries) or queries.numel() == 0:
         return quadruplet_contrast_eager(queries, keys, log_scale, identity, key_offset)
-    gradient = torch.is_grad_enabled() and queries.requires_grad
-    code = CONTENT if identity == "content" else STYLE
-    queries, keys = _alike(queries, keys)
-    return _contrast(queries, keys, log_scale, None, None, None, code, key_offset, gradient)[0]
+    return _run(queries, keys, log_scale, IDENTITIES.index(identity), key_offset, True)
 
 
 def supervised_contrast(
-    queries: Tensor,
-    keys: Tensor,
-    query_labels: Tensor,
-    key_labels: Tensor,
-    log_scale: Tensor,
+    queries: Tensor, keys: Tensor, query_labels: Tensor, key_labels: Tensor, log_scale: Tensor,
     self_index: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Average minus the mean log-probability of a query's positives, which are the keys with its label.
 
     Logits, scale and lengths are those of :func:`quadruplet_contrast`, which is the special case of labels
@@ -319,9 +498,4 @@ def supervised_contrast(
             )
     if not use_triton(queries) or queries.numel() == 0:
         return supervised_contrast_eager(queries, keys, query_labels, key_labels, log_scale, self_index)
-    gradient = torch.is_grad_enabled() and queries.requires_grad
-    queries, keys = _alike(queries, keys)
-    query_labels, key_labels = query_labels.contiguous(), key_labels.contiguous()
-    self_index = None if self_index is None else self_index.contiguous()
-    arguments = (queries, keys, log_scale, query_labels, key_labels, self_index, LABELS, 0, gradient)
-    return _contrast(*arguments)[0]
+    return _run(queries, keys, log_scale, LABELS, 0, True, (query_labels, key_labels, self_index))

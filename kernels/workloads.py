@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contrast import quadruplet_contrast, supervised_contrast
-from .contrast_eager import Identity, quadruplet_contrast_eager, supervised_contrast_eager
+from .contrast import (
+    Identity,
+    quadruplet_contrast,
+    quadruplet_contrast_eager,
+    supervised_contrast,
+    supervised_contrast_eager,
+)
 from .decoder_streams import assemble_streams, assemble_streams_reference
 from .group_norm import group_norm_silu, group_norm_silu_reference
 from .mix_index import build_mix_index, build_mix_index_reference

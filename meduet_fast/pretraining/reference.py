@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.kernels import at_least_float32, unpatchify_3d
-from meduet_fast.kernels.contrast_eager import IDENTITIES, quadruplet_contrast_reference
+from meduet_fast.kernels.contrast import IDENTITIES, quadruplet_contrast_reference
 from meduet_fast.kernels.reconstruction import dual_reconstruction_loss_reference
 from meduet_fast.models import MeDUET
 from meduet_fast.models.meduet import reverse_gradient

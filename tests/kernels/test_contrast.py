@@ -16,12 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from meduet_fast.kernels import (
-    contrast_eager,
+    contrast,
     quadruplet_contrast,
     quadruplet_identities,
     supervised_contrast,
 )
-from meduet_fast.kernels.contrast_eager import (
+from meduet_fast.kernels.contrast import (
     Identity,
     quadruplet_contrast_reference,
     quadruplet_indices,
@@ -38,7 +38,7 @@ IDENTITIES: tuple[Identity, ...] = ("content", "style")
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of more than four logits goes in chunks of sixteen rows."""
-    monkeypatch.setattr(contrast_eager, "CPU_LOGITS", 4)
+    monkeypatch.setattr(contrast, "CPU_LOGITS", 4)
 
 
 def quadruplet(
@@ -183,10 +183,9 @@ def test_chunks_pass_gradcheck_and_opcheck_and_compile() -> None:
     assert torch.autograd.gradcheck(
         lambda q, s: quadruplet_contrast(q, keys, s, "style", 5), (queries, log_scale)
     )
-    self_index, positives = quadruplet_indices(5, 10, "style", 5, torch.device("cpu"))
+    style = contrast.IDENTITIES.index("style")
     torch.library.opcheck(
-        contrast_eager._contrast_chunked,
-        (queries, keys, log_scale, positives, None, None, self_index, True),
+        contrast._contrast, (queries, keys, log_scale, None, None, None, style, 5, True, False)
     )
     require(torch.compile(quadruplet_contrast, fullgraph=True), quadruplet_contrast_reference, inputs)
     for name in ("queries", "log_scale"):

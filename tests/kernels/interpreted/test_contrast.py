@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meduet_fast.kernels import contrast, quadruplet_contrast, supervised_contrast
-from meduet_fast.kernels.contrast_eager import quadruplet_contrast_reference, supervised_contrast_reference
+from meduet_fast.kernels.contrast import quadruplet_contrast_reference, supervised_contrast_reference
 from meduet_fast.kernels.launch import override_config
 from meduet_fast.kernels.verify import require
 
@@ -168,17 +168,16 @@ def test_mixed_dtypes_compute_in_the_wider() -> None:
 def test_gradcheck_and_opcheck() -> None:
     inputs = quadruplet(1, 2, 1, 3, "style", torch.float64)
     tensors = inputs["queries"].detach().contiguous().requires_grad_(), inputs["log_scale"]
+    style = contrast.IDENTITIES.index("style")
 
     def run(queries: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return contrast._contrast(queries, inputs["keys"], scale, None, None, None, contrast.STYLE, 1, True)[
-            0
-        ]
+        return contrast._contrast(queries, inputs["keys"], scale, None, None, None, style, 1, True, True)[0]
 
     assert torch.autograd.gradcheck(run, tensors)
     arguments = (tensors[0], inputs["keys"], tensors[1])
-    torch.library.opcheck(contrast._contrast, (*arguments, None, None, None, contrast.STYLE, 1, True))
+    torch.library.opcheck(contrast._contrast, (*arguments, None, None, None, style, 1, True, True))
     labels = torch.arange(4) % 3, torch.arange(8) % 4, torch.arange(4)
-    torch.library.opcheck(contrast._contrast, (*arguments, *labels, contrast.LABELS, 0, True))
+    torch.library.opcheck(contrast._contrast, (*arguments, *labels, contrast.LABELS, 0, True, True))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -26,7 +26,6 @@ from triton.runtime import interpreter
 from meduet_fast import kernels
 from meduet_fast.kernels import (
     contrast,
-    contrast_eager,
     decoder_streams,
     group_norm,
     mix_index,
@@ -370,7 +369,7 @@ def _quadruplet(identity: str, dtype: torch.dtype, width: int) -> Case:
         "identity": identity,
         "key_offset": 3,
     }
-    reference = contrast_eager.quadruplet_contrast_reference
+    reference = contrast.quadruplet_contrast_reference
     return Case(kernels.quadruplet_contrast, reference, inputs, CONTRAST)
 
 
@@ -383,7 +382,7 @@ def _supervised(itself: bool, dtype: torch.dtype, width: int) -> Case:
         "log_scale": torch.tensor(2.5, requires_grad=True),
         "self_index": torch.arange(21) + 16 if itself else None,
     }
-    reference = contrast_eager.supervised_contrast_reference
+    reference = contrast.supervised_contrast_reference
     return Case(kernels.supervised_contrast, reference, inputs, CONTRAST)
 
 
