@@ -35,9 +35,8 @@ if triton is not None:
     def gated_silu_forward_kernel(x, gate, out, count, BLOCK: tl.constexpr, ACC: tl.constexpr):
         # x, gate, out (count,), contiguous. Offsets have 64 bits: there may be more than 2^31 elements.
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + at, mask=at < count, other=0.0).to(
-            ACC
-        )  # before any arithmetic, see `accumulator`
+        # To ACC before any arithmetic, see `accumulator`.
+        value = tl.load(x + at, mask=at < count, other=0.0).to(ACC)
         open_ = tl.load(gate + at, mask=at < count, other=0.0).to(ACC)
         result = value * open_ / (1 + tl.exp(-open_))
         tl.store(out + at, result.to(out.dtype.element_ty), mask=at < count)
@@ -76,7 +75,7 @@ def _launch_forward(inputs: _Inputs) -> Tensor:
     options = config("gated_silu_forward", out.device)
     constants = {"BLOCK": options["BLOCK"], "ACC": accumulator(out.dtype)}
     grid = (triton.cdiv(count, options["BLOCK"]),)
-    launch(gated_silu_forward_kernel, grid, (*inputs, out, count), constants, "gated_silu_forward", options)
+    launch(gated_silu_forward_kernel, grid, (*inputs, out, count), constants, options)
     return out
 
 
@@ -87,14 +86,10 @@ def _fake_forward(inputs: _Inputs) -> Tensor:
 def _launch_backward(inputs: _Gradients) -> tuple[Tensor, Tensor]:
     (grad_x, grad_gate), count = _fake_backward(inputs), inputs.x.numel()
     options = config("gated_silu_backward", inputs.x.device)
-    launch(
-        gated_silu_backward_kernel,
-        (triton.cdiv(count, options["BLOCK"]),),
-        (inputs.grad.contiguous(), inputs.x, inputs.gate, grad_x, grad_gate, count),
-        {"BLOCK": options["BLOCK"], "ACC": accumulator(inputs.x.dtype)},
-        "gated_silu_backward",
-        options,
-    )
+    constants = {"BLOCK": options["BLOCK"], "ACC": accumulator(inputs.x.dtype)}
+    grid = (triton.cdiv(count, options["BLOCK"]),)
+    arguments = (inputs.grad.contiguous(), inputs.x, inputs.gate, grad_x, grad_gate, count)
+    launch(gated_silu_backward_kernel, grid, arguments, constants, options)
     return grad_x, grad_gate
 
 

@@ -269,7 +269,7 @@ def _launch_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
         grid: tuple[int, ...] = (triton.cdiv(key_rows, chosen["ROWS"]),)
         constants = {"EPS": EPSILON, "ROWS": chosen["ROWS"], "CHUNK": chosen["CHUNK"], "ACC": acc}
         arguments: tuple[Any, ...] = (x.keys, inverse, key_rows, width, *x.keys.stride())
-        launch(contrast_lengths_kernel, grid, arguments, constants, "contrast_lengths", chosen)
+        launch(contrast_lengths_kernel, grid, arguments, constants, chosen)
 
     # Few queries: the keys are shared out until every multiprocessor has a program.
     blocks = triton.cdiv(rows, options["BLOCK_M"])
@@ -301,7 +301,7 @@ def _launch_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
         stages = [ONE_PASS if x.gradient else STATISTICS]
     for stage in stages:
         grid = (blocks, splits, 1 if stage == STATISTICS else groups)
-        launch(contrast_rows_kernel, grid, arguments, {**constants, "PASS": stage}, name, options)
+        launch(contrast_rows_kernel, grid, arguments, {**constants, "PASS": stage}, options)
 
     chosen = config("contrast_finish", device)
     block = triton.next_power_of_2(width)
@@ -314,7 +314,7 @@ def _launch_contrast(x: _Contrast) -> tuple[Tensor, Tensor, Tensor]:
     }  # fmt: skip
     arguments = (*x[:3], *statistics, weighted, slope, partial, ticket, loss, stats)
     arguments += (rows, *quarters, splits, *strides)
-    launch(contrast_finish_kernel, (programs,), arguments, constants, "contrast_finish", chosen)
+    launch(contrast_finish_kernel, (programs,), arguments, constants, chosen)
     return loss, slope, stats
 
 
@@ -330,7 +330,7 @@ def _run_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
     options = config("contrast_backward", x.slope.device)
     grid = (max(triton.cdiv(elements, options["BLOCK"]), 1),)  # there may be a slope of the scale alone
     constants, arguments = {"BLOCK": options["BLOCK"]}, (*x[:3], *outputs, elements)
-    launch(contrast_backward_kernel, grid, arguments, constants, "contrast_backward", options)
+    launch(contrast_backward_kernel, grid, arguments, constants, options)
     return outputs
 
 

@@ -192,14 +192,13 @@ def _fake_streams(x: _Streams) -> Tensor:
 def _launch_streams(x: _Streams) -> Tensor:
     (batch, length, width), prefixes = x.content.shape, x.prefix.shape[1]
     out = _fake_streams(x)  # (n*B, P+L, E)
-    name = "assemble_streams_forward"
-    grid, constants, options = token_grid(name, x.content, batch, prefixes + length, width)
+    rows = prefixes + length
+    grid, constants, options = token_grid("assemble_streams_forward", x.content, batch, rows, width)
     tensors = (*x[:3], x.mask_token.contiguous(), x.position.contiguous(), x.second, x.partner, out)
     strides = (*x.content.stride(), *x.style.stride(), *x.prefix.stride())
+    arguments = (*tensors, length, prefixes, width, *strides)
     constants |= {"STRAIGHT": x.straight, "SWAPPED": x.swapped, "ACC": accumulator(x.content.dtype)}
-    launch(
-        streams_forward_kernel, grid, (*tensors, length, prefixes, width, *strides), constants, name, options
-    )
+    launch(streams_forward_kernel, grid, arguments, constants, options)
     return out
 
 
@@ -213,8 +212,8 @@ def _fake_gradients(x: _Gradients) -> tuple[Tensor, ...]:
 def _launch_gradients(x: _Gradients) -> tuple[Tensor, ...]:
     (batch, length), (prefixes, width) = x.second.shape, x.prefix.shape[1:]
     *outputs, grad_token = _fake_gradients(x)  # (B, L, E), (B, L, E), (B, P, E), (E,)
-    name = "assemble_streams_backward"
-    grid, constants, options = token_grid(name, x.grad, batch, prefixes + length, width)
+    rows = prefixes + length
+    grid, constants, options = token_grid("assemble_streams_backward", x.grad, batch, rows, width)
     partial = None
     if x.wanted[3]:
         precise = torch.promote_types(x.grad.dtype, torch.float32)
@@ -223,7 +222,7 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, ...]:
     sizes = (length, prefixes, width, *x.grad.stride(), prefixes * width)
     constants |= {"STRAIGHT": x.straight, "SWAPPED": x.swapped, "ACC": accumulator(x.grad.dtype)}
     arguments = (x.grad, x.second, x.partner, *stored, partial, *sizes)
-    launch(streams_backward_kernel, grid, arguments, constants, name, options)
+    launch(streams_backward_kernel, grid, arguments, constants, options)
     return *outputs, grad_token if partial is None else partial.sum(0).to(grad_token.dtype)
 
 
@@ -249,12 +248,9 @@ _streams = register(
     "assemble_streams", _Streams, "Tensor", _launch_streams, _fake_streams, _setup_context, _backward
 )
 _streams_backward = register(
-    "assemble_streams_backward",
-    _Gradients,
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _launch_gradients,
-    _fake_gradients,
-)
+    "assemble_streams_backward", _Gradients, "(Tensor, Tensor, Tensor, Tensor)",
+    _launch_gradients, _fake_gradients,
+)  # fmt: skip
 
 
 # 4. Public function

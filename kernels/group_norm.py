@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32, without_autocast
-from .launch import config, launch
+from .launch import Options, config, launch
 from .registration import register
 
 # 1. Reference
@@ -84,7 +84,7 @@ def _like(x: Tensor) -> Tensor:
 
 def _tiles(
     x: Tensor, name: str, stepped: bool = False
-) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any], dict[str, int]]:
+) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any], Options]:
     """Compute grid (blocks of positions, of channels, samples), strides of (B, C, S), constants, options."""
     batch, channels, spatial, options = *x.shape[:2], x[0, 0].numel(), config(name, x.device)
     if _memory_format(x) == torch.channels_last_3d:
@@ -116,20 +116,18 @@ def _launch_norm(x: _Norm) -> tuple[Tensor, Tensor, Tensor]:
     chunks = grid[0]
     partial = mean.new_empty(batch, chunks, 2, channels)
     arguments: tuple[Any, ...] = (x.x, partial, *sizes[:2], *strides)
-    launch(group_norm_statistics_kernel, grid, arguments, constants, "group_norm_statistics", options)
+    launch(group_norm_statistics_kernel, grid, arguments, constants, options)
 
     chunk_size = constants["ROWS"] * constants["STEPS"]
     options = config("group_norm_combine", x.x.device)
     arguments = (partial, mean, rstd, chunks, *sizes, chunk_size)
     constants = {"BLOCK": options["BLOCK"], "EPS": x.eps, "ACC": constants["ACC"]}
-    launch(
-        group_norm_combine_kernel, (x.num_groups, batch), arguments, constants, "group_norm_combine", options
-    )
+    launch(group_norm_combine_kernel, (x.num_groups, batch), arguments, constants, options)
 
     grid, strides, constants, options = _tiles(x.x, "group_norm_apply")
     arguments = (x.x, x.weight, x.bias, mean, rstd, y, *sizes, x.num_groups, *strides)
     constants["ACTIVATION"] = x.activation
-    launch(group_norm_apply_kernel, grid, arguments, constants, "group_norm_apply", options)
+    launch(group_norm_apply_kernel, grid, arguments, constants, options)
     return y, mean, rstd
 
 
@@ -151,18 +149,18 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
     partial = x.mean.new_empty(batch, chunks, 2, channels)
     arguments: tuple[Any, ...] = (*known, partial, *sizes, groups, *strides)
     constants["ACTIVATION"] = x.activation
-    launch(group_norm_sums_kernel, grid, arguments, constants, "group_norm_sums", options)
+    launch(group_norm_sums_kernel, grid, arguments, constants, options)
 
     options = config("group_norm_reduce", x.x.device)
     columns = min(triton.next_power_of_2(sizes[2]), options["COLUMNS"])
     arguments = (partial, x.weight, sums, means, chunks, *sizes)
     constants = {"CHUNKS": options["TILE"] // columns, "COLUMNS": columns, "ACC": constants["ACC"]}
-    launch(group_norm_reduce_kernel, (groups, batch), arguments, constants, "group_norm_reduce", options)
+    launch(group_norm_reduce_kernel, (groups, batch), arguments, constants, options)
 
     grid, strides, constants, options = _tiles(x.x, "group_norm_backward")
     arguments = (*known, means, grad_x, *sizes, groups, *strides)
     constants["ACTIVATION"] = x.activation
-    launch(group_norm_backward_kernel, grid, arguments, constants, "group_norm_backward", options)
+    launch(group_norm_backward_kernel, grid, arguments, constants, options)
     return grad_x, sums[1].sum(0), sums[0].sum(0)
 
 

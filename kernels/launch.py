@@ -19,6 +19,14 @@ _recorded: list[Launch] | None = None
 _recorded_arch = 0
 
 
+class Options(dict[str, int]):
+    """Block sizes, num_warps and num_stages of a kernel, and the table's ``name`` for them."""
+
+    def __init__(self, name: str, values: Mapping[str, int]) -> None:
+        super().__init__(values)
+        self.name = name
+
+
 class Launch(NamedTuple):
     """One launch of a kernel, as recorded.
 
@@ -50,8 +58,8 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def config(name: str, device: torch.device) -> dict[str, int]:
-    """Return block sizes, num_warps and num_stages of a kernel, for a device.
+def config(name: str, device: torch.device) -> Options:
+    """Look up a kernel's options for a device.
 
     The table ``configs.json`` holds for every kernel a ``default`` and, where one was tuned, an entry for an
     architecture (``sm_90``).
@@ -60,10 +68,10 @@ def config(name: str, device: torch.device) -> dict[str, int]:
         KeyError: for a kernel that the table does not know.
     """
     if name in _overrides:
-        return dict(_overrides[name])
+        return Options(name, _overrides[name])
     arch = _recorded_arch if _recorded is not None else _arch(device) if device.type == "cuda" else 0
     entries = _table()[name]
-    return dict(entries.get(f"sm_{arch}", entries["default"]))
+    return Options(name, entries.get(f"sm_{arch}", entries["default"]))
 
 
 @contextmanager
@@ -101,8 +109,7 @@ def launch(
     grid: tuple[int, ...],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
-    name: str,
-    options: Mapping[str, int],
+    options: Options,
 ) -> None:
     """Launch a kernel on the device of its first tensor; an empty grid launches nothing.
 
@@ -111,29 +118,28 @@ def launch(
         grid: number of programs along up to three axes.
         arguments: positional, in the order of the kernel's parameters.
         constants: compile-time values by name.
-        name: of the configuration, see :func:`config`.
-        options: that configuration; num_warps is taken from it and, where there is one, num_stages. It counts
-            for loops with a product alone.
+        options: of :func:`config`; num_warps is taken from them and, where there is one, num_stages. It
+            counts for loops with a product alone.
 
     Raises:
         ValueError: for tensors on several devices, or more programs than a launch can have.
     """
     chosen = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, constants, name, chosen))
+        _recorded.append(Launch(kernel, grid, arguments, constants, options.name, chosen))
         return
     if 0 in grid:
         return
     if max(grid[1:], default=0) > MAX_GRID_YZ:
         raise ValueError(
-            f"{name}: too many samples or tokens for one launch, {grid} programs, of which at most "
+            f"{options.name}: too many samples or tokens for one launch, {grid} programs, of which at most "
             f"{MAX_GRID_YZ} along the second and third axis; split the batch, or choose the eager backend"
         )
     tensors = [item for item in arguments if isinstance(item, Tensor)]
     device = tensors[0].device
     for item in tensors:
         if item.device != device:  # a kernel would follow the foreign pointer
-            raise ValueError(f"{name}: tensors on {device} and {item.device}, expected one device")
+            raise ValueError(f"{options.name}: tensors on {device} and {item.device}, expected one device")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants, **chosen)

@@ -132,7 +132,7 @@ def _launch_order(x: _Mask) -> Tensor:
     options = config("token_order", x.second.device)
     block = min(triton.next_power_of_2(length), options["BLOCK"])
     arguments = (x.second, order, length)
-    launch(token_order_kernel, (batch,), arguments, {"BLOCK": block}, "token_order", options)
+    launch(token_order_kernel, (batch,), arguments, {"BLOCK": block}, options)
     return order
 
 
@@ -147,7 +147,7 @@ def _launch_index(x: _Mask) -> tuple[Tensor, ...]:
     options = config("mix_index", order.device)
     block = min(triton.next_power_of_2(length), options["BLOCK"])
     grid = (triton.cdiv(length, block), batch)
-    launch(mix_index_kernel, grid, (*tables, length), {"BLOCK": block}, "mix_index", options)
+    launch(mix_index_kernel, grid, (*tables, length), {"BLOCK": block}, options)
     return tables
 
 

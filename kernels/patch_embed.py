@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import interpreted, triton, use_triton
 from .dtypes import accumulator, autocast_dtype
-from .launch import config, launch
+from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import patch_grid, patchify_3d
 from .registration import register
@@ -153,8 +153,8 @@ def _walk(blocks: Tensor, width: int) -> tuple[_Plan, tuple[int, ...], dict[str,
 
 def _tile(
     name: str, x: Tensor, vector: int, rows: int, columns: int, depth: int
-) -> tuple[str, dict[str, int], dict[str, Any]]:
-    """Choose a configuration: name, options, constants; blocks as large as (rows, columns, depth) at most."""
+) -> tuple[Options, dict[str, Any]]:
+    """Choose options, and the constants that follow: blocks as large as (rows, columns, depth) at most."""
     # Without 16-bit tensor cores a tile takes 2 or 4 times the registers; so does an address for every value.
     if x.dtype.itemsize != 2 or vector == 1:
         name = f"{name}_wide"
@@ -166,7 +166,7 @@ def _tile(
     acc = accumulator(x.dtype)
     # Triton's interpreter multiplies garbage in bfloat16.
     narrow = {torch.float16: tl.float16, torch.bfloat16: acc if interpreted() else tl.bfloat16}
-    return name, options, {**blocks, "DOT": narrow.get(x.dtype, acc), "ACC": acc}
+    return options, {**blocks, "DOT": narrow.get(x.dtype, acc), "ACC": acc}
 
 
 def _marks(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -201,15 +201,14 @@ def _launch_embed(x: _Embed) -> Tensor:
     plan, walk, constants = _walk(x.blocks, width)
     factor = _flat(x.weight, plan, x.blocks.dtype)  # (D, K)
     bias = None if x.bias is None else x.bias.contiguous()  # (D,)
-    name, options, tile = _tile(
-        "patch_embed_forward", x.blocks, plan.vector, batch * rows, width, factor.shape[1]
-    )
+    depth = factor.shape[1]
+    options, tile = _tile("patch_embed_forward", x.blocks, plan.vector, batch * rows, width, depth)
     grid = (triton.cdiv(batch * rows, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)
     tensors = (x.blocks, factor, bias, x.position, _marks(x.mask, x.blocks.dtype), out)
-    sizes = (batch, rows - x.prefix, x.prefix, factor.shape[1], *walk)
+    sizes = (batch, rows - x.prefix, x.prefix, depth, *walk)
     strides = (0, 0) if x.position is None else x.position.stride()
     arguments = (*tensors, *sizes, *strides)
-    launch(patch_embed_forward_kernel, grid, arguments, constants | tile, name, options)
+    launch(patch_embed_forward_kernel, grid, arguments, constants | tile, options)
     return out
 
 
@@ -224,12 +223,12 @@ def _launch_grad_x(x: _Gradient) -> Tensor:
     plan, walk, constants = _walk(grad_x, width)
     factor = _flat(x.weight, plan, x.grad.dtype)  # (D, K)
     depth = factor.shape[1]
-    name, options, tile = _tile("patch_embed_grad_x", x.grad, plan.vector, batch * length, depth, width)
+    options, tile = _tile("patch_embed_grad_x", x.grad, plan.vector, batch * length, depth, width)
     grid = (triton.cdiv(batch * length, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"]),)
     grid_y, grid_z, *strides = walk
     sizes = (batch, length, x.prefix, width, grid_y, grid_z, *x.grad.stride(), *strides)
     arguments = (x.grad, factor, _marks(x.mask, x.grad.dtype), grad_x, *sizes)
-    launch(patch_embed_grad_x_kernel, grid, arguments, constants | tile, name, options)
+    launch(patch_embed_grad_x_kernel, grid, arguments, constants | tile, options)
     return grad_x
 
 
@@ -243,7 +242,7 @@ def _launch_grad_weight(x: _WeightGradient) -> tuple[Tensor, Tensor]:
     batch, rows, width = x.grad.shape
     length, depth = rows - x.prefix, x.weight[0].numel()
     plan, walk, constants = _walk(x.blocks, width)
-    name, options, tile = _tile("patch_embed_grad_weight", x.grad, plan.vector, width, depth, length)
+    options, tile = _tile("patch_embed_grad_weight", x.grad, plan.vector, width, depth, length)
     tiles = triton.cdiv(width, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"])
     # Parts enough to keep the chip busy and no more: each is written and read in float32.
     parts = max(1, options["PROGRAMS"] // tiles)
@@ -260,7 +259,7 @@ def _launch_grad_weight(x: _WeightGradient) -> tuple[Tensor, Tensor]:
     sizes = (batch, length, x.prefix, samples, tokens, grid_y, grid_z, *x.grad.stride(), *strides)
     arguments = (x.grad, x.blocks, _marks(x.mask, x.grad.dtype), partial, bias, *sizes)
     grid = (tiles, token_parts, sample_parts)
-    launch(patch_embed_grad_weight_kernel, grid, arguments, constants | tile, name, options)
+    launch(patch_embed_grad_weight_kernel, grid, arguments, constants | tile, options)
     ordered = partial.sum(0).view(width, *(x.weight.shape[1 + axis] for axis in plan.order))
     grad_weight = ordered.permute(0, *(1 + plan.order.index(axis) for axis in range(4)))
     return _packed(grad_weight, x.weight.dtype), partial_bias.sum(0)  # (D, C, px, py, pz), (D,)
@@ -323,8 +322,7 @@ def _volume_blocks(x: Tensor, weight: Tensor) -> Tensor:
 
 def _token_blocks(tokens: Tensor, weight: Tensor) -> Tensor:
     """View (B, L, p^3*C) as blocks; any factors of L do as the grid, for a sequence has one stride."""
-    batch, length, channels, p, q, r = *tokens.shape[:2], *weight.shape[1:]
-    blocks = tokens.view(batch, length, 1, 1, p, q, r, channels)
+    blocks = tokens.view(*tokens.shape[:2], 1, 1, *weight.shape[2:], weight.shape[1])
     return blocks.permute(0, 7, 1, 4, 2, 5, 3, 6)
 
 
@@ -388,7 +386,7 @@ def patch_embed_3d(
     if not use_triton(x) or x.numel() == 0 or weight.numel() == 0:
         return patch_embed_3d_reference(x, weight, bias, position, source_mask, num_prefix_tokens)
     mask = None if source_mask is None else packed(source_mask)
-    blocks = _volume_blocks(x.to(dtype), weight)
+    blocks = _volume_blocks(x.to(dtype), weight)  # (B, C, gx, px, gy, py, gz, pz)
     return _patch_embed(blocks, weight, bias, position, mask, num_prefix_tokens)
 
 
@@ -426,5 +424,5 @@ def patch_embed_tokens(
     dtype = _product_dtype("tokens", tokens, weight)
     if not use_triton(tokens) or tokens.numel() == 0 or weight.numel() == 0:
         return patch_embed_tokens_reference(tokens, weight, bias, position, num_prefix_tokens)
-    blocks = _token_blocks(tokens.to(dtype), weight)
+    blocks = _token_blocks(tokens.to(dtype), weight)  # (B, C, L, px, 1, py, 1, pz)
     return _patch_embed(blocks, weight, bias, position, None, num_prefix_tokens)

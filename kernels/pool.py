@@ -210,11 +210,11 @@ def _launch_pool(x: _Pool) -> tuple[Tensor, Tensor, Tensor]:
     partial = normed.new_empty(batch, chunks, sources, 2, width)
     arguments = (x.x, x.mask, partial, length, width, *x.x.stride())
     constants = {**_constants(x), "ROWS": rows, "STEPS": steps, "EPS": x.eps}
-    launch(pool_forward_kernel, (chunks, batch), arguments, constants, "pool_forward", options)
+    launch(pool_forward_kernel, (chunks, batch), arguments, constants, options)
     options = config("pool_reduce", x.x.device)
     arguments = (partial, x.mask, normed, plain, count, chunks, length, width)
     constants = {**_constants(x), "BLOCK_L": options["BLOCK_L"]}
-    launch(pool_reduce_kernel, (batch, sources), arguments, constants, "pool_reduce", options)
+    launch(pool_reduce_kernel, (batch, sources), arguments, constants, options)
     return normed, plain, count
 
 
@@ -230,7 +230,7 @@ def _launch_gradient(x: _Gradients) -> Tensor:
     tensors = (x.x, x.mask, x.counts, x.grad_normed.contiguous(), x.grad_plain.contiguous(), grad_x)
     constants = {**_constants(x), "ROWS": options["ROWS"], "EPS": x.eps}
     arguments = (*tensors, length, width, *x.x.stride())
-    launch(pool_backward_kernel, grid, arguments, constants, "pool_backward", options)
+    launch(pool_backward_kernel, grid, arguments, constants, options)
     return grad_x
 
 
@@ -245,14 +245,9 @@ def _backward(ctx: Any, grad_normed: Tensor, grad_plain: Tensor, _: Tensor) -> t
 
 
 _pool = register(
-    "pooled_layer_norm",
-    _Pool,
-    "(Tensor, Tensor, Tensor)",
-    _launch_pool,
-    _fake_pool,
-    _setup_context,
-    _backward,
-)
+    "pooled_layer_norm", _Pool, "(Tensor, Tensor, Tensor)", _launch_pool, _fake_pool,
+    _setup_context, _backward,
+)  # fmt: skip
 _pool_backward = register(
     "pooled_layer_norm_backward", _Gradients, "Tensor", _launch_gradient, _fake_gradient
 )

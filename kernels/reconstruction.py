@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32
-from .launch import config, launch
+from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import Triple, patch_grid, patchify_3d
 from .registration import register
@@ -152,7 +152,7 @@ class _Gradient(NamedTuple):
 
 
 def _shared(
-    x: _Loss | _Gradient, options: dict[str, int]
+    x: _Loss | _Gradient, options: Options
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """Compute the grid (blocks of tokens, samples, blocks of columns), sizes with strides, and constants."""
     _, length, width = x.prediction.shape
@@ -178,8 +178,7 @@ def _launch_loss(x: _Loss) -> Tensor:
     precise = torch.promote_types(x.prediction.dtype, torch.float32)
     partial = x.prediction.new_empty(samples, blocks, dtype=precise)  # (B, blocks)
     arguments = (x.prediction, x.target, x.mask, partial, *sizes)
-    name = "reconstruction_forward"
-    launch(reconstruction_forward_kernel, (blocks, samples), arguments, constants, name, options)
+    launch(reconstruction_forward_kernel, (blocks, samples), arguments, constants, options)
     return partial.sum()
 
 
@@ -192,7 +191,7 @@ def _launch_gradient(x: _Gradient) -> Tensor:
     options = config("reconstruction_backward", x.prediction.device)
     grid, sizes, constants = _shared(x, options)
     arguments = (x.prediction, x.target, x.mask, x.grad_loss, grad_prediction, *sizes)
-    launch(reconstruction_backward_kernel, grid, arguments, constants, "reconstruction_backward", options)
+    launch(reconstruction_backward_kernel, grid, arguments, constants, options)
     return grad_prediction
 
 

@@ -136,12 +136,10 @@ def _fake_style(x: _Style | _Gradients) -> Tensor:
 
 def _launch_style(x: _Style) -> Tensor:
     out = _fake_style(x)  # (B, L, Ds)
-    name = "style_convolution_forward"
-    grid, constants, options = token_grid(name, x.style, *x.style.shape)
-    arguments = (x.style, x.weight.contiguous(), x.previous, x.following, out)
-    sizes = (*x.style.shape[1:], *x.style.stride())
-    constants |= {"ACC": accumulator(x.style.dtype)}
-    launch(style_forward_kernel, grid, (*arguments, *sizes), constants, name, options)
+    grid, constants, options = token_grid("style_convolution_forward", x.style, *x.style.shape)
+    tensors = (x.style, x.weight.contiguous(), x.previous, x.following, out)
+    arguments = (*tensors, *x.style.shape[1:], *x.style.stride())
+    launch(style_forward_kernel, grid, arguments, constants | {"ACC": accumulator(x.style.dtype)}, options)
     return out
 
 
@@ -152,14 +150,12 @@ def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
 def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
     batch, length, width = x.style.shape
     grad_style = _fake_style(x)  # (B, L, Ds)
-    name = "style_convolution_backward"
-    grid, constants, options = token_grid(name, x.style, batch, length, width)
+    grid, constants, options = token_grid("style_convolution_backward", x.style, batch, length, width)
     precise = torch.promote_types(x.style.dtype, torch.float32)
     partial = x.style.new_empty(batch * grid[1], width, 3, dtype=precise)  # (B*chunks, Ds, 3)
-    arguments = (x.grad, x.style, x.weight.contiguous(), x.previous, x.following, grad_style, partial)
-    sizes = (length, width, *x.grad.stride(), *x.style.stride())
-    constants |= {"ACC": accumulator(x.style.dtype)}
-    launch(style_backward_kernel, grid, (*arguments, *sizes), constants, name, options)
+    tensors = (x.grad, x.style, x.weight.contiguous(), x.previous, x.following, grad_style, partial)
+    arguments = (*tensors, length, width, *x.grad.stride(), *x.style.stride())
+    launch(style_backward_kernel, grid, arguments, constants | {"ACC": accumulator(x.style.dtype)}, options)
     return grad_style, partial.sum(0).to(x.weight.dtype).view(width, 1, 3)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .backend import triton
-from .launch import config
+from .launch import Options, config
 
 if triton is not None:
     import triton.language as tl
@@ -35,7 +35,7 @@ if triton is not None:
 
 def token_grid(
     name: str, x: Tensor, batch: int, length: int, width: int
-) -> tuple[tuple[int, int, int], dict[str, Any], dict[str, int]]:
+) -> tuple[tuple[int, int, int], dict[str, Any], Options]:
     """Lay out a launch over (batch, length, width) tokens on the device of ``x``.
 
     Args:

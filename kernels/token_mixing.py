@@ -131,7 +131,7 @@ def _launch_mix(x: _Mixed) -> Tensor:
     grid, constants, options = token_grid("mix_tokens", x.x, *x.x.shape)
     arguments = (x.x, x.second, out, *x.x.shape[1:], *x.x.stride())
     constants |= {"ADJOINT": x.adjoint, "ACC": accumulator(x.x.dtype)}
-    launch(mix_tokens_kernel, grid, arguments, constants, "mix_tokens", options)
+    launch(mix_tokens_kernel, grid, arguments, constants, options)
     return out
 
 
@@ -150,7 +150,7 @@ def _launch_halves(tokens: Tensor, first: Tensor, second: Tensor, order: Tensor,
     sizes = (tokens.shape[1], first.shape[1], tokens.shape[2])
     strides = (*tokens.stride(), *first.stride(), *second.stride())
     arguments = (tokens, first, second, order, *sizes, *strides)
-    launch(token_halves_kernel, grid, arguments, {"SPLIT": split, **constants}, "token_halves", options)
+    launch(token_halves_kernel, grid, arguments, {"SPLIT": split, **constants}, options)
 
 
 def _fake_demix(x: _Whole) -> tuple[Tensor, Tensor]:

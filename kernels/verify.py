@@ -170,20 +170,6 @@ def compare_to(
     return comparisons
 
 
-def compare(
-    run: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0
-) -> list[Comparison]:
-    """Compare an operation with its definition on the same inputs, forward and backward.
-
-    Args:
-        run: the operation.
-        reference: its eager definition, called alike.
-        inputs: keyword arguments in the dtype to be tested.
-        seed: of the gradient that flows in.
-    """
-    return compare_to(run, expect(reference, inputs, seed), inputs, seed)
-
-
 def refuse(comparisons: Sequence[Comparison]) -> None:
     """Raise an AssertionError that names every output and gradient that errs too much, if one does."""
     wrong = [item for item in comparisons if not item.passed]
@@ -196,9 +182,15 @@ def refuse(comparisons: Sequence[Comparison]) -> None:
 def require(
     run: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], seed: int = 0
 ) -> None:
-    """Compare an operation with its definition, and refuse it if it errs too much.
+    """Compare an operation with its definition, forward and backward, and refuse it if it errs too much.
+
+    Args:
+        run: the operation.
+        reference: its eager definition, called alike.
+        inputs: keyword arguments in the dtype to be tested.
+        seed: of the gradient that flows in.
 
     Raises:
         AssertionError: naming every output and gradient that errs too much.
     """
-    refuse(compare(run, reference, inputs, seed))
+    refuse(compare_to(run, expect(reference, inputs, seed), inputs, seed))

@@ -7,8 +7,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from meduet_fast.kernels.dtypes import without_autocast
-
 MOMENTUM = 0.98  # of the running means: about 50 steps
 # Steps watched before anything is erased: directions that are noise would only wear content down.
 FIRST = 50
@@ -45,10 +43,10 @@ class DomainMeans(nn.Module):
         """Look at a batch: of mixed and of whole crops, pooled encodings (M, D) and domains (M,) int64."""
         found = []
         for pooled, domain in (mixed, whole):
-            weights = nn.functional.one_hot(domain, self.shares.shape[1]).to(self.sums.dtype) / len(domain)
-            with without_autocast(pooled.device):  # differences of means are small beside the means
-                sums = weights.T @ pooled.to(self.sums.dtype)
-            found.append(torch.cat([sums, weights.sum(0)[:, None]], 1))
+            # In float64: differences of means are small beside the means.
+            weights = nn.functional.one_hot(domain, self.shares.shape[1]).double() / len(domain)  # (M, N)
+            sums = weights.T @ pooled.double()  # (N, D)
+            found.append(torch.cat([sums, weights.sum(0)[:, None]], 1))  # (N, D+1)
         self._watched.append(torch.stack(found))
 
     @torch.no_grad()
@@ -63,15 +61,15 @@ class DomainMeans(nn.Module):
         if self.seen < FIRST:
             return
         differences = []
-        for sums, shares in zip(self.sums, self.shares, strict=True):
-            means = sums[shares > 0] / shares[shares > 0][:, None]
+        for sums, shares in zip(self.sums.double(), self.shares, strict=True):
+            means = sums[shares > 0] / shares[shares > 0][:, None]  # (domains seen, D)
             differences.append(means[1:] - means[:1])
-        directions = torch.linalg.qr(torch.cat(differences).T).Q  # orthonormal columns
+        directions = torch.linalg.qr(torch.cat(differences).T).Q  # (D, 2 domains - 2), orthonormal columns
         for weight in weights:
             # Rows are projected one by one: each process does its own.
             rows = weight.to_local() if isinstance(weight, DTensor) else weight
             flat = rows.flatten(1)
-            flat -= (flat @ directions) @ directions.T
+            flat -= (flat.double() @ directions) @ directions.T
 
     def _take_in(self) -> None:
         new = torch.stack(self._watched).mean(0)
@@ -82,5 +80,5 @@ class DomainMeans(nn.Module):
         self.seen += 1
         # A plain mean at first, so that the start does not count for more than its share.
         share = torch.clamp(1 / self.seen, min=1 - MOMENTUM)
-        self.sums.lerp_(new[..., :-1], share)
-        self.shares.lerp_(new[..., -1], share)
+        self.sums.lerp_(new[..., :-1].float(), share)
+        self.shares.lerp_(new[..., -1].float(), share)

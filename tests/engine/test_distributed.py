@@ -27,9 +27,13 @@ STEPS, PER_STEP = 50, 4  # batches of a step
 
 @pytest.fixture(scope="module")
 def config(tiny_settings: PretrainConfig) -> PretrainConfig:
-    """All three stretches of a run: without MFTD and SiQC, with SiQC, with both."""
+    """All three stretches of a run: without MFTD and SiQC, with SiQC, with both.
+
+    Not with seed 0: on torch 2.11 a unit of the domain classifier is then within a rounding of its ReLU's
+    kink at step 10, and one weight's gradient jumps by 7 %.
+    """
     return replace(
-        tiny_settings, steps=STEPS, accumulate=PER_STEP, siqc_start_step=3, mftd_start_step=10,
+        tiny_settings, steps=STEPS, accumulate=PER_STEP, siqc_start_step=3, mftd_start_step=10, seed=1,
         checkpoint_every=20, keep_checkpoints=5,
     )  # fmt: skip
 

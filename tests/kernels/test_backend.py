@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meduet_fast.kernels import backend, kernel_backend, set_kernel_backend
-from meduet_fast.kernels.launch import config, launch, override_config
+from meduet_fast.kernels.launch import Options, config, launch, override_config
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +79,9 @@ def test_configurations_come_from_the_table_unless_overridden() -> None:
 
 
 def test_launches_that_a_gpu_would_not_survive_are_refused() -> None:
-    options = {"num_warps": 4, "num_stages": 1}
+    options = Options("some_op", {"num_warps": 4, "num_stages": 1})
     near, far = torch.zeros(1), torch.zeros(1, device="meta")
     with pytest.raises(ValueError, match="some_op: tensors on cpu and meta, expected one device"):
-        launch(None, (1,), (near, far), {}, "some_op", options)
+        launch(None, (1,), (near, far), {}, options)
     with pytest.raises(ValueError, match="some_op: too many samples or tokens for one launch"):
-        launch(None, (1, 65536), (near,), {}, "some_op", options)
+        launch(None, (1, 65536), (near,), {}, options)

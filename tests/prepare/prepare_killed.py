@@ -55,16 +55,17 @@ def start(volumes: list[VolumeEntry], store: Path, die_after: int = -1) -> int:
     child = os.fork()
     if child:
         return child
-    replace, renames = os.replace, 0
+    replace, renames = Path.replace, 0
 
-    def replace_and_die(source: Path, target: Path) -> None:
+    def replace_and_die(source: Path, target: Path) -> Path:
         nonlocal renames
-        replace(source, target)
+        moved = replace(source, target)
         renames += 1
         if renames == die_after:
             os._exit(DIED)
+        return moved
 
-    os.replace = replace_and_die  # type: ignore[assignment]
+    Path.replace = replace_and_die  # type: ignore[method-assign]
     try:
         prepare_volumes(volumes, store, PoolingTokenizer(), CONFIG)
         os._exit(0)

@@ -103,6 +103,7 @@ def install() -> None:
         torch, Generator=_Generator,
         compile=lambda model=None, **_: model if model is not None else (lambda inner: inner),
     )  # fmt: skip
+    put(torch.accelerator, is_available=lambda: False)  # or the loader pins memory by the real CUDA's driver
     put(torch.Tensor, record_stream=lambda self, *_: None, pin_memory=lambda self, *_: self)
     put(torch.Tensor, cuda=lambda self, *_, **__: self)
     to = torch.nn.Module.to
