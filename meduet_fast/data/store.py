@@ -273,10 +273,6 @@ class LatentStore:
             row[...] = array[:, x : x + sx, y : y + sy, z : z + sz]  # (C, sx, sy, sz)
         return latents
 
-    def read_crop(self, index: int, start: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
-        """Read one crop, bfloat16 (C, sx, sy, sz); see :meth:`read_crops`."""
-        return self.read_crops([index], [start], size)[0]
-
     def read_volume(self, index: int) -> Tensor:
         """Read a whole volume, bfloat16 (C, X, Y, Z); see :meth:`read_crops`."""
-        return self.read_crop(index, (0, 0, 0), self.entries[index].grid)
+        return self.read_crops([index], [(0, 0, 0)], self.entries[index].grid)[0]

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from meduet_fast.errors import UserError
-from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.files import atomic_path
 
 from .checkpoint_index import IndexedReader, IndexedWriter
 from .config import EngineConfig
@@ -280,9 +280,3 @@ def find_start(output: Path, config: EngineConfig, processes: int, data: str, re
     if saved["data"] != data:
         raise UserError(f"{output}: can't resume: the data are not those that the run began with")
     return checkpoint
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the checkpoint folder and remove what killed writers left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)

@@ -159,11 +159,6 @@ def _explain(world: World, error: Exception) -> Exception:
     return UserError(f"{prefix}: stopped, because the processes lost each other: {_one_line(error)}")
 
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def launch_number(name: str, default: int | None = None) -> int:
     """A number that torchrun sets in the environment.
 
@@ -230,18 +225,14 @@ def join_world(device_name: str, timeout_s: int) -> Iterator[World]:
         yield world
         world.barrier()  # whoever is done first must not look as if it had been lost
     except Exception as error:
-        explained = _explain(world, error)
-        _tell_launcher(explained)
+        explained: Any = _explain(world, error)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for torchrun's own summary of who failed first
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(explained)
         if explained is error:
             raise
         raise explained from error
     finally:
-        _leave()
-
-
-def _tell_launcher(error: Any) -> None:
-    """For torchrun's own summary, which names the process that failed first."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+        if dist.is_initialized():
+            dist.destroy_process_group()

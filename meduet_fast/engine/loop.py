@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,23 +15,15 @@ import torch
 import torch.distributed as dist
 
 from meduet_fast.errors import UserError
-from meduet_fast.files import atomic_path
+from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.layers import set_attention_backend
-from meduet_fast.progress import progress_bar
+from meduet_fast.progress import ProgressBar
 
-from .checkpoint import (
-    CheckpointWriter,
-    Trained,
-    find_start,
-    last_good,
-    load_checkpoint,
-    prepare_folder,
-    read_run,
-)
+from .checkpoint import CheckpointWriter, Trained, find_start, last_good, load_checkpoint, read_run
 from .config import EngineConfig
 from .cuda_graph import GraphedGradients
 from .distributed import World, join_world
-from .metrics import RunLog, non_finite
+from .metrics import RunLog
 from .optimizer import build_optimizer
 from .parallel import parallelize
 from .precision import low_precision
@@ -111,7 +104,8 @@ def fit(
         )
         batches = prefetch(stream, world.device) if world.device.type == "cuda" else stream
         if world.rank == 0:
-            prepare_folder(output / "checkpoints")
+            (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output / "checkpoints")  # of killed writers
             record = {"data": str(data.path.resolve()), "config": asdict(config)}
             with atomic_path(output / RUN_FILE) as temporary:
                 temporary.write_text(json.dumps(record, indent=1))
@@ -127,7 +121,7 @@ def fit(
         )
         with (
             RunLog(output, start, task, config, world) as log,
-            progress_bar(task.title, config.steps, "step", start, world.rank == 0) as bar,
+            ProgressBar(task.title, config.steps, "step", start, world.rank == 0) as bar,
         ):
 
             def report(values: StepValues) -> None:
@@ -183,7 +177,7 @@ def backward_of(model: torch.nn.Module, config: EngineConfig, world: World) -> B
 def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float]:
     """Fetch a step's values and refuse non-finite ones."""
     values = pending.fetch()
-    bad = non_finite(values)
+    bad = [name for name, value in values.items() if not math.isfinite(value)]  # terms before their total
     if bad == ["grad_norm"] and dist.is_initialized():
         raise UserError(
             f"{output}: stopped at step {pending.step}: grad_norm is {values['grad_norm']}, though this "

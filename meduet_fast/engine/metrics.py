@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -106,9 +104,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -158,11 +154,6 @@ class RunLog:
                 speed["mfu_percent"] = 100 * speed["tflops_per_s"] / self._peak
         self._steps, self._waited, self._last = 0, 0.0, done_at
         return speed
-
-
-def non_finite(values: dict[str, float]) -> list[str]:
-    """Names of the values that are not finite, the terms before their total."""
-    return [name for name, value in values.items() if not math.isfinite(value)]
 
 
 def losses_in(record: Mapping[str, float]) -> list[str]:

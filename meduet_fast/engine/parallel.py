@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -104,17 +104,8 @@ def parallelize(task: Task, config: EngineConfig, world: World) -> nn.Module:
     return task
 
 
-@contextmanager
-def _unreduced(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep gradients in their process within it: all batches of a step but the last need no reduction."""
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return _unreduced(model) if isinstance(model, FSDPModule) else nullcontext()
+def reduction(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Reduce gradients over the processes within it if it is a step's last batch, else keep them here."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from meduet_fast.errors import UserError
 
@@ -66,30 +66,22 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
     config = replace(Float8LinearConfig.from_recipe_name(_RECIPE), emulate=emulate)
     count = 0
     for block in blocks:
-        convert_to_float8_training(block, module_filter_fn=_fits, config=config)
+        convert_to_float8_training(
+            block, config=config,
+            module_filter_fn=lambda layer, name: isinstance(layer, nn.Linear)
+            and not (layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE),
+        )  # fmt: skip
         for layer in block.modules():
             if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
                 count += 1
-                if emulate:
-                    layer.register_forward_pre_hook(_autocast_inputs)
+                if emulate:  # torchao's layers follow CUDA's autocast alone
+                    layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].bfloat16(),))
     if not count:
         raise UserError(
             f"precision 'float8' needs sizes that are multiples of {_MULTIPLE}, and no layer of the "
             "blocks has them: change model.embed_dim or model.decoder_embed_dim, or take precision 'bfloat16'"
         )
     return count
-
-
-def _fits(layer: nn.Module, name: str) -> bool:
-    """Whether torchao shall swap it."""
-    return isinstance(layer, nn.Linear) and not (
-        layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE
-    )
-
-
-def _autocast_inputs(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """torchao's layers follow CUDA's autocast alone."""
-    return (inputs[0].bfloat16(),)
 
 
 @contextmanager

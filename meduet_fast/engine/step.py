@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .config import EngineConfig
 from .distributed import World
 from .optimizer import clip_gradients, learning_rate
-from .parallel import without_reduction
+from .parallel import reduction
 from .task import VOLUME, Batch, Task
 
 Backward = Callable[[Batch, int, bool], dict[str, Tensor]]  # batch, step, whether it is the step's last
@@ -79,7 +78,7 @@ def add_gradients(
         The losses, detached.
     """
     device = next(iter(batch.values())).device
-    with nullcontext() if last else without_reduction(model):
+    with reduction(model, last):
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             losses = model(batch, step)
         (losses["total"] * share).backward()

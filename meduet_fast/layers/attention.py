@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,6 @@ _PACKAGES = {
     "flash4": ("flash-attn-4", "flash_attn.cute", "flash_attn_func", _HALF),
     "xformers": ("xformers", "xformers.ops", "memory_efficient_attention", (*_HALF, torch.float32)),
 }
-
-
-def _try_out(function: Callable[..., Any], device: str) -> None:
-    """Attend once: some packages import although what they compiled is for another torch or GPU.
-
-    Raises:
-        RuntimeError: or one of its kinds, from the package.
-    """
-    heads = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=device)  # (B, N, H, d)
-    function(heads, heads, heads)
 
 
 def attention_backend(name: AttentionBackend) -> Attend:
@@ -67,8 +57,10 @@ def attention_backend(name: AttentionBackend) -> Attend:
             f"attention {name!r} needs the package {package}, which can't be imported ({error}): {advice}"
         ) from error
     if torch.cuda.is_available():
+        # Some packages import although what they compiled is for another torch or GPU.
+        heads = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")  # (B, N, H, d)
         try:
-            _try_out(function, "cuda")
+            function(heads, heads, heads)
         except RuntimeError as error:  # NotImplementedError is one
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(

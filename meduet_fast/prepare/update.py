@@ -71,7 +71,7 @@ def update_store(
 
     listed = [volume for volume in volumes if volume.name in writer.entries]
     stale = []
-    for volume in track(listed, "Checking the store", unit="volume") if listed else ():
+    for volume in track(listed, "Checking the store", unit="volume"):
         entry = writer.entries[volume.name]
         same_labels = (entry.domain, entry.body_part) == (volume.domain, volume.body_part)
         try:
@@ -89,7 +89,7 @@ def update_store(
     writer.drop(stale)
 
     missing = [volume for volume in volumes if volume.name not in writer.entries]
-    for volume in track(missing, "Preparing volumes", unit="volume") if missing else ():
+    for volume in track(missing, "Preparing volumes", unit="volume"):
         try:
             record = make(volume, content_key(volume))
             if not torch.isfinite(record.latent).all():

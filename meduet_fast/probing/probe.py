@@ -11,7 +11,7 @@ import torch
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.progress import progress_bar
+from meduet_fast.progress import ProgressBar
 
 from .crops import ProbeCrops
 from .factors import FactorTable, factor_table
@@ -88,7 +88,7 @@ def probe_factors(
     Returns:
         What was measured, and the trained network's factors.
     """
-    with progress_bar("Measuring separation", 2 * crops.num_crops, "crop") as bar:
+    with ProgressBar("Measuring separation", 2 * crops.num_crops, "crop") as bar:
         tables = [factor_table(network, store, crops, bar) for network in (model, untrained)]
     both = [(table, factor) for table in tables for factor in ("content", "style")]
     probe = FactorScores(*(probe_accuracy(table, factor) for table, factor in both))

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from meduet_fast.engine.metrics import losses_in
+
 from .plotting import COLORS, GREY, styled, subplots
 
 Records = Sequence[dict[str, float]]
@@ -61,15 +63,9 @@ LOSS_PANELS = {
 HEADLINE_LOSS = "reconstruction"  # whose fall the summary tells
 
 
-def loss_names(records: Records) -> list[str]:
-    """Return the names of a run's losses in the task's order: those of its records, up to the total."""
-    names = list(records[0])
-    return names[names.index("step") + 1 : names.index("total") + 1]
-
-
 def loss_panels(records: Records) -> dict[str, LossPanel]:
     """Return how each loss of a run is shown, in the order of the panels."""
-    names = loss_names(records)
+    names = losses_in(records[0])
     known = {name: panel for name, panel in LOSS_PANELS.items() if name in names}
     return known | {name: LossPanel(name, "loss") for name in names if name not in known}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
-from meduet_fast.progress import progress_bar
+from meduet_fast.progress import ProgressBar
 
 from . import sections
 from .curves import draw_losses, draw_speed, loss_panels
@@ -72,7 +72,7 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
     }
     losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
     pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
-    with progress_bar("Drawing", 3 + len(pairs), "figure") as bar:
+    with ProgressBar("Drawing", 3 + len(pairs), "figure") as bar:
         save_png(draw_losses(inputs.records, starts, len(domains)), losses)
         bar.update()
         save_png(draw_speed(inputs.records), speed)

@@ -72,14 +72,14 @@ def test_crops_equal_slices_of_the_volume(make_store: MakeStore) -> None:
     assert torch.equal(crops[0], latents["a"][:, :3, :4, :2])
     assert torch.equal(crops[1], latents["b"][:, 6:9, 4:8, 2:4])
     assert torch.equal(crops[2], latents["a"][:, 3:6, 1:5, 5:7])
-    assert torch.equal(store.read_crop(1, (1, 2, 3), (2, 2, 2)), latents["b"][:, 1:3, 2:4, 3:5])
+    assert torch.equal(store.read_crops([1], [(1, 2, 3)], (2, 2, 2))[0], latents["b"][:, 1:3, 2:4, 3:5])
 
 
 @pytest.mark.parametrize("start", [(-1, 0, 0), (4, 0, 0), (0, 5, 0), (0, 0, 6)])
 def test_a_crop_that_leaves_its_volume_is_refused(make_store: MakeStore, start: tuple[int, int, int]) -> None:
     store, _ = make_store(TWO)
     with pytest.raises(ValueError, match=r"leaves volume a of \(6, 7, 8\)"):
-        store.read_crop(0, start, (3, 3, 3))
+        store.read_crops([0], [start], (3, 3, 3))
 
 
 def test_open_maps_are_bounded_and_hold_no_descriptor(
