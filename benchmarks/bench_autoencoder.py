@@ -32,7 +32,7 @@ def variants(edge: int, what: str, device: torch.device, with_compiler: bool) ->
         ImportError: if MONAI is not installed.
     """
     from meduet_fast.autoencoder import load_tokenizer
-    from meduet_fast.autoencoder.autoencoder import AutoencoderTokenizer
+    from meduet_fast.autoencoder.autoencoder import Tokenizer
     from meduet_fast.layers import accelerate
 
     generator = torch.Generator().manual_seed(0)
@@ -47,14 +47,13 @@ def variants(edge: int, what: str, device: torch.device, with_compiler: bool) ->
         if not error <= TOLERANCE:
             raise AssertionError(f"{what}d volume is off by {error:.3g}, allowed {TOLERANCE:.3g}")
 
-    def variant(name: str, change: Callable[[AutoencoderTokenizer], object]) -> Variant:
+    def variant(name: str, change: Callable[[Tokenizer], object]) -> Variant:
         tokenizer = load_tokenizer(device=device)
-        assert isinstance(tokenizer, AutoencoderTokenizer)
         change(tokenizer)
         run = getattr(tokenizer, what)
         return Variant(name, partial(run, x), partial(check, run))
 
-    def compiled(tokenizer: AutoencoderTokenizer) -> None:
+    def compiled(tokenizer: Tokenizer) -> None:
         network = tokenizer.network
         setattr(network, what, torch.compile(getattr(network, what), fullgraph=True))
 

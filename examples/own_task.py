@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meduet_fast.engine import AdamWConfig, Batch, Batches, EngineConfig, Task, fit
-from meduet_fast.engine.ema import update_average
+from meduet_fast.engine.optimizer import update_average
 
 LENGTH = 32
 

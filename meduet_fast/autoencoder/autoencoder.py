@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -12,55 +11,6 @@ import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
-
-
-class Tokenizer(ABC):
-    """Encode images as latents, and decode latents.
-
-    Attributes:
-        channels: latent channels C.
-        compression: image voxels per latent voxel along each axis.
-        scale: what the autoencoder's own latents are multiplied by to have about unit variance;
-            :meth:`encode` has applied it, :meth:`decode` takes it out again.
-        identity: name and short SHA-256 of the weights; latents of different identities do not mix.
-    """
-
-    channels: int
-    compression: int
-    scale: float
-    identity: str
-
-    @abstractmethod
-    def encode(
-        self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Encode images; large ones go through in overlapping windows.
-
-        Args:
-            volume: (B, 1, X, Y, Z) with values in [0, 1]; X, Y, Z multiples of ``compression``.
-            sample: draw from the posterior, mu + sigma * eps, instead of taking its mean mu.
-            generator: source of eps, on the tokenizer's device; torch's default generator if None.
-
-        Returns:
-            (B, C, X / compression, Y / compression, Z / compression) float32 on the tokenizer's device.
-
-        Raises:
-            ValueError: for another shape.
-        """
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents; large ones go through in overlapping windows.
-
-        Args:
-            latents: (B, C, x, y, z), any floating type, as :meth:`encode` makes them.
-
-        Returns:
-            (B, 1, x * compression, y * compression, z * compression) float32 in [0, 1].
-
-        Raises:
-            ValueError: for another shape.
-        """
 
 
 @dataclass(frozen=True)
@@ -114,16 +64,22 @@ class Architecture:
 MAISI = Architecture(num_channels=(64, 128, 256), num_res_blocks=(2, 2, 2), norm_num_groups=32)
 
 
-class AutoencoderTokenizer(Tokenizer):
-    """Encode and decode with an ``AutoencoderKlMaisi``.
+class Tokenizer:
+    """Encode and decode with an ``AutoencoderKlMaisi``; large volumes go through in overlapping windows.
 
     Args:
         architecture: what ``network`` was built from.
         network: the autoencoder with its weights.
         name: first part of the identity.
-        scale: see :class:`Tokenizer`.
+        scale: what the autoencoder's own latents are multiplied by to have about unit variance;
+            :meth:`encode` has applied it, :meth:`decode` takes it out again.
         window: longest edge that goes through the network at once (image voxels, a multiple of the
             compression).
+
+    Attributes:
+        channels: latent channels C.
+        compression: image voxels per latent voxel along each axis.
+        identity: name and short SHA-256 of the weights; latents of different identities do not mix.
     """
 
     OVERLAP = 16  # image voxels that neighbouring windows share
@@ -146,7 +102,7 @@ class AutoencoderTokenizer(Tokenizer):
         self.identity = f"{name}-{digest.hexdigest()[:12]}"
         network.eval().requires_grad_(False)
 
-    def to(self, device: torch.device | str) -> AutoencoderTokenizer:
+    def to(self, device: torch.device | str) -> Tokenizer:
         """Move the weights to ``device`` and return the tokenizer."""
         self.network.to(device)
         return self
@@ -160,6 +116,19 @@ class AutoencoderTokenizer(Tokenizer):
     def encode(
         self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
+        """Encode images.
+
+        Args:
+            volume: (B, 1, X, Y, Z) with values in [0, 1]; X, Y, Z multiples of ``compression``.
+            sample: draw from the posterior, mu + sigma * eps, instead of taking its mean mu.
+            generator: source of eps, on the tokenizer's device; torch's default generator if None.
+
+        Returns:
+            (B, C, X / compression, Y / compression, Z / compression) float32 on the tokenizer's device.
+
+        Raises:
+            ValueError: for another shape.
+        """
         if volume.ndim != 5 or volume.shape[1] != 1 or any(n % self.compression for n in volume.shape[2:]):
             raise ValueError(
                 f"encode: found shape {tuple(volume.shape)}, expected (B, 1, X, Y, Z) "
@@ -173,6 +142,14 @@ class AutoencoderTokenizer(Tokenizer):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, x, y, z), of any floating type, as :meth:`encode` makes them.
+
+        Returns:
+            (B, 1, x * compression, y * compression, z * compression) float32 in [0, 1].
+
+        Raises:
+            ValueError: for another shape.
+        """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"decode: found shape {tuple(latents.shape)}, expected (B, {self.channels}, x, y, z)"

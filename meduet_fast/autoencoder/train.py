@@ -28,7 +28,7 @@ from meduet_fast.engine.precision import Precision
 from meduet_fast.errors import UserError
 from meduet_fast.progress import track
 
-from .autoencoder import Architecture, AutoencoderTokenizer
+from .autoencoder import Architecture, Tokenizer
 from .identity_init import pass_images_through
 from .weights import save_safetensors
 
@@ -231,7 +231,7 @@ def train_tokenizer(
     network = task.network.to(select_device(config.device))
     network.load_state_dict(load_file(latest_checkpoint(run) / "network.safetensors"))
     network.eval()
-    tokenizer = AutoencoderTokenizer(architecture, network, "trained")
+    tokenizer = Tokenizer(architecture, network, "trained")
     _standardise(tokenizer, crops.volumes)
     metrics = _evaluate(tokenizer, crops.volumes, config)
     losses = [record["total"] for record in read_metrics(run)]
@@ -270,7 +270,7 @@ def _crop(image: Tensor, first: int, last: int, size: int, generator: torch.Gene
 
 
 @torch.no_grad()
-def _standardise(tokenizer: AutoencoderTokenizer, volumes: list[_Volume]) -> None:
+def _standardise(tokenizer: Tokenizer, volumes: list[_Volume]) -> None:
     """Give the latents mean 0 and overall variance 1, each channel's deviation in proportion to its effect on
     the image, by folding that into the 1x1x1 convolutions around them; reconstructions stay the same.
 
@@ -321,7 +321,7 @@ def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _evaluate(
-    tokenizer: AutoencoderTokenizer, volumes: list[_Volume], config: TokenizerTrainingConfig
+    tokenizer: Tokenizer, volumes: list[_Volume], config: TokenizerTrainingConfig
 ) -> dict[str, Any]:
     """PSNR (dB) and SSIM of held-out crops by domain, and their means over the domains."""
     psnr, ssim = PSNRMetric(max_val=1.0), SSIMMetric(spatial_dims=3, data_range=1.0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 
-from .autoencoder import MAISI, Architecture, AutoencoderTokenizer, Tokenizer
+from .autoencoder import MAISI, Architecture, Tokenizer
 
 BUILTIN = "builtin"
 BUILTIN_WEIGHTS = Path(__file__).with_name("builtin.safetensors")
@@ -45,7 +45,7 @@ def load_tokenizer(spec: str = BUILTIN, device: torch.device | str = "cpu") -> T
     return (load_safetensors(path) if path.suffix == ".safetensors" else load_maisi(path)).to(device)
 
 
-def load_maisi(path: Path) -> AutoencoderTokenizer:
+def load_maisi(path: Path) -> Tokenizer:
     """Load MAISI's tokenizer from ``autoencoder.pt`` of MONAI's maisi_ct_generative bundle (spec section 1).
 
     The state dict may be wrapped in a dict, as training programs do. Every key and shape is checked.
@@ -69,7 +69,7 @@ def load_maisi(path: Path) -> AutoencoderTokenizer:
     network = MAISI.build()
     _load_weights(network, content, path, "MAISI's autoencoder")
     # Four times the work per voxel of the built-in one, and the memory with it.
-    return AutoencoderTokenizer(MAISI, network, "maisi", window=96)
+    return Tokenizer(MAISI, network, "maisi", window=96)
 
 
 def save_safetensors(
@@ -102,7 +102,7 @@ def save_safetensors(
         save_file(weights, temporary, metadata)
 
 
-def load_safetensors(path: Path, name: str = "trained") -> AutoencoderTokenizer:
+def load_safetensors(path: Path, name: str = "trained") -> Tokenizer:
     """Load a tokenizer that :func:`save_safetensors` wrote.
 
     Args:
@@ -127,7 +127,7 @@ def load_safetensors(path: Path, name: str = "trained") -> AutoencoderTokenizer:
     with safe_open(path, framework="pt") as stored:
         weights = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dict)
     _load_weights(network, weights, path, "the architecture in its header")
-    return AutoencoderTokenizer(architecture, network, name)
+    return Tokenizer(architecture, network, name)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""AdamW and its schedule. Source: MeDUET section "Optimisation"."""
+"""AdamW, its schedule, and the average of the weights. Source: MeDUET section "Optimisation"."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
         norm = norm.full_tensor()
     clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm
+
+
+@torch.no_grad()
+def update_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Compute teacher = momentum * teacher + (1 - momentum) * student, all parameters at once.
+
+    Both are sharded alike or not at all: each process averages what it holds.
+    """
+
+    def held(model: nn.Module) -> list[Tensor]:
+        return [item.to_local() if isinstance(item, DTensor) else item for item in model.parameters()]
+
+    torch._foreach_lerp_(held(teacher), held(student), 1 - momentum)

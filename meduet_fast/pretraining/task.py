@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meduet_fast.data.augment import augment
-from meduet_fast.engine.ema import update_average
-from meduet_fast.engine.optimizer import cosine
+from meduet_fast.engine.optimizer import cosine, update_average
 from meduet_fast.engine.task import Batch, Task
 from meduet_fast.kernels import random_mix_mask
 from meduet_fast.models import MeDUET

@@ -11,7 +11,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
-from meduet_fast.autoencoder.autoencoder import Architecture, AutoencoderTokenizer, _window_edge
+from meduet_fast.autoencoder.autoencoder import Architecture, _window_edge
 from meduet_fast.autoencoder.weights import BUILTIN_WEIGHTS
 from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import TransformConfig, load_volume
@@ -64,7 +64,6 @@ def test_encoding_is_deterministic(builtin: Tokenizer) -> None:
 
 
 def test_sampling_is_mean_plus_deviation_times_noise(builtin: Tokenizer) -> None:
-    assert isinstance(builtin, AutoencoderTokenizer)
     image = smooth_image(32, 32, 32)
     first, again, other = (
         builtin.encode(image, sample=True, generator=torch.Generator().manual_seed(seed))
@@ -81,14 +80,13 @@ def test_sampling_is_mean_plus_deviation_times_noise(builtin: Tokenizer) -> None
 def test_scale_is_applied_and_taken_out_again() -> None:
     torch.manual_seed(0)
     network = SMALL.build()
-    plain, scaled = (AutoencoderTokenizer(SMALL, network, "small", scale=scale) for scale in (1.0, 0.5))
+    plain, scaled = (Tokenizer(SMALL, network, "small", scale=scale) for scale in (1.0, 0.5))
     image = smooth_image(16, 16, 16)
     torch.testing.assert_close(scaled.encode(image), plain.encode(image) * 0.5)
     torch.testing.assert_close(scaled.decode(scaled.encode(image)), plain.decode(plain.encode(image)))
 
 
 def test_a_volume_of_one_window_goes_through_as_it_is(builtin: Tokenizer) -> None:
-    assert isinstance(builtin, AutoencoderTokenizer)
     image = smooth_image(48, 32, 32)
     with torch.no_grad():
         mu, _ = builtin.network.encode(image)
@@ -99,8 +97,7 @@ def test_a_volume_of_one_window_goes_through_as_it_is(builtin: Tokenizer) -> Non
 
 def test_windows_fit_together(builtin: Tokenizer) -> None:
     """Small windows give nearly what the whole volume gives, and every latent voxel lies where it should."""
-    assert isinstance(builtin, AutoencoderTokenizer)
-    tokenizer = AutoencoderTokenizer(builtin.architecture, builtin.network, "windows", window=64)
+    tokenizer = Tokenizer(builtin.architecture, builtin.network, "windows", window=64)
     image = smooth_image(108, 64, 76)
     whole, windows = builtin.encode(image), tokenizer.encode(image)
     assert whole.shape == windows.shape == (1, 4, 27, 16, 19)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from meduet_fast.autoencoder import load_tokenizer
-from meduet_fast.autoencoder.autoencoder import Architecture, AutoencoderTokenizer
+from meduet_fast.autoencoder.autoencoder import Architecture, Tokenizer
 from meduet_fast.autoencoder.identity_init import pass_images_through
 from meduet_fast.autoencoder.train import (
     AutoencoderTraining,
@@ -114,7 +114,7 @@ def test_standardised_latents_reconstruct_the_same() -> None:
     architecture = Architecture((8, 8, 8), (1, 1, 1), 1)
     network = architecture.build()
     pass_images_through(network)
-    tokenizer = AutoencoderTokenizer(architecture, network, "test")
+    tokenizer = Tokenizer(architecture, network, "test")
     volume = _Volume("a", image(), 48)
     before, spread = network.encode(volume.image[None])
     decoded = tokenizer.decode(before)
