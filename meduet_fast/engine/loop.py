@@ -19,7 +19,7 @@ from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.layers import set_attention_backend
 from meduet_fast.progress import ProgressBar
 
-from .checkpoint import CheckpointWriter, Trained, find_start, last_good, load_checkpoint, read_run
+from .checkpoint import CheckpointWriter, find_start, last_good, load_checkpoint, read_run
 from .config import EngineConfig
 from .cuda_graph import GraphedGradients
 from .distributed import World, join_world
@@ -95,9 +95,8 @@ def fit(
         model = parallelize(task.to(world.device), config, world)
         backward = backward_of(model, config, world)
         optimizer = build_optimizer(task.trained(), task.adamw)
-        trained = Trained(task, optimizer)
         if checkpoint:
-            load_checkpoint(checkpoint, trained, world)
+            load_checkpoint(checkpoint, task, optimizer, world)
         per_step = config.accumulate * world.size
         stream = data.read(
             start * per_step, config.steps * per_step, world.rank, world.size, world.device.type == "cuda"
@@ -138,7 +137,7 @@ def fit(
                 if done % config.checkpoint_every == 0:
                     report(pending)  # only a state after finite steps may be kept
                     pending = None
-                    writer.save(done, trained)
+                    writer.save(done, task, optimizer)
                     saved = done
                 world.look_at_store()
                 stopped, look = agreement.exchange(stop.signal, writer.failed())
@@ -148,7 +147,7 @@ def fit(
             if pending is not None:
                 report(pending)
             if done > saved:
-                writer.save(done, trained)
+                writer.save(done, task, optimizer)
             writer.finish()
         return FitResult(done, done == config.steps, stopped, world.rank)
 

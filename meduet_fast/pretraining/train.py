@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader, lost_reader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
@@ -26,9 +26,9 @@ def check_store(store: LatentStore, config: PretrainConfig) -> None:
     Raises:
         UserError: naming the store and the setting that does not fit.
     """
-    if store.channels != config.model.in_channels:
+    if store.index.channels != config.model.in_channels:
         raise UserError(
-            f"{store.path}: latents have {store.channels} channels, model.in_channels is "
+            f"{store.path}: latents have {store.index.channels} channels, model.in_channels is "
             f"{config.model.in_channels}"
         )
     if len(store.domains) > config.model.num_domains:
@@ -42,7 +42,7 @@ class LatentCrops(Batches):
     """Random crops of a store: ``latents`` (B, C, S, S, S) bfloat16, ``domain`` and ``volume`` (B,) int64.
 
     Raises:
-        UserError: if the store does not fit the configuration.
+        UserError: if the store does not fit the configuration, see :class:`CropBatches` too.
     """
 
     def __init__(self, store: LatentStore, config: PretrainConfig) -> None:
@@ -50,19 +50,17 @@ class LatentCrops(Batches):
         self._store, self._workers, self.path = store, config.workers, store.path
         entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
         self.identity = hashlib.sha256(entries.encode()).hexdigest()
-        self._crops = CropConfig(
-            config.model.latent_size, config.batch_size, config.seed,
-            held_out_fraction=config.held_out_fraction,
-        )  # fmt: skip
+        self._batches = CropBatches(
+            store, config.model.latent_size, config.batch_size, config.seed, config.held_out_fraction
+        )
 
     def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
         """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
-        return iter(
-            crop_loader(
-                self._store, self._crops, rank=rank, world_size=size, start_step=first, total_steps=last,
-                workers=self._workers, pin_memory=pin,
-            )
+        loader = crop_loader(
+            self._batches, rank=rank, world_size=size, start_step=first, total_steps=last,
+            workers=self._workers, pin_memory=pin,
         )  # fmt: skip
+        return iter(loader)
 
     def names(self, ids: Tensor) -> list[str]:
         """Return the volumes' names."""

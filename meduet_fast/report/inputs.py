@@ -86,9 +86,9 @@ def open_run(run: Path, data: Path | None) -> ReportInputs:
         raise UserError(f"{path}: the run's latent store is no longer there; say where it is with --data")
     store = LatentStore.open(path)
     config = settings["config"]
-    if store.channels != config["model"]["in_channels"]:
+    if store.index.channels != config["model"]["in_channels"]:
         raise UserError(
-            f"{path}: latents have {store.channels} channels, the run was trained on "
+            f"{path}: latents have {store.index.channels} channels, the run was trained on "
             f"{config['model']['in_channels']}; name its own store with --data"
         )
     step = read_run(checkpoint)["step"]
@@ -96,12 +96,12 @@ def open_run(run: Path, data: Path | None) -> ReportInputs:
     if not weights.is_file():
         raise UserError(f"{weights}: not found; the checkpoint is not complete")
     tokenizer = None
-    if store.tokenizer != IMPORTED:
+    if store.index.tokenizer != IMPORTED:
         spec = store.index.tokenizer_spec
         tokenizer = load_tokenizer(spec, "cuda" if torch.cuda.is_available() else "cpu")
-        if tokenizer.identity != store.tokenizer:
+        if tokenizer.identity != store.index.tokenizer:
             raise UserError(
-                f"{store.path}: its latents are of tokenizer {store.tokenizer}, but {spec!r} is now "
+                f"{store.path}: its latents are of tokenizer {store.index.tokenizer}, but {spec!r} is now "
                 f"{tokenizer.identity}; run `meduet-fast prepare` and pretrain again, or put the old "
                 "tokenizer back"
             )

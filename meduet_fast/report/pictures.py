@@ -121,7 +121,7 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
     try:
         rule = IntensityRule(**json.loads(store.metadata(index)["intensity"]))
         source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name)
-        if content_key(source, TransformConfig(), store.tokenizer) != entry.content_key:
+        if content_key(source, TransformConfig(), store.index.tokenizer) != entry.content_key:
             return None
         return load_volume(source, TransformConfig()).image[0]
     except (UserError, TypeError, KeyError):

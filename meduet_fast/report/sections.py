@@ -203,7 +203,7 @@ def settings(inputs: ReportInputs) -> str:
         "encoder": f"{model['depth']} blocks, width {model['embed_dim']}",
         "held out": f"{100 * config['held_out_fraction']:.0f} % of every volume's left-right axis",
         "latent store": f"{store.path} ({len(store.entries)} volumes, {len(store.domains)} domains)",
-        "tokenizer": store.tokenizer,
+        "tokenizer": store.index.tokenizer,
         "software": f"meduet-fast {meduet_fast.__version__}, torch {torch.__version__}",
     }
     return details("All settings", facts, json.dumps(config, indent=1))

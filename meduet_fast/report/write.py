@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
-from meduet_fast.progress import ProgressBar
+from meduet_fast.progress import track
 
 from . import sections
 from .curves import draw_losses, draw_speed, loss_panels
@@ -72,17 +73,15 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
     }
     losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
     pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
-    with ProgressBar("Drawing", 3 + len(pairs), "figure") as bar:
-        save_png(draw_losses(inputs.records, starts, len(domains)), losses)
-        bar.update()
-        save_png(draw_speed(inputs.records), speed)
-        bar.update()
-        if findings.table is not None and findings.separation is not None:
-            save_png(draw_scatter(findings.table, domains, findings.separation), scatter)
-        bar.update()
-        for path, sides in zip(pairs, findings.pictures, strict=True):
-            save_png(draw_pair(sides), path)
-            bar.update()
+    figures = [
+        (losses, partial(draw_losses, inputs.records, starts, len(domains))),
+        (speed, partial(draw_speed, inputs.records)),
+        *((path, partial(draw_pair, sides)) for path, sides in zip(pairs, findings.pictures, strict=True)),
+    ]
+    if findings.table is not None and findings.separation is not None:
+        figures.append((scatter, partial(draw_scatter, findings.table, domains, findings.separation)))
+    for path, draw in track(figures, "Drawing", "figure"):
+        save_png(draw(), path)
     html = page(
         f"Pretraining report: {inputs.run.resolve().name}",
         f"MeDUET after {inputs.step} steps on {len(domains)} domains",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meduet_fast.data.crops import CropConfig
+from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 
@@ -26,8 +26,8 @@ THREE_DOMAINS = {
 }
 
 
-def small(**changes: Any) -> CropConfig:
-    return CropConfig(**{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
+def small(store: LatentStore, **changes: Any) -> CropBatches:
+    return CropBatches(store, **{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meduet_fast.data.crops import CropBatches, CropConfig, sample_crops
+from meduet_fast.data.crops import CropBatches, sample_crops
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
@@ -29,7 +29,7 @@ def store_without_files(tmp_path: Path, volumes_per_domain: list[int]) -> Latent
 
 def test_a_batch_holds_the_crops_that_it_names(make_store: MakeStore) -> None:
     store, latents = make_store(THREE_DOMAINS)
-    batch = CropBatches(store, small())[3]
+    batch = small(store)[3]
     assert batch["latents"].shape == (8, 4, 4, 4, 4)
     assert batch["latents"].dtype == torch.bfloat16
     assert [batch[key].dtype for key in ("domain", "volume", "start")] == [torch.int64] * 3
@@ -51,8 +51,8 @@ def test_every_batch_is_balanced_and_never_pairs_a_volume_with_itself(
     tmp_path: Path, volumes: list[int], half: int, seed: int, step: int
 ) -> None:
     store = store_without_files(tmp_path, volumes)
-    config = CropConfig(crop_size=4, batch_size=2 * half, seed=seed, held_out_fraction=0.2)
-    domain, volume, start = CropBatches(store, config).plan(step)
+    batches = CropBatches(store, crop_size=4, batch_size=2 * half, seed=seed, held_out_fraction=0.2)
+    domain, volume, start = batches.plan(step)
     assert (volume != volume[::-1]).all()
     assert [store.domain_id(index) for index in volume] == domain.tolist()
     counts = Counter({**dict.fromkeys(range(len(volumes)), 0), **Counter(domain.tolist())})
@@ -64,7 +64,7 @@ def test_every_batch_is_balanced_and_never_pairs_a_volume_with_itself(
 
 def test_volumes_and_corners_are_uniform(tmp_path: Path) -> None:
     store = store_without_files(tmp_path, [3, 1, 2])
-    batches = CropBatches(store, small(batch_size=12))
+    batches = small(store, batch_size=12)
     plans = [batches.plan(step) for step in range(2000)]
     volumes = np.bincount(np.concatenate([volume for _, volume, _ in plans]), minlength=6) / (12 * 2000)
     # Six standard deviations of a share estimated from 24 000 draws are below 0.02.
@@ -75,7 +75,7 @@ def test_volumes_and_corners_are_uniform(tmp_path: Path) -> None:
 
 
 def test_partners_may_share_a_domain_but_not_a_volume(tmp_path: Path) -> None:
-    batches = CropBatches(store_without_files(tmp_path, [3, 1, 2]), small(batch_size=6))
+    batches = small(store_without_files(tmp_path, [3, 1, 2]), batch_size=6)
     pairs: Counter[tuple[int, int]] = Counter()
     for step in range(500):
         domain, _, _ = batches.plan(step)
@@ -87,7 +87,7 @@ def test_partners_may_share_a_domain_but_not_a_volume(tmp_path: Path) -> None:
 def test_seed_and_number_each_change_the_batch(tmp_path: Path) -> None:
     store = store_without_files(tmp_path, [3, 3])
     plans = [
-        CropBatches(store, small(seed=seed)).plan(number)[2].tobytes()
+        small(store, seed=seed).plan(number)[2].tobytes()
         for seed in (5, 6, 2**64 - 2, 2**64 - 1)
         for number in (0, 1, 2, 2**40)
     ]
@@ -95,30 +95,30 @@ def test_seed_and_number_each_change_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("change", "message"),
     [
-        (small(batch_size=7), "batch_size: found 7, expected an even number"),
-        (small(batch_size=0), "batch_size: found 0"),
-        (small(seed=-1), "seed: found -1"),
-        (small(crop_size=0), "crop_size: found 0"),
+        ({"batch_size": 7}, "batch_size: found 7, expected an even number"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"crop_size": 0}, "crop_size: found 0"),
         (
-            small(crop_size=9),
+            {"crop_size": 9},
             r"cannot hold a training crop: .*a1 \(13, 8, 8\) is smaller than a crop of 9",
         ),
-        (small(held_out_fraction=0.8), "a0: axis of 12 cannot hold a training crop"),
+        ({"held_out_fraction": 0.8}, "a0: axis of 12 cannot hold a training crop"),
     ],
 )
-def test_bad_arguments_are_named(make_store: MakeStore, config: CropConfig, message: str) -> None:
+def test_bad_arguments_are_named(make_store: MakeStore, change: dict[str, float], message: str) -> None:
     store, _ = make_store(THREE_DOMAINS)
     with pytest.raises(UserError, match=message):
-        CropBatches(store, config)
+        small(store, **change)
 
 
 def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 volume\(s\), expected at least 2"):
-        CropBatches(store_without_files(tmp_path, [1]), small())
+        small(store_without_files(tmp_path, [1]))
     with pytest.raises(IndexError, match="-1"):
-        CropBatches(store_without_files(tmp_path, [2]), small()).plan(-1)
+        small(store_without_files(tmp_path, [2])).plan(-1)
 
 
 def test_crops_at_given_corners(make_store: MakeStore) -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from meduet_fast.data.crops import CropBatches, CropConfig
+from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader, lost_reader
 from meduet_fast.errors import UserError
 
@@ -18,11 +18,9 @@ def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
     make_store: MakeStore, workers: int
 ) -> None:
     store, _ = make_store(THREE_DOMAINS)
-    whole = CropBatches(store, small())
+    whole = small(store)
     for rank in (0, 1):
-        loader = crop_loader(
-            store, small(), rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers
-        )
+        loader = crop_loader(whole, rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers)
         batches = list(loader)
         assert len(loader) == len(batches) == 3
         for number, batch in zip(range(4 + rank, 10, 2), batches, strict=True):
@@ -32,7 +30,7 @@ def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
 
 def test_one_core_reads_five_thousand_published_crops_a_second(make_store: MakeStore) -> None:
     store, _ = make_store({f"v{i}": (f"d{i % 3}", (60, 60, 56)) for i in range(6)})
-    loader = crop_loader(store, CropConfig(crop_size=24, batch_size=64), total_steps=40)
+    loader = crop_loader(CropBatches(store, crop_size=24, batch_size=64), total_steps=40)
     seconds = []
     for _ in range(3):
         begin = time.process_time()  # of all threads: other processes on this machine do not count

@@ -36,7 +36,7 @@ def test_volumes_and_labels_survive_the_round_trip(make_store: MakeStore) -> Non
     assert [entry.name for entry in store.entries] == ["a", "b"]
     assert store.domains == ["ct", "mr"]
     assert [store.domain_id(0), store.domain_id(1)] == [0, 1]
-    assert (store.tokenizer, store.channels, store.index.compression) == ("fake-1", 4, 4)
+    assert (store.index.tokenizer, store.index.channels, store.index.compression) == ("fake-1", 4, 4)
     entry = store.entries[0]
     assert (entry.body_part, entry.shape, entry.grid) == ("chest", (4, 6, 7, 8), (6, 7, 8))
     assert (entry.spacing, entry.content_key, entry.source) == ((1.5, 1.5, 1.5), "key-a", "/input/a.nii.gz")

@@ -36,6 +36,8 @@ CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 
 class PoolingTokenizer(Tokenizer):
     channels, compression, scale, identity = 4, 4, 1.0, "pooling"
 
+    def __init__(self) -> None: ...
+
     def encode(
         self, volume: Tensor, sample: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:

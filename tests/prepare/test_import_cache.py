@@ -46,7 +46,7 @@ def test_cases_become_volumes(cache: Path, store: Path) -> None:
     summary = import_reference_cache(cache, store)
     assert (summary.written, summary.failed) == (["BTCV_0", "Covid 19_12"], [])
     opened = LatentStore.open(store)
-    assert opened.tokenizer == "reference-cache"
+    assert opened.index.tokenizer == "reference-cache"
     assert opened.domains == ["domain_0", "domain_3"]
     assert [entry.body_part for entry in opened.entries] == ["abdomen", "body_part_9"]
     assert torch.equal(opened.read_volume(0), torch.from_numpy(last).bfloat16())

@@ -96,7 +96,7 @@ def files_with_times(store: Path) -> dict[str, int]:
 def test_every_volume_becomes_latents_with_its_labels(volumes: list[VolumeEntry], store: Path) -> None:
     assert outcome(run(volumes, store)) == ("abc", "", "", 0)
     opened = LatentStore.open(store)
-    assert opened.tokenizer == "pooling-1"
+    assert opened.index.tokenizer == "pooling-1"
     assert [item.name for item in opened.entries] == ["a", "b", "c"]
     assert [item.domain for item in opened.entries] == ["ct", "ct", "mr"]
     for index, volume in enumerate(volumes):
@@ -161,7 +161,7 @@ def test_other_transforms_another_tokenizer_and_sampling_make_everything_again(
     assert outcome(run(volumes, store, finer)) == ("abc", "", "", 0)
     assert torch.equal(LatentStore.open(store).read_volume(0), expected(volumes[0], finer))
     assert outcome(run(volumes, store, finer, "pooling-2")) == ("abc", "", "", 0)
-    assert LatentStore.open(store).tokenizer == "pooling-2"
+    assert LatentStore.open(store).index.tokenizer == "pooling-2"
     for changes in ({"sample": True}, {"sample": True, "seed": 1}):
         sampled = replace(finer, **changes)
         assert outcome(run(volumes, store, sampled, "pooling-2")) == ("abc", "", "", 0)
@@ -268,7 +268,7 @@ def test_prepare_finds_the_volumes_and_the_tokenizer(
     summary = prepare(volumes[0].path.parent, store, config)
     assert len(summary.written) == 3
     opened = LatentStore.open(store)
-    assert (opened.tokenizer, opened.index.tokenizer_spec) == ("mine", "mine")
+    assert (opened.index.tokenizer, opened.index.tokenizer_spec) == ("mine", "mine")
     assert {(item.domain, item.body_part) for item in opened.entries} == {("here", "leg")}
 
 
