@@ -15,7 +15,8 @@ ChannelOrder = Literal["first", "last"]
 Triple = tuple[int, int, int]
 
 
-def _triple(patch_size: int | Triple) -> Triple:
+def triple(patch_size: int | Triple) -> Triple:
+    """Return the edge along each axis."""
     return (patch_size,) * 3 if isinstance(patch_size, int) else patch_size
 
 
@@ -25,7 +26,7 @@ def patch_grid(shape: tuple[int, ...] | torch.Size, patch_size: int | Triple) ->
     Raises:
         ValueError: naming the axis whose size is not a multiple of the patch edge.
     """
-    patch = _triple(patch_size)
+    patch = triple(patch_size)
     for axis, (size, edge) in enumerate(zip(shape[-3:], patch, strict=True)):
         if size % edge or size == 0:
             raise ValueError(
@@ -52,7 +53,7 @@ def patchify_3d(x: Tensor, patch_size: int | Triple, channel_order: ChannelOrder
     """
     if x.dim() != 5:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, C, X, Y, Z)")
-    p, q, r = _triple(patch_size)
+    p, q, r = triple(patch_size)
     gx, gy, gz = patch_grid(x.shape, patch_size)
     batch, channels = x.shape[:2]
     blocks = x.reshape(batch, channels, gx, p, gy, q, gz, r)
@@ -75,7 +76,7 @@ def unpatchify_3d(
     Raises:
         ValueError: if the token count or width does not fit the grid and patch.
     """
-    p, q, r = _triple(patch_size)
+    p, q, r = triple(patch_size)
     gx, gy, gz = grid
     batch, length, width = tokens.shape
     if length != gx * gy * gz:

@@ -12,7 +12,7 @@ from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32
 from .launch import Options, config, launch
 from .mix_index import packed
-from .patchify import Triple, patch_grid, patchify_3d
+from .patchify import Triple, patch_grid, patchify_3d, triple
 from .registration import register
 
 if triton is not None:
@@ -241,7 +241,7 @@ def dual_reconstruction_loss(
     """
     if target.dim() != 5:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected (B, C, X, Y, Z)")
-    patch = [patch_size] * 3 if isinstance(patch_size, int) else list(patch_size)
+    patch = list(triple(patch_size))
     batch, length = target.shape[0], math.prod(patch_grid(target.shape, patch_size))
     expected = (2 * batch, length, target.shape[1] * math.prod(patch))
     if prediction.shape != expected:

@@ -119,16 +119,14 @@ def quadruplet_workload(
         keys = torch.randn(key_rows, width, device=device, dtype=always or dtype)
         return {**_contrast_inputs(rows, keys), "identity": identity}
 
+    def cost(size: int) -> tuple[Cost, Cost]:
+        return _contrast_cost(rows, key_rows, width, 2, always.itemsize if always else size)
+
     return Workload(
-        "quadruplet_contrast",
-        f"{rows}x{key_rows}x{width} {identity}{' float32' if always else ''}",
-        inputs,
-        quadruplet_contrast,
-        quadruplet_contrast_eager,
-        lambda size: _contrast_cost(rows, key_rows, width, 2, always.itemsize if always else size),
-        matrix=always is None,
-        dtypes=DTYPES if always is None else (always,),
-    )
+        "quadruplet_contrast", f"{rows}x{key_rows}x{width} {identity}{' float32' if always else ''}",
+        inputs, quadruplet_contrast, quadruplet_contrast_eager, cost,
+        matrix=always is None, dtypes=(always,) if always else DTYPES,
+    )  # fmt: skip
 
 
 def supervised_workload(rows: int, key_rows: int, width: int, itself: bool) -> Workload:
@@ -144,14 +142,10 @@ def supervised_workload(rows: int, key_rows: int, width: int, itself: bool) -> W
         return made
 
     return Workload(
-        "supervised_contrast",
-        f"{rows}x{key_rows}x{width}{' without itself' if itself else ''}",
-        inputs,
-        supervised_contrast,
-        supervised_contrast_eager,
-        lambda size: _contrast_cost(rows, key_rows, width, 3, size),
-        matrix=True,
-    )
+        "supervised_contrast", f"{rows}x{key_rows}x{width}{' without itself' if itself else ''}",
+        inputs, supervised_contrast, supervised_contrast_eager,
+        lambda size: _contrast_cost(rows, key_rows, width, 3, size), matrix=True,
+    )  # fmt: skip
 
 
 # 2. Sources: index, mixing, style, decoder streams
@@ -285,14 +279,9 @@ def reconstruction_workload(
         read = int(1.75 * elements) * size + batch * length
         return Cost(read + 4, 3 * elements), Cost(read + 2 * elements * size + 4, 2 * elements)
 
-    return Workload(
-        "dual_reconstruction_loss",
-        f"{batch}x{channels}x{size}^3 patch {patch}{'' if pairing == 'source' else ' as published'}",
-        inputs,
-        dual_reconstruction_loss,
-        dual_reconstruction_loss_reference,
-        cost,
-    )
+    label = f"{batch}x{channels}x{size}^3 patch {patch}{'' if pairing == 'source' else ' as published'}"
+    run, reference = dual_reconstruction_loss, dual_reconstruction_loss_reference
+    return Workload("dual_reconstruction_loss", label, inputs, run, reference, cost)
 
 
 def group_norm_workload(batch: int, channels: int, edge: int, last: bool) -> Workload:

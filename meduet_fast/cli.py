@@ -254,12 +254,6 @@ COMMANDS = {
 }
 
 
-def _usage() -> str:
-    lines = ["usage: meduet-fast COMMAND ... (meduet-fast COMMAND --help tells more)", "", "commands:"]
-    lines += [f"  {name:16} {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(lines)
-
-
 def _parse(name: str, arguments: Sequence[str]) -> Namespace:
     """Parsed and instantiated arguments of a command.
 
@@ -275,14 +269,6 @@ def _parse(name: str, arguments: Sequence[str]) -> Namespace:
         return parser.instantiate(parser.parse_args(_find_packaged(name, arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-
-
-def _check_yaml(path: Path) -> None:
-    """The parser's own words on a syntax error do not name the file."""
-    try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
 
 
 def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
@@ -302,7 +288,10 @@ def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
             known = f", and not one of the packaged ones ({', '.join(sorted(packaged))})" if packaged else ""
             raise UserError(f"--config {value}: no such file{known}")
         else:
-            _check_yaml(Path(value))
+            try:  # the parser's own words on a syntax error do not name the file
+                yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise UserError(f"{value}: not readable as YAML: {error}") from error
     return found
 
 
@@ -313,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(meduet_fast.__version__)
         return 0
     if not given or given[0] in ("-h", "--help"):
-        print(_usage())
+        print("usage: meduet-fast COMMAND ... (meduet-fast COMMAND --help tells more)\n\ncommands:")
+        for name, command in COMMANDS.items():
+            print(f"  {name:16} {command.summary}")
         return 0 if given else EXIT_USAGE
     name = given[0]
     if name not in COMMANDS:

@@ -239,11 +239,8 @@ def train_tokenizer(
     losses = [record["total"] for record in read_metrics(run)] or [math.nan]  # log_every may exceed steps
     tenth = max(1, len(losses) // 10)
     metrics["loss"] = {"first": round(fmean(losses[:tenth]), 5), "last": round(fmean(losses[-tenth:]), 5)}
-    training = {
-        **asdict(config),
-        "volumes": [volume.domain for volume in crops.volumes],
-        "torch": torch.__version__,
-    }
+    domains = [volume.domain for volume in crops.volumes]
+    training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
     save_safetensors(output, architecture, network, metrics, training)
     shutil.rmtree(run)
     return metrics

@@ -115,12 +115,8 @@ def load_safetensors(path: Path, name: str = "trained") -> Tokenizer:
     metadata = read_metadata(path)
     try:
         sizes = json.loads(metadata["architecture"])
-        architecture = Architecture(
-            tuple(sizes["num_channels"]),
-            tuple(sizes["num_res_blocks"]),
-            sizes["norm_num_groups"],
-            sizes["latent_channels"],
-        )
+        sizes |= {name: tuple(sizes[name]) for name in ("num_channels", "num_res_blocks")}
+        architecture = Architecture(**sizes)
         network = architecture.build()
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: damaged tokenizer file, unusable architecture: {error!r}") from error

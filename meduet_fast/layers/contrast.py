@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from meduet_fast.kernels import quadruplet_contrast
+from meduet_fast.kernels.contrast import Identity, check_identity, quadruplet_contrast
 
 
 class QuadrupletContrast(nn.Module):
@@ -26,15 +25,12 @@ class QuadrupletContrast(nn.Module):
         ValueError: for an unknown identity, or a temperature that is not positive.
     """
 
-    def __init__(
-        self, identity: Literal["content", "style"], temperature: float = 0.07, learnable: bool = True
-    ) -> None:
+    def __init__(self, identity: Identity, temperature: float = 0.07, learnable: bool = True) -> None:
         super().__init__()
-        if identity not in ("content", "style"):
-            raise ValueError(f"identity is {identity!r}, expected 'content' or 'style'")
+        check_identity(identity)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, expected more than 0")
-        self.identity: Literal["content", "style"] = identity
+        self.identity: Identity = identity
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnable)
 
     def forward(self, queries: Tensor, keys: Tensor, key_offset: int = 0) -> Tensor:

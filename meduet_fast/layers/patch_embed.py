@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from meduet_fast.kernels import patch_embed_3d, patch_embed_tokens, patch_grid
+from meduet_fast.kernels.patchify import Triple, triple
 
 from .positions import sincos_positions_3d
 
 Position = Literal["none", "learnable", "sincos"]
-Triple = tuple[int, int, int]
-
-
-def _triple(size: int | Triple) -> Triple:
-    return (size,) * 3 if isinstance(size, int) else size
 
 
 class PatchEmbed3d(nn.Module):
@@ -52,7 +48,7 @@ class PatchEmbed3d(nn.Module):
         super().__init__()
         if position not in ("none", "learnable", "sincos"):
             raise ValueError(f"position is {position!r}, expected 'none', 'learnable' or 'sincos'")
-        self.patch_size = _triple(patch_size)
+        self.patch_size = triple(patch_size)
         self.num_prefix_tokens = num_prefix_tokens
         conv = nn.Conv3d(
             in_channels, hidden_size, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype
@@ -63,7 +59,7 @@ class PatchEmbed3d(nn.Module):
             return
         if img_size is None:
             raise ValueError(f"img_size is None, expected the volume's size for position {position!r}")
-        grid = patch_grid(_triple(img_size), self.patch_size)
+        grid = patch_grid(triple(img_size), self.patch_size)
         if position == "sincos":
             table = sincos_positions_3d(hidden_size, grid).to(
                 device=device, dtype=self.weight.dtype

@@ -78,18 +78,12 @@ def import_reference_cache(
             VolumeEntry(latent, name, BODY_PARTS.get(body_part, f"body_part_{body_part}"), CT, case)
         )
     with StoreWriter(
-        output,
-        tokenizer=TOKENIZER,
-        tokenizer_spec=TOKENIZER,
-        channels=CHANNELS,
-        compression=COMPRESSION,
+        output, tokenizer=TOKENIZER, tokenizer_spec=TOKENIZER, channels=CHANNELS, compression=COMPRESSION
     ) as writer:
         summary = update_store(
-            writer,
-            volumes,
-            _content_key,
+            writer, volumes, _content_key,
             lambda volume, key: _read_latents(volume, key, spacings[volume.name]),
-        )
+        )  # fmt: skip
     summary.failed[:0] = failed
     return summary
 

@@ -93,12 +93,9 @@ def prepare_volumes(
         )
 
     with StoreWriter(
-        output,
-        tokenizer=tokenizer.identity,
-        tokenizer_spec=config.tokenizer,
-        channels=tokenizer.channels,
-        compression=tokenizer.compression,
-    ) as writer:
+        output, tokenizer=tokenizer.identity, tokenizer_spec=config.tokenizer,
+        channels=tokenizer.channels, compression=tokenizer.compression,
+    ) as writer:  # fmt: skip
         return update_store(
             writer, entries, lambda entry: content_key(entry, config.transform, identity), encode
         )

@@ -14,29 +14,13 @@ from meduet_fast.engine.dry_run import Rows, describe_run, format_rows, si
 from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
-from .cost import MemoryEstimate, count_parameters, flops_per_sample, memory_estimate
+from .cost import count_parameters, flops_per_sample, memory_estimate
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import check_store
 
 # Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.
 _CHECKPOINT_BYTES = 6 * 4
-
-
-def _memory(estimate: MemoryEstimate) -> str:
-    listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
-    return f"{si(estimate.total, 'B')} a GPU: {listed}"
-
-
-def _store_lines(data: Path, config: PretrainConfig) -> list[str]:
-    store = LatentStore.open(data)
-    check_store(store, config)
-    edges = [min(entry.grid) for entry in store.entries]
-    return [
-        f"{len(store.entries)} volumes of {len(store.domains)} domains ({', '.join(store.domains)})",
-        f"their shortest edges are {min(edges)} to {max(edges)} latent voxels, a crop's is "
-        f"{config.model.latent_size}",
-    ]
 
 
 def format_plan(
@@ -64,7 +48,14 @@ def format_plan(
         ("parameters", f"{si(count, '')} of the student, as many of the teacher"),
     ]  # fmt: skip
     if data is not None:
-        rows += [("data", line) for line in _store_lines(data, config)]
+        store = LatentStore.open(data)
+        check_store(store, config)
+        volumes, edges = len(store.entries), [min(entry.grid) for entry in store.entries]
+        rows += [
+            ("data", f"{volumes} volumes of {len(store.domains)} domains ({', '.join(store.domains)})"),
+            ("data", f"their shortest edges are {min(edges)} to {max(edges)} latent voxels, a crop's is "
+                     f"{model.latent_size}"),
+        ]  # fmt: skip
 
     def losses(step: int) -> str:
         objective = config.objective_at(step)
@@ -73,7 +64,9 @@ def format_plan(
     with torch.device("meta"):
         rows += describe_run(MeDUETPretraining(config), config, processes, local, losses)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
-    rows.append(("memory", f"{_memory(estimate)} (estimated; CUDA takes 2 GB more)"))
+    listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
+    total = si(estimate.total, "B")
+    rows.append(("memory", f"{total} a GPU: {listed} (estimated; CUDA takes 2 GB more)"))
     rows.append(("disk", f"{config.keep_checkpoints} checkpoints of {si(_CHECKPOINT_BYTES * count, 'B')}"))
     return format_rows(rows)
 

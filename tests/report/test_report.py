@@ -232,8 +232,8 @@ def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
 def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: Path, tmp_path: Path) -> None:
     known = LatentStore.open(finished / "store")
     with StoreWriter(
-        tmp_path / "store", tokenizer=known.index.tokenizer, tokenizer_spec=known.index.tokenizer_spec, channels=4,
-        compression=4,
+        tmp_path / "store", tokenizer=known.index.tokenizer, tokenizer_spec=known.index.tokenizer_spec,
+        channels=4, compression=4,
     ) as writer:  # fmt: skip
         entry = known.entries[0]
         record = VolumeRecord(
