@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -102,10 +101,3 @@ def parallelize(task: Task, config: EngineConfig, world: World) -> nn.Module:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(task, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return task
-
-
-def reduction(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Reduce gradients over the processes within it if it is a step's last batch, else keep them here."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import EngineConfig
 from .distributed import World
 from .optimizer import clip_gradients, learning_rate
-from .parallel import reduction
 from .task import VOLUME, Batch, Task
 
 Backward = Callable[[Batch, int, bool], dict[str, Tensor]]  # batch, step, whether it is the step's last
@@ -78,7 +80,9 @@ def add_gradients(
         The losses, detached.
     """
     device = next(iter(batch.values())).device
-    with reduction(model, last):
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             losses = model(batch, step)
         (losses["total"] * share).backward()
