@@ -40,7 +40,7 @@ class Command:
 
 
 def _settings(parser: ArgumentParser, settings: type, packaged: str = "") -> None:
-    """``--config`` and an option for every field of a dataclass."""
+    """Add ``--config`` and an option for every field of a dataclass."""
     parser.add_argument(
         "--config",
         action=ActionConfigFile,
@@ -50,7 +50,7 @@ def _settings(parser: ArgumentParser, settings: type, packaged: str = "") -> Non
 
 
 def _built(settings: type, arguments: Namespace) -> Any:
-    """The dataclass made of the parsed options.
+    """Build the dataclass of the parsed options.
 
     Raises:
         UserError: if they do not fit together.
@@ -129,7 +129,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
 
 
 def _tell_end(result: FitResult, output: Path, steps: int) -> int:
-    """Say how a run ended; the exit code."""
+    """Say how a run ended; return the exit code."""
     stopped_by = None if result.finished else result.stopped_by
     if result.rank == 0:  # of several processes one speaks
         if stopped_by is not None:
@@ -255,7 +255,7 @@ COMMANDS = {
 
 
 def _parse(name: str, arguments: Sequence[str]) -> Namespace:
-    """Parsed and instantiated arguments of a command.
+    """Parse and instantiate the arguments of a command.
 
     Raises:
         UserError: for what does not parse, or settings that do not fit together.

@@ -294,7 +294,7 @@ def _standardise(tokenizer: Tokenizer, volumes: list[_Volume]) -> None:
 
 
 def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
-    """Root mean square change of the image per deviation of each latent channel, (C,)."""
+    """Measure the root mean square change of the image per deviation of each latent channel, (C,)."""
     image, step = network.decode(latents), 0.1
     noise = torch.randn(latents.shape[2:], generator=torch.Generator().manual_seed(0)).to(latents)
     gains = []
@@ -311,7 +311,7 @@ def _gains(network: AutoencoderKlMaisi, latents: Tensor, std: Tensor) -> Tensor:
 def _evaluate(
     tokenizer: Tokenizer, volumes: list[_Volume], config: TokenizerTrainingConfig
 ) -> dict[str, Any]:
-    """PSNR (dB) and SSIM of held-out crops by domain, and their means over the domains."""
+    """Measure PSNR (dB) and SSIM of held-out crops by domain, and their means over the domains."""
     psnr, ssim = PSNRMetric(max_val=1.0), SSIMMetric(spatial_dims=3, data_range=1.0)
     values: dict[str, dict[str, list[float]]] = {"psnr_db": {}, "ssim": {}}
     for volume in track(volumes, "Measuring", unit="volume"):
@@ -330,7 +330,7 @@ def _evaluate(
 
 
 def held_out_crops(image: Tensor, held_out: int, size: int) -> Tensor:
-    """Crops (EVALUATION_CROPS, 1, size, size, size) of ``image``, (1, X, Y, Z), at X >= ``held_out``.
+    """Choose crops (EVALUATION_CROPS, 1, size, size, size) of ``image``, (1, X, Y, Z), at X >= ``held_out``.
 
     Of many random ones (fixed seed) those with the most contrast: empty air would flatter the figures.
     """

@@ -53,14 +53,14 @@ def _state(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in ``RUN/checkpoints``, ascending."""
+    """List the steps of the complete checkpoints in ``RUN/checkpoints``, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(item.name) for item in folder.iterdir() if item.name.isdigit())
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run.
+    """Find the newest checkpoint of a run.
 
     Raises:
         UserError: if there is none.
@@ -73,14 +73,14 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def last_good(folder: Path) -> str:
-    """For messages: what is left to go on from."""
+    """Say, for messages, what is left to go on from."""
     steps = checkpoint_steps(folder)
     return f"the last good checkpoint is {folder / str(steps[-1])}" if steps else "there is no checkpoint yet"
 
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Without a process group PyTorch warns that it saves as a single process, which is what is meant."""
+    """Silence PyTorch's warning that it saves as a single process, which is what is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
@@ -97,7 +97,7 @@ def _whole(module: nn.Module, rank: int) -> dict[str, Tensor]:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run, one after the other.
+    """Write checkpoints of one run, one after the other.
 
     Args:
         folder: ``RUN/checkpoints``.
@@ -131,7 +131,7 @@ class CheckpointWriter:
             self._running = self._thread.submit(self._write, step, task, state, exports)
 
     def failed(self) -> bool:
-        """Whether a write in the background has failed; :meth:`finish` raises why."""
+        """Tell whether a write in the background has failed; :meth:`finish` raises why."""
         running = self._running
         return running is not None and running.done() and running.exception() is not None
 
@@ -165,7 +165,7 @@ class CheckpointWriter:
             ) from error
 
     def _complete(self, step: int, task: Task, exports: Exports, temporary: Path, target: Path) -> None:
-        """On rank 0: all parts are there; add the rest, and give it its name."""
+        """Add the rest to all processes' parts, and give the checkpoint its name: on rank 0."""
         for name, parts in exports.items():
             try:
                 task.write_export(name, parts, temporary / f"{name}.safetensors")
@@ -195,7 +195,7 @@ def _discard(checkpoint: Path) -> None:
 
 
 def _cause(error: BaseException, world: World | None = None) -> str:
-    """The operating system's word on a failed write, from inside whatever wraps it."""
+    """Return the operating system's word on a failed write, from inside whatever wraps it."""
     if isinstance(error, CheckpointException):
         for rank, wrapped in error.failures.items():
             named = f"rank {rank}: " if world is not None and world.grouped else ""
@@ -208,7 +208,7 @@ def _cause(error: BaseException, world: World | None = None) -> str:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What ``run.json`` of a checkpoint says.
+    """Read ``run.json`` of a checkpoint.
 
     Raises:
         UserError: if it is absent or damaged.

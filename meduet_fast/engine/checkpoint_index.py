@@ -36,10 +36,10 @@ INDEX_FILE = "index.json"
 
 
 class IndexedWriter(FileSystemWriter):
-    """Writes ``index.json`` in place of PyTorch's ``.metadata``."""
+    """Write ``index.json`` in place of PyTorch's ``.metadata``."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called once, when all processes have written their parts."""
+        """Write the index; called once, when all processes have written their parts."""
         places = {result.index: result.storage_data for written in results for result in written}
         index = {}
         for name, entry in metadata.state_dict_metadata.items():
@@ -62,7 +62,7 @@ def _integers(values: Any) -> torch.Size:
 
 
 class IndexedReader(FileSystemReader):
-    """Reads what :class:`IndexedWriter` wrote.
+    """Read what :class:`IndexedWriter` wrote.
 
     Raises:
         UserError: if there is no index, or one that is damaged, or one that names files elsewhere.
@@ -92,5 +92,5 @@ class IndexedReader(FileSystemReader):
         self._metadata = Metadata(tensors, storage_data=places, storage_meta=meta)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the index says, in PyTorch's terms."""
+        """Return what the index says, in PyTorch's terms."""
         return self._metadata

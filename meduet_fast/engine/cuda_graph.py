@@ -36,7 +36,7 @@ def capture(work: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], R
 
 
 class GraphedGradients:
-    """Does :func:`~meduet_fast.engine.step.add_gradients` in one process, captured once and replayed.
+    """Do :func:`~meduet_fast.engine.step.add_gradients` in one process, captured once and replayed.
 
     It is captured anew when the task's phase changes. A graph writes to fixed addresses: gradients are made
     here, and must be zeroed in place from then on.
@@ -70,7 +70,7 @@ class GraphedGradients:
         return {name: loss.clone() for name, loss in self._losses.items()}
 
     def _capture(self, batch: Batch, step: int) -> None:
-        """At the start of a step, when gradients are zero."""
+        """Capture the graph of a phase at the start of a step, when gradients are zero."""
         self._replay, self._losses = None, {}  # the memory of the graph before
         fixed = self._batch = {name: item.clone() for name, item in batch.items()}
         self._losses, self._replay = capture(

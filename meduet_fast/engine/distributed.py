@@ -52,7 +52,7 @@ class World:
 
     @property
     def grouped(self) -> bool:
-        """Whether there are other processes, or may be."""
+        """Tell whether there are other processes, or may be."""
         return self.store is not None
 
     def barrier(self) -> None:
@@ -61,7 +61,7 @@ class World:
             dist.barrier(self.control)
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Of each value over all processes; all must call this at the same place."""
+        """Average each value over all processes; all must call this at the same place."""
         if not self.grouped:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -88,7 +88,7 @@ class World:
             raise error
 
     def look_at_store(self) -> None:
-        """Now and then: a run whose launcher is gone must end, since nobody could stop it.
+        """Ask the store now and then: a run whose launcher is gone must end, since nobody could stop it.
 
         Raises:
             torch.distributed.DistError: if the store does not answer.
@@ -99,12 +99,12 @@ class World:
 
 
 def launched() -> bool:
-    """Whether this process is one of those that a launcher such as torchrun started."""
+    """Tell whether this process is one of those that a launcher such as torchrun started."""
     return not {"RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
 
 
 def lost_contact(error: BaseException | None) -> bool:
-    """Whether an error says that another process, or the store, did not answer."""
+    """Tell whether an error says that another process, or the store, did not answer."""
     while error is not None:
         if isinstance(error, CheckpointException):
             return any(lost_contact(wrapped[0]) for wrapped in error.failures.values())
@@ -123,7 +123,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain(world: World, error: Exception) -> Exception:
-    """What to raise for an error, after telling the other processes, or after hearing theirs."""
+    """Return what to raise for an error, after telling the other processes, or after hearing theirs."""
     store = world.store
     assert store is not None
     prefix = f"rank {world.rank} of {world.size}"
@@ -160,7 +160,7 @@ def _explain(world: World, error: Exception) -> Exception:
 
 
 def launch_number(name: str, default: int | None = None) -> int:
-    """A number that torchrun sets in the environment.
+    """Read a number that torchrun sets in the environment.
 
     Raises:
         UserError: if it is no number, or absent without a default.

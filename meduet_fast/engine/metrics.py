@@ -30,7 +30,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What the device's matrix units can do in bfloat16, in 10^12 FLOP/s; None if not known."""
+    """Return what the device's matrix units can do in bfloat16, in 10^12 FLOP/s; None if not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -38,7 +38,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far in MB: of the device's allocator on CUDA, else of this process."""
+    """Return the largest memory so far in MB: of the device's allocator on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -46,12 +46,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def metrics_file(rank: int = 0) -> str:
-    """Name of a process's file in the run's folder."""
+    """Return the name of a process's file in the run's folder."""
     return METRICS_FILE if rank == 0 else f"metrics.rank{rank}.jsonl"
 
 
 def read_metrics(run: Path, rank: int = 0) -> list[dict[str, float]]:
-    """The records of a process; a last line cut short by a kill is left out.
+    """Read the records of a process; a last line cut short by a kill is left out.
 
     Losses are means over all processes and the same in all files; times and memory are the process's own.
 
@@ -74,7 +74,7 @@ def read_metrics(run: Path, rank: int = 0) -> list[dict[str, float]]:
 
 
 class RunLog:
-    """Appends to this process's metrics file, and on rank 0 to TensorBoard.
+    """Append to this process's metrics file, and on rank 0 to TensorBoard.
 
     Args:
         run: the run's folder.
@@ -138,7 +138,7 @@ class RunLog:
         return summary_line(record, self._task.labels)
 
     def _speed(self, step: int, done_at: float) -> dict[str, float]:
-        """Of this process's device since the last record."""
+        """Compute the figures of this process's device since the last record."""
         elapsed = max(done_at - self._last, 1e-9)
         config = self._config
         rate = self._steps * config.batch_size * config.accumulate / elapsed

@@ -1,4 +1,4 @@
-"""Spreads a task over processes, from outside of it: PyTorch's DDP, FSDP2, and both together (HSDP)."""
+"""Spread a task over processes, from outside of it: PyTorch's DDP, FSDP2, and both together (HSDP)."""
 
 from __future__ import annotations
 

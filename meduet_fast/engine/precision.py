@@ -28,7 +28,7 @@ _CAPABILITY = (8, 9)  # the first that has them
 
 
 def low_precision(precision: Precision, device: torch.device) -> bool:
-    """Whether matrix products are in bfloat16 or less; "auto" has them so on CUDA."""
+    """Tell whether matrix products are in bfloat16 or less; "auto" has them so on CUDA."""
     return device.type == "cuda" if precision == "auto" else precision != "float32"
 
 
@@ -86,7 +86,7 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of an import: they are about torchao's own kernels, which are not used here."""
+    """Silence the warnings of an import: they are about torchao's own kernels, which are not used here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():

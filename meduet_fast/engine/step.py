@@ -44,7 +44,7 @@ class StepValues:
     ready: torch.cuda.Event | None
 
     def fetch(self) -> dict[str, float]:
-        """The values; waits for the copy, which is long over a step later."""
+        """Return the values; waits for the copy, which is long over a step later."""
         if self.ready is not None and not self.ready.query():
             self.ready.synchronize()
             self.done_at = time.perf_counter()

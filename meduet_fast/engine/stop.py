@@ -13,7 +13,7 @@ from .distributed import World, launched
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step; a second one acts at once.
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second one acts at once.
 
     Not so under a launcher: it passes on what its scheduler may have sent to all processes already, and kills
     those that take too long by itself.
@@ -33,7 +33,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def ignore_children(self) -> None:
-        """The run has failed: for a reader lost now PyTorch's handler would raise, wherever we are then."""
+        """Ignore lost readers from now on: the run has failed, and PyTorch's handler would raise anywhere."""
         self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
 
 
 class Agreement:
-    """What any process asks for, told to all of them at the same step.
+    """Tell all processes at the same step what any of them asks for.
 
     Requests travel while a step is computed: with several processes they arrive a step late, and nobody
     waits for them.
@@ -54,7 +54,7 @@ class Agreement:
         self._sent: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, stop: signal.Signals | None, look: bool) -> tuple[signal.Signals | None, bool]:
-        """Once a step, in all processes.
+        """Exchange requests, once a step in all processes.
 
         Args:
             stop: the signal that this process got.

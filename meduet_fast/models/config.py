@@ -68,17 +68,17 @@ class MeDUETConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a crop, without CLS."""
+        """Return the tokens of a crop, without CLS."""
         return (self.latent_size // self.patch_size) ** 3
 
     @property
     def style_dim(self) -> int:
-        """Width of the style factor."""
+        """Return the width of the style factor."""
         return int(self.embed_dim * self.style_ratio)
 
     @property
     def token_dim(self) -> int:
-        """Values in a patch: patch_size^3 * in_channels."""
+        """Return the values in a patch: patch_size^3 * in_channels."""
         return self.patch_size**3 * self.in_channels
 
     @classmethod

@@ -36,12 +36,12 @@ def _count(*modules: nn.Module) -> int:
 
 
 def count_parameters(config: MeDUETConfig) -> int:
-    """Parameters of the student; the teacher has as many."""
+    """Count the student's parameters; the teacher has as many."""
     return _count(_on_meta(config))
 
 
 def counted_flops(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
-    """:func:`flops_per_sample` by counting all of a step; a second for each ten blocks."""
+    """Compute :func:`flops_per_sample` by counting all of a step; a second for each ten blocks."""
     model = _on_meta(config)  # its own teacher: the passes are the same
     with torch.device("meta"):
         latents = torch.empty(2, config.in_channels, *[config.latent_size] * 3)
@@ -55,7 +55,7 @@ def counted_flops(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
 
 @cache
 def flops_per_sample(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
-    """FLOPs of one sample in a step, forward and backward: matrix products, attention's among them.
+    """Count the FLOPs of one sample in a step, forward and backward: matrix products, attention's too.
 
     Counted by :class:`torch.utils.flop_counter.FlopCounterMode` on the meta device, with one and with two
     blocks, since all blocks cost the same. The contrast's products, which grow with the square of the batch,
@@ -91,7 +91,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Return their sum."""
         return sum(astuple(self))
 
 
@@ -102,7 +102,7 @@ def _block_bytes(config: MeDUETConfig) -> float:
 def activation_bytes(
     config: MeDUETConfig, objective: ObjectiveConfig, batch: int, recompute: bool = False
 ) -> int:
-    """Bytes that autograd keeps between forward and backward of a batch on CUDA, in bfloat16, uncompiled.
+    """Estimate the bytes that autograd keeps of a batch for backward on CUDA, in bfloat16, uncompiled.
 
     A formula, held to what autograd saves in the tests; the teacher keeps nothing.
 
@@ -122,7 +122,7 @@ def activation_bytes(
 
 
 def memory_estimate(config: PretrainConfig, shards: int = 1) -> MemoryEstimate:
-    """Memory of one GPU at the peak of a step, with every loss on that the run will have.
+    """Estimate memory of one GPU at the peak of a step, with every loss on that the run will have.
 
     An estimate for bfloat16 autocast; compilation saves some. The CUDA context, libraries and what the
     allocator can't use come on top: count 2 GB.

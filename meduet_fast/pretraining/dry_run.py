@@ -1,4 +1,4 @@
-"""The plan of a run, told before it starts."""
+"""Tell the plan of a run before it starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHECKPOINT_BYTES = 6 * 4
 def format_plan(
     config: PretrainConfig, data: Path | None = None, processes: int = 1, local: int | None = None
 ) -> str:
-    """The plan of a run, to be read.
+    """Format the plan of a run, to be read.
 
     Args:
         config: of the run.
@@ -83,7 +83,7 @@ def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:
-    """Parameters, FLOPs and memory of several configurations, as a Markdown table."""
+    """Format parameters, FLOPs and memory of several configurations as a Markdown table."""
     rows: list[list[str]] = [
         ["configuration", "blocks x width (heads)", "patch", "tokens", "parameters", "FLOP a crop",
          "without MFTD", "crops at once x accumulated", "recompute", "memory a GPU", "sharded over 8"],

@@ -1,4 +1,4 @@
-"""Weights out of a run's last checkpoint."""
+"""Export weights out of a run's last checkpoint."""
 
 from __future__ import annotations
 

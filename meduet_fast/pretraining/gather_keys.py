@@ -1,4 +1,4 @@
-"""Contrast keys of all processes of a run."""
+"""Gather the contrast's keys of all processes of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys of all processes as one set, as :func:`meduet_fast.kernels.quadruplet_contrast` takes them.
+    """Gather all processes' keys as one set, as :func:`meduet_fast.kernels.quadruplet_contrast` takes them.
 
     Args:
         keys: (4B, D), this process's four blocks; B is the same in all of them.

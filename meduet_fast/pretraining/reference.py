@@ -34,7 +34,7 @@ class Mixed(NamedTuple):
 
 
 def compact(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The tokens (B, L, D) where the mask is set, in their order: (B, L/2, D). Waits for the device."""
+    """Take the tokens (B, L, D) where the mask is set, in their order: (B, L/2, D). Waits for the device."""
     return tokens.masked_select(mask.unsqueeze(-1)).view(len(tokens), -1, tokens.shape[-1])
 
 
@@ -50,7 +50,7 @@ def _encode(model: MeDUET, tokens: Tensor) -> Tensor:
 
 
 def _factorize(model: MeDUET, tokens: Tensor) -> Pair:
-    """Content and style of a sequence of tokens."""
+    """Compute content and style of a sequence of tokens."""
     parts, channels_first = model.disentangled_factorizer, tokens.transpose(1, 2)
     content, style = parts.proj_c(channels_first), parts.smooth(parts.proj_s(channels_first))
     return content.transpose(1, 2), style.transpose(1, 2)
@@ -66,12 +66,12 @@ def encode_mixed(model: MeDUET, latents: Tensor, mask: Tensor) -> Mixed:
 
 
 def encode_full(model: MeDUET, latents: Tensor) -> Pair:
-    """Content and style of unmixed crops."""
+    """Compute content and style of unmixed crops."""
     return _factorize(model, _encode(model, _embed(model, latents))[:, 1:])
 
 
 def reconstruct(model: MeDUET, cls: Tensor, content: Pair, style: Pair, mask: Tensor) -> Tensor:
-    """Both sources, each alone: (2B, L, p^3*C), source 1 first."""
+    """Reconstruct both sources, each alone: (2B, L, p^3*C), source 1 first."""
     fuse, parts = model.latent_entanglement.proj, zip(content, style, strict=True)
     fused = [fuse(torch.cat(part, -1).transpose(1, 2)).transpose(1, 2) for part in parts]
     second = mask.unsqueeze(-1)
@@ -98,7 +98,7 @@ def _pool(x: Tensor) -> Tensor:
 
 
 def _quadruplet(model: MeDUET, mixed: Mixed, mask: Tensor) -> Pair:
-    """Rows of the contrast for content and style, (4B, D) and (4B, Ds)."""
+    """Compute the rows of the contrast for content and style, (4B, D) and (4B, Ds)."""
     swapped = reconstruct(model, mixed.cls, mixed.content, (mixed.style[1], mixed.style[0]), mask)
     content, style = encode_full(model, _volume(model, swapped))
     return (
@@ -108,7 +108,7 @@ def _quadruplet(model: MeDUET, mixed: Mixed, mask: Tensor) -> Pair:
 
 
 def _distillation(student: Tensor, teacher: Tensor, flipped: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference where a stream had to fill in, both streams added."""
+    """Compute the mean squared difference where a stream had to fill in, both streams added."""
     total = student.new_zeros((), dtype=torch.float32)
     for half, target, hidden in zip(student.chunk(2), (teacher, flipped), (mask, ~mask), strict=True):
         error = (at_least_float32(half) - at_least_float32(target)).square().mean(-1)

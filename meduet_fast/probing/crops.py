@@ -49,7 +49,7 @@ class ProbeCrops:
 
     @property
     def num_crops(self) -> int:
-        """Crops of all volumes."""
+        """Count the crops of all volumes."""
         return sum(len(self.fitted[volume]) + len(self.tested[volume]) for volume in self.volumes)
 
 
