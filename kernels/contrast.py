@@ -345,7 +345,9 @@ def _setup_context(ctx: Any, x: _Contrast, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(_Contrast._fields)
     if grad is not None:
-        grad_queries, grad_scale = _contrast_backward(grad, *ctx.saved_tensors, *ctx.known)
+        slope, stats = ctx.saved_tensors  # (M, D), (2,)
+        slope = slope if ctx.needs_input_grad[0] else slope[:0]
+        grad_queries, grad_scale = _contrast_backward(grad, slope, stats, *ctx.known)
         if ctx.needs_input_grad[0]:
             gradients[0] = grad_queries
         if ctx.needs_input_grad[2]:

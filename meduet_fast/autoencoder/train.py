@@ -196,7 +196,8 @@ def train_tokenizer(
 
     Returns:
         Measured quality, as it is stored in the file: "psnr_db" and "ssim" on held-out crops, each by domain
-        and as the "mean" over the domains; "loss", the mean training loss of the "first" and "last" tenth.
+        and as the "mean" over the domains; "loss", the mean of the "first" and "last" tenth of the training
+        losses logged, if any were.
         How the run ended, if it was stopped, and in processes of a rank other than 0.
 
     Raises:
@@ -236,9 +237,10 @@ def train_tokenizer(
     tokenizer = Tokenizer(architecture, network, "trained")
     _standardise(tokenizer, crops.volumes)
     metrics = _evaluate(tokenizer, crops.volumes, config)
-    losses = [record["total"] for record in read_metrics(run)] or [math.nan]  # log_every may exceed steps
-    tenth = max(1, len(losses) // 10)
-    metrics["loss"] = {"first": round(fmean(losses[:tenth]), 5), "last": round(fmean(losses[-tenth:]), 5)}
+    losses = [record["total"] for record in read_metrics(run)]
+    if losses:
+        parts = {"first": losses[: len(losses) // 10 or 1], "last": losses[-(len(losses) // 10 or 1) :]}
+        metrics["loss"] = {name: round(fmean(part), 5) for name, part in parts.items()}
     domains = [volume.domain for volume in crops.volumes]
     training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
     save_safetensors(output, architecture, network, metrics, training)
@@ -251,8 +253,9 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     lines = [f"{'held-out crops of':<24}{'PSNR (dB)':>10}{'SSIM':>8}"]
     for domain, psnr in metrics["psnr_db"].items():
         lines.append(f"{domain:<24}{psnr:>10.2f}{metrics['ssim'][domain]:>8.3f}")
-    loss = metrics["loss"]
-    return "\n".join([*lines, f"training loss {loss['first']:.4f} at first, {loss['last']:.4f} at last"])
+    if "loss" in metrics:
+        lines.append("training loss {first:.4f} at first, {last:.4f} at last".format(**metrics["loss"]))
+    return "\n".join(lines)
 
 
 def _crop(image: Tensor, first: int, last: int, size: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,9 @@ def load_safetensors(path: Path, name: str = "trained") -> Tokenizer:
     metadata = read_metadata(path)
     try:
         sizes = json.loads(metadata["architecture"])
-        sizes |= {name: tuple(sizes[name]) for name in ("num_channels", "num_res_blocks")}
-        architecture = Architecture(**sizes)
+        values: Any = {item.name: sizes[item.name] for item in fields(Architecture)}
+        values |= {name: tuple(values[name]) for name in ("num_channels", "num_res_blocks")}
+        architecture = Architecture(**values)
         network = architecture.build()
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: damaged tokenizer file, unusable architecture: {error!r}") from error

@@ -73,6 +73,7 @@ def crop_loader(
     Processes take turns: of every ``world_size`` batches each gets one.
 
     Args:
+        batches: the endless stream; item ``n`` is its batch ``n``.
         rank, world_size: which process this is, of how many.
         start_step, total_steps: first batch of all processes, and the one behind their last.
         workers: reader processes; 0 reads in this process. The batches are the same.

@@ -58,8 +58,8 @@ def attention_backend(name: AttentionBackend) -> Attend:
         ) from error
     if torch.cuda.is_available():
         # Some packages import although what they compiled is for another torch or GPU.
-        heads = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")  # (B, N, H, d)
         try:
+            heads = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")  # (B, N, H, d)
             function(heads, heads, heads)
         except RuntimeError as error:  # NotImplementedError is one
             reason = str(error).strip().splitlines()[-1].strip()

@@ -61,7 +61,11 @@ def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSum
 def prepare_volumes(
     entries: Sequence[VolumeEntry], output: Path, tokenizer: Tokenizer, config: PrepareConfig
 ) -> PrepareSummary:
-    """Do what :func:`prepare` does, for volumes and a tokenizer at hand."""
+    """Do what :func:`prepare` does, for volumes and a tokenizer at hand.
+
+    Of the tokenizer ``identity``, ``channels``, ``compression`` and ``encode`` are used: anything with these
+    will do.
+    """
     if config.transform.multiple % tokenizer.compression:
         raise UserError(
             f"transform.multiple: found {config.transform.multiple}, "

@@ -17,7 +17,7 @@ from .config import PretrainConfig
 from .cost import count_parameters, flops_per_sample, memory_estimate
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
-from .train import check_store
+from .train import LatentCrops
 
 # Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.
 _CHECKPOINT_BYTES = 6 * 4
@@ -49,7 +49,7 @@ def format_plan(
     ]  # fmt: skip
     if data is not None:
         store = LatentStore.open(data)
-        check_store(store, config)
+        LatentCrops(store, config)  # refuses what the run would
         volumes, edges = len(store.entries), [min(entry.grid) for entry in store.entries]
         rows += [
             ("data", f"{volumes} volumes of {len(store.domains)} domains ({', '.join(store.domains)})"),

@@ -43,7 +43,7 @@ class DomainMeans(nn.Module):
         """Look at a batch: of mixed and of whole crops, pooled encodings (M, D) and domains (M,) int64."""
         found = []
         for pooled, domain in (mixed, whole):
-            # In float64: differences of means are small beside the means.
+            # In float64 they hardly depend on how a step's batches are shared out among processes.
             weights = nn.functional.one_hot(domain, self.shares.shape[1]).double() / len(domain)  # (M, N)
             sums = weights.T @ pooled.double()  # (N, D)
             found.append(torch.cat([sums, weights.sum(0)[:, None]], 1))  # (N, D+1)

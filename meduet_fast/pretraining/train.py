@@ -20,33 +20,24 @@ from .config import PretrainConfig
 from .task import MeDUETPretraining
 
 
-def check_store(store: LatentStore, config: PretrainConfig) -> None:
-    """Refuse a store that the configured network can't be trained on.
-
-    Raises:
-        UserError: naming the store and the setting that does not fit.
-    """
-    if store.index.channels != config.model.in_channels:
-        raise UserError(
-            f"{store.path}: latents have {store.index.channels} channels, model.in_channels is "
-            f"{config.model.in_channels}"
-        )
-    if len(store.domains) > config.model.num_domains:
-        raise UserError(
-            f"{store.path}: {len(store.domains)} domains ({', '.join(store.domains)}), model.num_domains is "
-            f"{config.model.num_domains}; raise it"
-        )
-
-
 class LatentCrops(Batches):
     """Random crops of a store: ``latents`` (B, C, S, S, S) bfloat16, ``domain`` and ``volume`` (B,) int64.
 
     Raises:
-        UserError: if the store does not fit the configuration, see :class:`CropBatches` too.
+        UserError: naming the store and the setting that does not fit; see :class:`CropBatches` too.
     """
 
     def __init__(self, store: LatentStore, config: PretrainConfig) -> None:
-        check_store(store, config)
+        if store.index.channels != config.model.in_channels:
+            raise UserError(
+                f"{store.path}: latents have {store.index.channels} channels, model.in_channels is "
+                f"{config.model.in_channels}"
+            )
+        if len(store.domains) > config.model.num_domains:
+            raise UserError(
+                f"{store.path}: {len(store.domains)} domains ({', '.join(store.domains)}), "
+                f"model.num_domains is {config.model.num_domains}; raise it"
+            )
         self._store, self._workers, self.path = store, config.workers, store.path
         entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
         self.identity = hashlib.sha256(entries.encode()).hexdigest()

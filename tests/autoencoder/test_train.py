@@ -76,7 +76,10 @@ def test_training_lowers_the_loss_and_writes_a_tokenizer(volumes: Path, tmp_path
 def test_same_seed_same_weights(volumes: Path, tmp_path: Path) -> None:
     short = replace(TINY, steps=3, batch_size=2)
     for name, config in (("a", short), ("b", short), ("c", replace(short, seed=1))):
-        train_tokenizer(volumes, tmp_path / f"{name}.safetensors", config)
+        metrics = train_tokenizer(volumes, tmp_path / f"{name}.safetensors", config)
+        assert isinstance(metrics, dict)
+        assert "loss" not in metrics  # three steps log none
+        assert "mean" in format_metrics(metrics)
     a, b, c = (load_tokenizer(str(tmp_path / f"{name}.safetensors")).identity for name in "abc")
     assert a == b != c
 

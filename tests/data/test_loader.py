@@ -20,7 +20,9 @@ def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
     store, _ = make_store(THREE_DOMAINS)
     whole = small(store)
     for rank in (0, 1):
-        loader = crop_loader(whole, rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers)
+        loader = crop_loader(
+            small(store), rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers
+        )
         batches = list(loader)
         assert len(loader) == len(batches) == 3
         for number, batch in zip(range(4 + rank, 10, 2), batches, strict=True):
