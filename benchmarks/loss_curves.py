@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from meduet_fast.engine.metrics import losses_in, read_metrics
+from meduet_fast.engine.metrics import first_and_last, losses_in, read_metrics
 from meduet_fast.errors import UserError
-from meduet_fast.report.curves import Records, first_and_last, loss_axes, smooth
+from meduet_fast.report.curves import Records, loss_axes, smooth
 from meduet_fast.report.plotting import COLORS, save_png, styled
 
 _LINES = ("-", "--", ":", "-.")  # runs that agree hide each other

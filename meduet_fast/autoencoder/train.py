@@ -25,7 +25,7 @@ from meduet_fast.data.transforms import TransformConfig, load_volume
 from meduet_fast.devices import select_device
 from meduet_fast.engine import AdamWConfig, Batch, Batches, EngineConfig, FitResult, Task, fit
 from meduet_fast.engine.checkpoint import latest_checkpoint
-from meduet_fast.engine.metrics import read_metrics
+from meduet_fast.engine.metrics import first_and_last, read_metrics
 from meduet_fast.engine.precision import Precision
 from meduet_fast.errors import UserError
 from meduet_fast.progress import track
@@ -237,10 +237,10 @@ def train_tokenizer(
     tokenizer = Tokenizer(architecture, network, "trained")
     _standardise(tokenizer, crops.volumes)
     metrics = _evaluate(tokenizer, crops.volumes, config)
-    losses = [record["total"] for record in read_metrics(run)]
-    if losses:
-        parts = {"first": losses[: len(losses) // 10 or 1], "last": losses[-(len(losses) // 10 or 1) :]}
-        metrics["loss"] = {name: round(fmean(part), 5) for name, part in parts.items()}
+    records = read_metrics(run)
+    if records:
+        first, last = first_and_last(records, "total")
+        metrics["loss"] = {"first": round(first, 5), "last": round(last, 5)}
     domains = [volume.domain for volume in crops.volumes]
     training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
     save_safetensors(output, architecture, network, metrics, training)

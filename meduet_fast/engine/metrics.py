@@ -6,8 +6,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -132,8 +133,9 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
+            losses = losses_in(record)
             for name in record.keys() - {"step", "time"}:
-                kind = "loss" if name in losses_in(record) else "run"
+                kind = "loss" if name in losses else "run"
                 self._board.add_scalar(f"{kind}/{name}", record[name], step)
         return summary_line(record, self._task.labels)
 
@@ -160,6 +162,13 @@ def losses_in(record: Mapping[str, float]) -> list[str]:
     """Return the names of a record's losses, in the task's order: from behind its step to its total."""
     names = list(record)
     return names[names.index("step") + 1 : names.index("total") + 1]
+
+
+def first_and_last(records: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:
+    """Average a value over the first and over the last tenth of a run's records; there must be one."""
+    values = [record[name] for record in records]
+    count = max(1, round(len(values) / 10))
+    return fmean(values[:count]), fmean(values[-count:])
 
 
 def summary_line(record: Mapping[str, float], labels: Mapping[str, str]) -> str:

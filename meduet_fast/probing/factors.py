@@ -87,9 +87,12 @@ def factor_table(
     for volume in crops.volumes:
         for held_out, starts in ((False, crops.fitted[volume]), (True, crops.tested[volume])):
             content, style = extract_factors(model, store, volume, starts)
-            count, domain = len(starts), np.full(len(starts), store.domain_id(volume))
-            labels = (domain, np.full(count, volume), np.arange(count), np.full(count, held_out))
-            parts.append(FactorTable(content, style, *labels))
+            count, domain = len(starts), store.domain_id(volume)
+            table = FactorTable(
+                content, style, domain=np.full(count, domain), volume=np.full(count, volume),
+                position=np.arange(count), held_out=np.full(count, held_out),
+            )  # fmt: skip
+            parts.append(table)
             if bar is not None:
                 bar.update(count, store.entries[volume].name)
     columns = FactorTable.__dataclass_fields__

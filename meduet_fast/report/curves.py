@@ -93,13 +93,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def first_and_last(records: Records, name: str) -> tuple[float, float]:
-    """Average a value over the first and over the last tenth of the records."""
-    values = [record[name] for record in records]
-    count = max(1, round(SMOOTHED_SHARE * len(values)))
-    return float(np.mean(values[:count])), float(np.mean(values[-count:]))
-
-
 @styled
 def draw_losses(records: Records, starts: Mapping[str, float], num_domains: int) -> Figure:
     """Draw every loss over steps, a panel each; chance is marked where it means something.

@@ -14,7 +14,7 @@ from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.store import INDEX_NAME, LatentStore
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
 from meduet_fast.engine.loop import RUN_FILE
-from meduet_fast.engine.metrics import METRICS_FILE, read_metrics
+from meduet_fast.engine.metrics import METRICS_FILE, first_and_last, read_metrics
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
@@ -29,7 +29,7 @@ from meduet_fast.probing import (
 )
 from meduet_fast.progress import track
 
-from .curves import HEADLINE_LOSS, Records, first_and_last
+from .curves import HEADLINE_LOSS, Records
 from .pictures import Side, choose_pairs, make_sides, prepared_image
 
 RECIPE = 2  # raised when the code makes other reports of the same run, so that earlier ones count as stale

@@ -30,6 +30,20 @@ def small(store: LatentStore, **changes: Any) -> CropBatches:
     return CropBatches(store, **{"crop_size": 4, "batch_size": 8, "seed": 5, **changes})
 
 
+def record(name: str, domain: str, latent: Tensor) -> VolumeRecord:
+    return VolumeRecord(
+        name=name,
+        domain=domain,
+        body_part="chest",
+        content_key=f"key-{name}",
+        source=f"/input/{name}.nii.gz",
+        latent=latent,
+        affine=np.diag([1.5, 1.5, 1.5, 1.0]),
+        spacing=(1.5, 1.5, 1.5),
+        intensity={"kind": "ct_window", "low": -175.0, "high": 250.0},
+    )
+
+
 @pytest.fixture
 def make_store(tmp_path: Path) -> MakeStore:
     """``make_store({"name": ("domain", (X, Y, Z))})`` gives the open store and the latents by name."""
@@ -44,18 +58,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         ) as writer:
             for name, (domain, grid) in volumes.items():
                 latents[name] = torch.randn(4, *grid, generator=generator).bfloat16()
-                record = VolumeRecord(
-                    name=name,
-                    domain=domain,
-                    body_part="chest",
-                    content_key=f"key-{name}",
-                    source=f"/input/{name}.nii.gz",
-                    latent=latents[name],
-                    affine=np.diag([1.5, 1.5, 1.5, 1.0]),
-                    spacing=(1.5, 1.5, 1.5),
-                    intensity={"kind": "ct_window", "low": -175.0, "high": 250.0},
-                )
-                writer.add(record)
+                writer.add(record(name, domain, latents[name]))
         return LatentStore.open(path), latents
 
     return make

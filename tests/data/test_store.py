@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from meduet_fast.data import store as store_module
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
+from meduet_fast.data.store_writer import StoreWriter
 from meduet_fast.errors import UserError
 
-MakeStore = Callable[..., tuple[LatentStore, dict[str, torch.Tensor]]]
+from .conftest import MakeStore, record
+
 TWO = {"b": ("mr", (9, 8, 7)), "a": ("ct", (6, 7, 8))}
 
 
@@ -264,23 +265,11 @@ def test_a_failed_write_leaves_the_old_content_visible(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    entry = store.entries[0]
-    record = VolumeRecord(
-        name="c",
-        domain="ct",
-        body_part="chest",
-        content_key="key-c",
-        source="c.nii",
-        latent=latents["a"],
-        affine=np.eye(4),
-        spacing=entry.spacing,
-        intensity={},
-    )
     with (
         pytest.raises(UserError, match=r"c\.safetensors: cannot be written: .*No space left"),
         writer_for(store.path) as writer,
     ):
-        writer.add(record)
+        writer.add(record("c", "ct", latents["a"]))
     reopened = LatentStore.open(store.path)
     assert [e.name for e in reopened.entries] == ["a", "b"]
     assert torch.equal(reopened.read_volume(0), latents["a"])
@@ -288,16 +277,5 @@ def test_a_failed_write_leaves_the_old_content_visible(
 
 def test_latents_of_another_channel_count_are_refused(make_store: MakeStore) -> None:
     store, latents = make_store(TWO)
-    record = VolumeRecord(
-        name="c",
-        domain="ct",
-        body_part="chest",
-        content_key="key-c",
-        source="c.nii",
-        latent=latents["a"][:3],
-        affine=np.eye(4),
-        spacing=(1.5, 1.5, 1.5),
-        intensity={},
-    )
     with writer_for(store.path) as writer, pytest.raises(ValueError, match=r"expected \(4, X, Y, Z\)"):
-        writer.add(record)
+        writer.add(record("c", "ct", latents["a"][:3]))

@@ -127,6 +127,8 @@ def test_the_plan_of_a_run(tiny_store: Path, tiny_config: PretrainConfig) -> Non
 def test_a_store_that_does_not_fit_is_refused(tiny_store: Path, tiny_config: PretrainConfig) -> None:
     with pytest.raises(UserError, match=r"3 domains \(a, b, c\), model\.num_domains is 2"):
         format_plan(replace(tiny_config, model=replace(tiny_config.model, num_domains=2)), tiny_store)
+    with pytest.raises(UserError, match=r"volume0 \(20, 12, 10\) is smaller than a crop of 12"):
+        format_plan(replace(tiny_config, model=replace(tiny_config.model, latent_size=12)), tiny_store)
 
 
 def test_the_plan_is_printed_once(
