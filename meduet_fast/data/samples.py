@@ -6,7 +6,6 @@ from style can be measured against a known truth.
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import json
@@ -25,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.lock import FolderLock
 from meduet_fast.progress import ProgressBar
 
 CHECKSUMS = "checksums.json"
@@ -139,9 +139,7 @@ def fetch_samples(directory: Path) -> Path:
     manifest = directory / "manifest.yaml"
     try:
         if any(_missing(directory)) or _read_text(manifest) != _MANIFEST_TEXT:
-            directory.mkdir(parents=True, exist_ok=True)
-            with (directory / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and then finds the work done
+            with FolderLock(directory, wait=True):  # a second process waits, and then finds the work done
                 _fetch(directory)
                 _write_text(manifest, _MANIFEST_TEXT)
     except OSError as error:

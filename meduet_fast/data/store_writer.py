@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.lock import FolderLock
 
 from .preview import write_preview
 from .store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
@@ -79,31 +79,25 @@ class StoreWriter:
         self.path = path
         self.entries: dict[str, StoreEntry] = {}
         self._empty = StoreIndex(tokenizer, tokenizer_spec, channels, compression, ())
-        self._lock = -1
+        self._lock = FolderLock(path)
         self._index_written = 0.0
 
     def __enter__(self) -> StoreWriter:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            foreign = [item for item in self.path.iterdir() if not item.name.startswith(".")]
+            found = self.path.iterdir() if self.path.exists() else ()
+            foreign = [item for item in found if not item.name.startswith(".")]
             if foreign and not (self.path / INDEX_NAME).exists():
                 raise UserError(f"{self.path}: not empty and not a latent store; give a new folder")
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be used as a latent store: {error.strerror}") from error
-        try:
-            self._claim()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with ExitStack() as undo:
+            undo.enter_context(self._lock)
+            self._take_over()
+            undo.pop_all()
         return self
 
-    def _claim(self) -> None:
-        """Take the lock, take over what the index lists, and remove what it does not."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is writing this store") from None
+    def _take_over(self) -> None:
+        """Take over what the index lists, and remove what it does not."""
         if (self.path / INDEX_NAME).exists():
             before = read_index(self.path)
             if replace(before, tokenizer_spec=self._empty.tokenizer_spec, entries=()) == self._empty:
@@ -124,15 +118,17 @@ class StoreWriter:
         try:
             self._write_index()
         finally:
-            os.close(self._lock)
+            self._lock.__exit__()
 
     def add(self, volume: VolumeRecord) -> None:
         """Write one volume's files, then list it.
 
         Raises:
             ValueError: the latents have another number of channels or dimensions.
-            UserError: a file cannot be written (disk full, no permission).
+            UserError: a file cannot be written (disk full, no permission), or another process took
+                the store over.
         """
+        self._lock.check()
         latent = volume.latent
         if latent.ndim != 4 or latent.shape[0] != self._empty.channels:
             raise ValueError(
