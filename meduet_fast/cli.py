@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 import meduet_fast
 
 from .errors import UserError
+from .settings import SettingError, check_given, check_yaml
 
 if TYPE_CHECKING:
     from .engine import FitResult
@@ -56,9 +57,11 @@ def _built(settings: type, arguments: Namespace) -> Any:
         UserError: if they do not fit together.
     """
     try:
-        return settings(**{item.name: arguments[item.name] for item in fields(settings)})
+        built = settings(**{item.name: arguments[item.name] for item in fields(settings)})
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_given(built)
+    return built
 
 
 def _packaged() -> dict[str, Path]:
@@ -262,13 +265,37 @@ def _parse(name: str, arguments: Sequence[str]) -> Namespace:
     """
     command = COMMANDS[name]
     parser = ArgumentParser(
-        prog=f"meduet-fast {name}", description=command.summary, exit_on_error=False, default_env=False
-    )
+        prog=f"meduet-fast {name}", description=command.summary, exit_on_error=False, default_env=False,
+        allow_abbrev=False,
+    )  # fmt: skip
     command.add_arguments(parser)
     try:
-        return parser.instantiate(parser.parse_args(_find_packaged(name, arguments)))
+        parsed = parser.parse_args(_find_packaged(name, arguments))
+        for group, default in vars(parser.get_defaults()).items():
+            if isinstance(default, Namespace) and not isinstance(parsed[group], Namespace):
+                found = "nothing" if parsed[group] is None else parsed[group]
+                raise UserError(f"{group}: found {found}, expected settings")
+        return parser.instantiate(parsed)
+    except SettingError as error:  # as it was typed
+        options = [key for key in parsed.keys() if key.endswith(f".{error.name}")]  # noqa: SIM118
+        raise UserError(str(error).replace(error.name, options[0], 1) if options else str(error)) from error
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(_plain(str(error))) from error
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+
+
+def _plain(message: str) -> str:
+    """Say in the words of this program what the parser says of a value of the wrong kind."""
+    text = " ".join(message.split())
+    key = re.match(r'Parser key "([^"]+)"', text)
+    kinds = [_KINDS.get(kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text)]
+    kinds += [word for words in re.findall(r"Literal\[(.*?)\]", text) for word in words.split(", ")]
+    value = re.search(r".*(?:Got|Given) value: (.*)$", text)
+    if key is None or value is None or not kinds or None in kinds:
+        return text
+    return f"{key[1]}: found {value[1]}, expected {' or '.join(filter(None, kinds))}"
 
 
 def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
@@ -288,10 +315,7 @@ def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
             known = f", and not one of the packaged ones ({', '.join(sorted(packaged))})" if packaged else ""
             raise UserError(f"--config {value}: no such file{known}")
         else:
-            try:  # the parser's own words on a syntax error do not name the file
-                yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise UserError(f"{value}: not readable as YAML: {error}") from error
+            check_yaml(Path(value))  # the parser's own words on a syntax error do not name the file
     return found
 
 
@@ -315,6 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         # One line: parsers and libraries like to explain over several.
         print(f"meduet-fast {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        if error.errno is None:
+            raise
+        what = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"meduet-fast {name}: {what}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print(f"meduet-fast {name}: interrupted", file=sys.stderr)

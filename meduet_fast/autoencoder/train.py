@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,8 +26,10 @@ from meduet_fast.engine import AdamWConfig, Batch, Batches, EngineConfig, FitRes
 from meduet_fast.engine.checkpoint import latest_checkpoint
 from meduet_fast.engine.metrics import first_and_last, read_metrics
 from meduet_fast.engine.precision import Precision
+from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
 from meduet_fast.progress import track
+from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, Range, check_numbers
 
 from .autoencoder import Architecture, Tokenizer
 from .identity_init import pass_images_through
@@ -71,16 +72,11 @@ class TokenizerTrainingConfig(EngineConfig):
     norm_num_groups: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "crop_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: found {getattr(self, name)}, expected 1 or more")
-        if not 0 < self.held_out_fraction < 1:
-            raise UserError(
-                f"held_out_fraction: found {self.held_out_fraction}, expected more than 0, less than 1"
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"learning_rate: found {self.learning_rate}, expected a positive number")
         super().__post_init__()
+        check_numbers(self, FROM_1, "crop_size", "num_channels", "num_res_blocks", "norm_num_groups")
+        check_numbers(self, Range(0, 1, above=True, below=True), "held_out_fraction")
+        check_numbers(self, POSITIVE, "learning_rate")
+        check_numbers(self, FROM_0, "gradient_weight", "kl_weight")
 
 
 class AutoencoderTraining(Task):
@@ -170,7 +166,7 @@ class VolumeCrops(Batches):
         """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
         domains = sorted({volume.domain for volume in self.volumes})
         for number in range(first + rank, last, size):
-            generator = torch.Generator().manual_seed((self._config.seed << 40) + number)
+            generator = batch_generator(self._config.seed, number)
             crops = []
             for place in range(self._config.batch_size):
                 domain = domains[(number * self._config.batch_size + place) % len(domains)]

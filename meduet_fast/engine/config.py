@@ -6,8 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from meduet_fast.layers.attention import AttentionBackend
+from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, SEED, SHARE, Range, SettingError, check_numbers
 
 from .precision import Precision
+
+MOST_BATCHES = 2**40  # of one seed, see engine.step.batch_generator
+LONGEST_TIMEOUT_S = 10_000_000  # what the processes' own clocks can count is not much more
 
 # Settings that change how fast or where a run is, and not its result.
 _FREE = (
@@ -28,7 +32,7 @@ class AdamWConfig:
         beta1: decay of AdamW's first moment.
         beta2: decay of AdamW's second moment.
         weight_decay: decoupled weight decay, not on biases and norms.
-        clip_norm: largest norm of the gradient.
+        clip_norm: largest norm of the gradient; null does not clip.
     """
 
     learning_rate: float = 1e-4
@@ -38,7 +42,14 @@ class AdamWConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, POSITIVE, "learning_rate", "clip_norm")
+        check_numbers(
+            self, FROM_0, "initial_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"
+        )
+        check_numbers(self, SHARE, "beta1", "beta2")
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class EngineConfig:
         batch_size: samples a device sees at once.
         accumulate: batches a step adds up in each process; the step's batch is batch_size x accumulate x
             processes.
-        seed: of weights, data order, augmentation and noise.
+        seed: of weights, data order, augmentation and noise; up to 2^64 - 1.
         workers: processes that read data; 0 reads in the main process.
         device: "auto" takes CUDA where there is one.
         precision: of matrix products; weights stay float32. "auto" is "bfloat16" (autocast) on CUDA and
@@ -93,15 +104,17 @@ class EngineConfig:
     async_checkpoints: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps", "batch_size", "accumulate", "timeout_s", "log_every", "checkpoint_every",
+        check_numbers(
+            self, FROM_1, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every",
             "keep_checkpoints",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("workers", "seed", "shard_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        )  # fmt: skip
+        check_numbers(self, FROM_0, "workers", "shard_size")
+        check_numbers(self, SEED, "seed")
+        check_numbers(self, Range(1, LONGEST_TIMEOUT_S), "timeout_s")
+        if self.steps * self.accumulate > MOST_BATCHES:
+            raise SettingError(
+                "steps", f"found {self.steps} of {self.accumulate} batches, expected {MOST_BATCHES} in all"
+            )
 
     def identity(self, processes: int = 1) -> dict[str, Any]:
         """Return the settings that decide the result, under dotted names; a resumed run must have the same.

@@ -38,13 +38,14 @@ def learning_rate(step: int, steps: int, config: AdamWConfig) -> float:
     return cosine(config.learning_rate, config.final_learning_rate, progress)
 
 
-def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Scale all gradients down to a norm of ``largest``; return the norm before, a scalar on the device."""
+def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
+    """Scale all gradients down to a norm of ``largest``, if given; return the norm before, a scalar."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = get_total_norm([item.grad for item in parameters if item.grad is not None], foreach=True)
     if isinstance(norm, DTensor):  # the norm of this process's shards: add up all of them
         norm = norm.full_tensor()
-    clip_grads_with_norm_(parameters, largest, norm, foreach=True)
+    if largest is not None:
+        clip_grads_with_norm_(parameters, largest, norm, foreach=True)
     return norm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -105,6 +106,20 @@ def update(task: Task, optimizer: torch.optim.Optimizer, step: int, keep_gradien
     return norm
 
 
+def batch_generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the random numbers of a batch: a function of the run's seed and its number in the stream alone.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        number: 0 to 2^40 - 1.
+        device: where the numbers are drawn.
+    """
+    own = (seed << 40) + number
+    if own >= 1 << 64:  # PyTorch's seeds have 64 bits
+        own = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "little")
+    return torch.Generator(device).manual_seed(own)
+
+
 def train_step(
     task: Task,
     backward: Backward,
@@ -139,9 +154,8 @@ def train_step(
         waited += time.perf_counter() - began
         if VOLUME in batch:
             volumes.append(batch.pop(VOLUME))
-        # Random numbers depend on the batch's number in the stream alone.
         number = (step * config.accumulate + turn) * world.size + world.rank
-        batch = task.prepare(batch, torch.Generator(world.device).manual_seed((config.seed << 40) + number))
+        batch = task.prepare(batch, batch_generator(config.seed, number, world.device))
         losses = backward(batch, step, turn + 1 == config.accumulate)
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss / config.accumulate

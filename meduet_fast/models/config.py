@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from meduet_fast.settings import POSITIVE, check_numbers
+
 
 @dataclass(frozen=True)
 class MeDUETConfig:
@@ -43,9 +45,7 @@ class MeDUETConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, expected a positive number")
+        check_numbers(self, POSITIVE, *vars(self))
         if self.latent_size % self.patch_size:
             raise ValueError(
                 f"latent_size {self.latent_size} is not a multiple of patch_size {self.patch_size}"

@@ -15,6 +15,7 @@ from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
+from meduet_fast.settings import SEED, check_numbers
 
 from .update import PrepareSummary, update_store
 
@@ -28,7 +29,7 @@ class PrepareConfig:
         tokenizer: "builtin", or the path of a ``.safetensors`` of ``train-tokenizer`` or MAISI's
             ``autoencoder.pt``.
         sample: draw latents from the tokenizer's posterior instead of taking its mean.
-        seed: seed of that draw; every volume has a stream of its own.
+        seed: seed of that draw, up to 2^64 - 1; every volume has a stream of its own.
         device: where the tokenizer works; "auto" takes CUDA where there is one.
         domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
     """
@@ -41,6 +42,9 @@ class PrepareConfig:
     domain: str | None = None
     intensity: IntensityRule | None = None
     body_part: str = "unknown"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, SEED, "seed")
 
 
 def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSummary:

@@ -7,6 +7,7 @@ from typing import Any
 
 from meduet_fast.engine.config import AdamWConfig, EngineConfig
 from meduet_fast.models import MeDUETConfig
+from meduet_fast.settings import FROM_0, SHARE, Range, check_numbers
 
 from .losses import ObjectiveConfig
 
@@ -22,6 +23,11 @@ class OptimizerConfig(AdamWConfig):
 
     teacher_momentum: float = 0.997
     final_teacher_momentum: float = 0.9997
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, SHARE, "teacher_momentum")
+        check_numbers(self, Range(0, 1), "final_teacher_momentum")
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,8 @@ class PretrainConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mftd_start_step", "siqc_start_step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        check_numbers(self, FROM_0, "mftd_start_step", "siqc_start_step")
+        check_numbers(self, SHARE, "held_out_fraction")
         if self.batch_size % 2:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected an even number: "
@@ -59,8 +64,6 @@ class PretrainConfig(EngineConfig):
             raise ValueError(
                 "cuda_graph is on, expected objective.content_adversary 'reversal': erasure is no part of it"
             )
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction is {self.held_out_fraction}, expected 0 <= fraction < 1")
 
     def objective_at(self, step: int) -> ObjectiveConfig:
         """Return the losses of a step: MFTD and SiQC are off before their first one."""

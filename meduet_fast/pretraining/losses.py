@@ -24,6 +24,7 @@ from meduet_fast.kernels import (
 )
 from meduet_fast.kernels.reconstruction import Pairing
 from meduet_fast.models import Factors, MeDUET
+from meduet_fast.settings import FROM_0, check_numbers
 
 from .erasure import DomainMeans
 from .gather_keys import gather_keys
@@ -64,6 +65,9 @@ class ObjectiveConfig:
     learn_siqc_scale: bool = True
     global_negatives: bool = False
     content_adversary: Literal["reversal", "erasure"] = "reversal"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, FROM_0, "lambda_domain", "lambda_mftd", "lambda_siqc", "lambda_content")
 
 
 def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, check_values: bool) -> None:
