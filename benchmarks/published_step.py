@@ -12,6 +12,7 @@ the transformer blocks are used.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -84,7 +85,7 @@ class PublishedStep:
         total = losses["total"].item()
         self.scaler.scale(losses["total"]).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -123,7 +123,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print parameters, FLOPs, memory, batch and steps; write nothing",
+        help="check all that can be checked, print parameters, FLOPs, memory, batch and steps; write nothing",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
@@ -153,7 +153,7 @@ def _pretrain(arguments: Namespace) -> int:
 
     config = _built(PretrainConfig, arguments)
     if arguments.dry_run:
-        print_plan(config, arguments.data)
+        print_plan(config, arguments.data, arguments.output, arguments.resume)
         return 0
     missing = [f"--{name}" for name in ("data", "output") if arguments[name] is None]
     if missing:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
@@ -53,3 +55,16 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in ``folder`` (names made by :func:`atomic_path`)."""
     for item in folder.glob(".*.tmp*"):
         _remove(item)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder in which this process could make no file, or that it could not make.
+
+    Raises:
+        UserError: naming it.
+    """
+    there = next(item for item in (folder.absolute(), *folder.absolute().parents) if item.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: cannot be written: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written: {there} does not let this user write")

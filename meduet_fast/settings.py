@@ -41,7 +41,7 @@ class Range:
     above: bool = False
     below: bool = False
 
-    def holds(self, value: Real) -> bool:
+    def holds(self, value: float) -> bool:
         """Tell whether a number is in it."""
         low = self.low < value if self.above else self.low <= value
         return low and (value < self.high if self.below else value <= self.high)

@@ -28,6 +28,7 @@ from meduet_fast.engine.metrics import first_and_last, read_metrics
 from meduet_fast.engine.precision import Precision
 from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
+from meduet_fast.lock import FolderLock
 from meduet_fast.progress import track
 from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, Range, check_numbers
 
@@ -227,20 +228,21 @@ def train_tokenizer(
     if not result.finished or result.rank:
         return result
     task, crops = made[0]
-    network = task.network.to(select_device(config.device))
-    network.load_state_dict(load_file(latest_checkpoint(run) / "network.safetensors"))
-    network.eval()
-    tokenizer = Tokenizer(architecture, network, "trained")
-    _standardise(tokenizer, crops.volumes)
-    metrics = _evaluate(tokenizer, crops.volumes, config)
-    records = read_metrics(run)
-    if records:
-        first, last = first_and_last(records, "total")
-        metrics["loss"] = {"first": round(first, 5), "last": round(last, 5)}
-    domains = [volume.domain for volume in crops.volumes]
-    training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
-    save_safetensors(output, architecture, network, metrics, training)
-    shutil.rmtree(run)
+    with FolderLock(run):
+        network = task.network.to(select_device(config.device))
+        network.load_state_dict(load_file(latest_checkpoint(run) / "network.safetensors"))
+        network.eval()
+        tokenizer = Tokenizer(architecture, network, "trained")
+        _standardise(tokenizer, crops.volumes)
+        metrics = _evaluate(tokenizer, crops.volumes, config)
+        records = read_metrics(run)
+        if records:
+            first, last = first_and_last(records, "total")
+            metrics["loss"] = {"first": round(first, 5), "last": round(last, 5)}
+        domains = [volume.domain for volume in crops.volumes]
+        training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
+        save_safetensors(output, architecture, network, metrics, training)
+        shutil.rmtree(run)
     return metrics
 
 

@@ -37,8 +37,9 @@ from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 
 from .checkpoint_index import IndexedReader, IndexedWriter
-from .config import EngineConfig
+from .config import BATCHES_OF_A_STEP, AdamWConfig, EngineConfig
 from .distributed import World, lost_contact
+from .optimizer import learning_rate
 from .task import Task
 
 Exports = Mapping[str, Mapping[str, Tensor]]  # state of every module that is exported, on rank 0
@@ -220,16 +221,38 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint: {error}") from error
 
 
+@contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """Put gradients aside: where there are any, PyTorch does not give an optimiser its moments."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    yield
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
+
+
 def load_checkpoint(checkpoint: Path, task: Task, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put everything back, in place.
 
     Raises:
-        UserError: if the checkpoint is damaged or of another model.
+        UserError: if the checkpoint is damaged, of another model, or has not the moments of every parameter.
     """
-    state = _state(task, optimizer)
+    with _without_gradients(task.trained()):
+        state = _state(task, optimizer)
     try:
         with _one_process():
             reader = IndexedReader(checkpoint / "state")
+            names = reader.read_metadata().state_dict_metadata
+            held = {
+                name.split(".", 1)[1].rpartition(".")[0] for name in names if name.startswith("optimizer.")
+            }
+            wanted = state["optimizer"].keys()
+            if not wanted <= held:
+                raise UserError(
+                    f"{checkpoint}: has the optimizer's moments of {len(wanted & held)} of {len(wanted)} "
+                    "parameters: going on would not be exact; take an earlier checkpoint, or begin anew"
+                )
             dcp.load(state, storage_reader=reader, process_group=world.writing)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         if lost_contact(error):
@@ -241,18 +264,21 @@ def load_checkpoint(checkpoint: Path, task: Task, optimizer: torch.optim.Optimiz
     set_optimizer_state_dict(task.trained(), optimizer, {"state": moments, "param_groups": groups})
 
 
-def find_start(output: Path, config: EngineConfig, processes: int, data: str, resume: bool) -> Path | None:
+def find_start(
+    output: Path, config: EngineConfig, processes: int, data: str | None, resume: bool
+) -> Path | None:
     """Return the checkpoint to go on from, if any.
 
     Args:
         output: the run's folder.
         config: of the run.
         processes: of the run.
-        data: identity of the data.
+        data: identity of the data; None does not look at them.
         resume: whether going on was asked for.
 
     Raises:
-        UserError: if the folder holds a run and resuming was not asked for, or was made by another setting.
+        UserError: if the folder holds a run and resuming was not asked for, or was made by another setting,
+            or has more steps behind it than the run shall have.
     """
     if not checkpoint_steps(output / "checkpoints"):
         return None
@@ -265,13 +291,56 @@ def find_start(output: Path, config: EngineConfig, processes: int, data: str, re
     # As JSON has them: it knows no tuples. Older runs lack newer settings.
     identity, defaults = json.loads(json.dumps([config.identity(processes), type(config)().identity()]))
     settings = defaults | saved["config"]
-    differing = [key for key in identity if settings.get(key) != identity[key]]
+    differing = [key for key in identity if settings.get(key) != identity[key] and key != "steps"]
     if differing:
         first = differing[0]
         raise UserError(
             f"{output}: can't resume with other settings: {', '.join(differing)} differ "
             f"({first} was {settings.get(first)}, now {identity[first]})"
+            + (
+                f"; {_fitting(settings[BATCHES_OF_A_STEP], processes)}"
+                if BATCHES_OF_A_STEP in differing
+                else ""
+            )
         )
-    if saved["data"] != data:
+    if config.steps < saved["step"]:
+        raise UserError(
+            f"{output}: can't resume: {saved['step']} steps are done, --steps asks for {config.steps}"
+        )
+    if data not in (None, saved["data"]):
         raise UserError(f"{output}: can't resume: the data are not those that the run began with")
     return checkpoint
+
+
+def _fitting(batches: int, processes: int) -> str:
+    """Say what would give a step as many batches as before."""
+    if batches % processes == 0:
+        return f"with {processes} process{'es' * (processes > 1)} use --accumulate {batches // processes}"
+    return f"{processes} processes can't share {batches} batches a step: use a number that divides {batches}"
+
+
+def describe_start(checkpoint: Path, config: EngineConfig, adamw: AdamWConfig, processes: int) -> str:
+    """Say from where a resumed run goes on, which settings are new, and what new ``steps`` do to its rate.
+
+    Args:
+        checkpoint: as :func:`find_start` found it.
+        config: of the run.
+        adamw: of its task.
+        processes: of the run.
+    """
+    saved = read_run(checkpoint)
+    step, before = saved["step"], saved["config"] | saved.get("settings", {})
+    now = json.loads(json.dumps(config.flat() | {"processes": processes}))
+    changes = [
+        f"{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value
+    ]
+    text = f"continues from {checkpoint} (step {step} of {config.steps})"
+    if changes:
+        text += f"; changed: {', '.join(changes)}"
+    if before["steps"] != config.steps and step < config.steps:
+        old, new = (learning_rate(step, steps, adamw) for steps in (before["steps"], config.steps))
+        text += (
+            f"; the schedules now end at step {config.steps}, not {before['steps']}: at step {step} the "
+            f"learning rate is {new:.3g}, not {old:.3g}"
+        )
+    return text

@@ -13,6 +13,8 @@ from .precision import Precision
 MOST_BATCHES = 2**40  # of one seed, see engine.step.batch_generator
 LONGEST_TIMEOUT_S = 10_000_000  # what the processes' own clocks can count is not much more
 
+BATCHES_OF_A_STEP = "accumulate x processes"
+
 # Settings that change how fast or where a run is, and not its result.
 _FREE = (
     "accumulate", "workers", "device", "attention", "parallel", "shard_size", "recompute", "compile",
@@ -116,16 +118,24 @@ class EngineConfig:
                 "steps", f"found {self.steps} of {self.accumulate} batches, expected {MOST_BATCHES} in all"
             )
 
+    def flat(self) -> dict[str, Any]:
+        """Return all settings under dotted names."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= (
+                {f"{name}.{key}": item for key, item in value.items()}
+                if isinstance(value, dict)
+                else {name: value}
+            )
+        return flat
+
     def identity(self, processes: int = 1) -> dict[str, Any]:
-        """Return the settings that decide the result, under dotted names; a resumed run must have the same.
+        """Return the settings that decide the result, under dotted names.
+
+        A resumed run must have the same, but for ``steps``.
 
         Args:
             processes: of the run. Their number is free as long as a step has the same batches.
         """
-        flat: dict[str, Any] = {}
-        for name, value in asdict(self).items():
-            if isinstance(value, dict):
-                flat.update({f"{name}.{key}": item for key, item in value.items()})
-            elif name not in _FREE:
-                flat[name] = value
-        return flat | {"accumulate x processes": self.accumulate * processes}
+        flat = {name: value for name, value in self.flat().items() if name not in _FREE}
+        return flat | {BATCHES_OF_A_STEP: self.accumulate * processes}

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from meduet_fast.devices import select_device
+from meduet_fast.files import refuse_unwritable
+from meduet_fast.layers import set_attention_backend
+from meduet_fast.lock import refuse_held
+
+from .checkpoint import find_start
 from .config import EngineConfig
+from .distributed import launched
+from .loop import refuse_graph
 from .parallel import shard_count
+from .precision import use_float8
 from .task import Task
 
 Rows = list[tuple[str, str]]
+
+
+def check_start(
+    task: Task, config: EngineConfig, output: Path | None, data: str | None, resume: bool, processes: int
+) -> None:
+    """Refuse what :func:`~meduet_fast.engine.fit` would refuse before its first step; nothing is written.
+
+    Args:
+        task: may be on the meta device.
+        config: of the run.
+        output: the run's folder, if there is one yet.
+        data: identity of its data, if there are some yet.
+        resume: whether a run that is there would go on.
+        processes: of the run.
+
+    Raises:
+        UserError: as :func:`~meduet_fast.engine.fit`.
+    """
+    device = select_device(config.device)
+    set_attention_backend(config.attention, device)
+    if config.precision == "float8":
+        use_float8(list(task.blocks()), device)
+    if config.cuda_graph:
+        refuse_graph(device, processes, launched())
+    if output is not None:
+        refuse_unwritable(output)
+        refuse_held(output)
+        find_start(output, config, processes, data, resume)
 
 
 def si(value: float, unit: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.layers import set_attention_backend
+from meduet_fast.lock import FolderLock
 from meduet_fast.progress import ProgressBar
 
-from .checkpoint import CheckpointWriter, find_start, last_good, load_checkpoint, read_run
+from .checkpoint import CheckpointWriter, describe_start, find_start, last_good, load_checkpoint, read_run
 from .config import EngineConfig
 from .cuda_graph import GraphedGradients
 from .distributed import World, join_world
@@ -74,14 +76,15 @@ def fit(
         explain: what an error of the data's readers means, if it is one.
 
     Raises:
-        UserError: for bad settings, data that do not fit or can't be read, a non-finite loss, a full disk, a
-            lost process, a killed reader.
+        UserError: for bad settings, data that do not fit or can't be read, a folder in use, a non-finite
+            loss, a full disk, a lost process, a killed reader.
     """
     # The request first: a launcher that ends this process while it finds out what happened must not win.
     with (
         StopRequest() as stop,
         join_world(config.device, config.timeout_s) as world,
         _in_one_line(output, stop, explain),
+        FolderLock(output) if world.rank == 0 else nullcontext() as lock,
     ):
         set_attention_backend(config.attention, world.device)
         torch.manual_seed(config.seed)
@@ -93,10 +96,12 @@ def fit(
             return FitResult(start, finished=True, rank=world.rank)
 
         model = parallelize(task.to(world.device), config, world)
-        backward = backward_of(model, config, world)
         optimizer = build_optimizer(task.trained(), task.adamw)
         if checkpoint:
             load_checkpoint(checkpoint, task, optimizer, world)
+            if world.rank == 0:
+                print(describe_start(checkpoint, config, task.adamw, world.size), file=sys.stderr)
+        backward = backward_of(model, config, world)
         per_step = config.accumulate * world.size
         stream = data.read(
             start * per_step, config.steps * per_step, world.rank, world.size, world.device.type == "cuda"
@@ -114,7 +119,8 @@ def fit(
         pending: StepValues | None = None
         stopped: signal.Signals | None = None
         agreement = Agreement(world)
-        settings = {"config": config.identity(world.size), "data": data.identity}
+        every = config.flat() | {"processes": world.size}
+        settings = {"config": config.identity(world.size), "settings": every, "data": data.identity}
         writer = CheckpointWriter(
             output / "checkpoints", settings, config.keep_checkpoints, world, config.async_checkpoints
         )
@@ -140,6 +146,8 @@ def fit(
                     writer.save(done, task, optimizer)
                     saved = done
                 world.look_at_store()
+                if lock is not None:
+                    lock.check()
                 stopped, look = agreement.exchange(stop.signal, writer.failed())
                 if look:
                     writer.finish()
@@ -164,13 +172,22 @@ def backward_of(model: torch.nn.Module, config: EngineConfig, world: World) -> B
     share, low = 1 / config.accumulate, low_precision(config.precision, world.device)
     if not config.cuda_graph:
         return partial(add_gradients, model, share=share, low=low)
-    if world.grouped or world.device.type != "cuda":
-        raise UserError(
-            "cuda_graph is for one GPU, without torchrun: "
-            f"found device {world.device}, {world.size} process{'es' * (world.size > 1)}"
-        )
+    refuse_graph(world.device, world.size, world.grouped)
     assert isinstance(model, Task)  # nothing is around it
     return GraphedGradients(model, share, low)
+
+
+def refuse_graph(device: torch.device, processes: int, grouped: bool) -> None:
+    """Refuse a CUDA graph where there can't be one.
+
+    Raises:
+        UserError: on another device than a GPU, or if a launcher started the process.
+    """
+    if grouped or device.type != "cuda":
+        raise UserError(
+            "cuda_graph is for one GPU, without torchrun: "
+            f"found device {device}, {processes} process{'es' * (processes > 1)}"
+        )
 
 
 def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float]:

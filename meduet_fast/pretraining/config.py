@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meduet_fast.engine.config import AdamWConfig, EngineConfig
+from meduet_fast.engine.optimizer import cosine
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.settings import FROM_0, SHARE, Range, check_numbers
 
 from .losses import ObjectiveConfig
+
+MOST_OF_START = 0.5  # of its random start may be left in a teacher that is of use
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class PretrainConfig(EngineConfig):
                 "cuda_graph is on, expected objective.content_adversary 'reversal': erasure is no part of it"
             )
 
+    def teacher_momentum(self, step: int) -> float:
+        """Return the teacher's momentum in a step: half a cosine over the run."""
+        first, last = self.optimizer.teacher_momentum, self.optimizer.final_teacher_momentum
+        return cosine(first, last, step / max(self.steps - 1, 1))
+
+    def doubts(self, domains: int | None) -> list[str]:
+        """Return :func:`doubts` of this run on a store of so many domains."""
+        momenta = self.optimizer.teacher_momentum, self.optimizer.final_teacher_momentum
+        return doubts(self.steps, *momenta, domains)
+
     def objective_at(self, step: int) -> ObjectiveConfig:
         """Return the losses of a step: MFTD and SiQC are off before their first one."""
         return replace(
@@ -80,3 +94,29 @@ class PretrainConfig(EngineConfig):
         """
         seen = {"processes": processes} if self.objective.global_negatives else {}
         return super().identity(processes) | seen
+
+
+def doubts(
+    steps: int, teacher_momentum: float, final_teacher_momentum: float, domains: int | None
+) -> list[str]:
+    """Say what of a run is allowed and hardly meant, a line each.
+
+    Args:
+        steps, teacher_momentum, final_teacher_momentum: of its settings.
+        domains: of its store; None if there is none yet.
+    """
+    found = []
+    if domains == 1:
+        found.append(
+            "the store has one domain: there is nothing to tell apart, and style is not separated from "
+            "content; make data sets that were acquired differently domains of their own"
+        )
+    last = max(steps - 1, 1)
+    kept = math.prod(cosine(teacher_momentum, final_teacher_momentum, step / last) for step in range(steps))
+    if kept > MOST_OF_START:
+        found.append(
+            f"the teacher keeps {100 * kept:.0f} % of its random start over the {steps} steps: lower "
+            f"optimizer.teacher_momentum ({teacher_momentum}) and optimizer.final_teacher_momentum "
+            f"({final_teacher_momentum}), or train longer"
+        )
+    return found

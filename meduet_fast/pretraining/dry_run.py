@@ -10,7 +10,7 @@ import torch
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.distributed import launch_number
-from meduet_fast.engine.dry_run import Rows, describe_run, format_rows, si
+from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
 from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
@@ -24,7 +24,12 @@ _CHECKPOINT_BYTES = 6 * 4
 
 
 def format_plan(
-    config: PretrainConfig, data: Path | None = None, processes: int = 1, local: int | None = None
+    config: PretrainConfig,
+    data: Path | None = None,
+    processes: int = 1,
+    local: int | None = None,
+    output: Path | None = None,
+    resume: bool = False,
 ) -> str:
     """Format the plan of a run, to be read.
 
@@ -33,9 +38,11 @@ def format_plan(
         data: its latent store, if there is one yet.
         processes: as many as GPUs.
         local: those of one machine; all of them if None.
+        output: the run's folder, if it is known yet.
+        resume: whether the run in it would go on.
 
     Raises:
-        UserError: if the store is absent, damaged or does not fit the configuration, or the processes do not.
+        UserError: for all that :func:`~meduet_fast.pretraining.pretrain` would refuse before its first step.
     """
     model = config.model
     count = count_parameters(model)
@@ -47,12 +54,13 @@ def format_plan(
                    f"{model.patch_size}^3"),
         ("parameters", f"{si(count, '')} of the student, as many of the teacher"),
     ]  # fmt: skip
+    domains = identity = None
     if data is not None:
         store = LatentStore.open(data)
-        LatentCrops(store, config)  # refuses what the run would
+        domains, identity = len(store.domains), LatentCrops(store, config).identity
         volumes, edges = len(store.entries), [min(entry.grid) for entry in store.entries]
         rows += [
-            ("data", f"{volumes} volumes of {len(store.domains)} domains ({', '.join(store.domains)})"),
+            ("data", f"{volumes} volumes of {domains} domains ({', '.join(store.domains)})"),
             ("data", f"their shortest edges are {min(edges)} to {max(edges)} latent voxels, a crop's is "
                      f"{model.latent_size}"),
         ]  # fmt: skip
@@ -62,16 +70,21 @@ def format_plan(
         return " + ".join(["reconstruction", *["MFTD"] * objective.mftd, *["SiQC"] * objective.siqc])
 
     with torch.device("meta"):
-        rows += describe_run(MeDUETPretraining(config), config, processes, local, losses)
+        task = MeDUETPretraining(config)
+    rows += describe_run(task, config, processes, local, losses)
+    check_start(task, config, output, identity, resume, processes)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
     listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
     total = si(estimate.total, "B")
     rows.append(("memory", f"{total} a GPU: {listed} (estimated; CUDA takes 2 GB more)"))
     rows.append(("disk", f"{config.keep_checkpoints} checkpoints of {si(_CHECKPOINT_BYTES * count, 'B')}"))
+    rows += [("warning", doubt) for doubt in config.doubts(domains)]
     return format_rows(rows)
 
 
-def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
+def print_plan(
+    config: PretrainConfig, data: Path | None = None, output: Path | None = None, resume: bool = False
+) -> None:
     """Print the plan of a run for the processes that torchrun started, once.
 
     Raises:
@@ -79,7 +92,8 @@ def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
     """
     processes = launch_number("WORLD_SIZE", 1)
     if launch_number("RANK", 0) == 0:
-        print(format_plan(config, data, processes, launch_number("LOCAL_WORLD_SIZE", processes)))
+        local = launch_number("LOCAL_WORLD_SIZE", processes)
+        print(format_plan(config, data, processes, local, output, resume))
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:

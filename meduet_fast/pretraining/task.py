@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meduet_fast.data.augment import augment
-from meduet_fast.engine.optimizer import cosine, update_average
+from meduet_fast.engine.optimizer import update_average
 from meduet_fast.engine.task import Batch, Task
 from meduet_fast.kernels import random_mix_mask
 from meduet_fast.models import MeDUET
@@ -90,9 +90,7 @@ class MeDUETPretraining(Task):
 
     def after_step(self, step: int) -> None:
         """Let the teacher follow, and erase the domains from the content of both, if that was asked for."""
-        optimizer, last = self.config.optimizer, max(self.config.steps - 1, 1)
-        momentum = cosine(optimizer.teacher_momentum, optimizer.final_teacher_momentum, step / last)
-        update_average(self.teacher, self.student, momentum)
+        update_average(self.teacher, self.student, self.config.teacher_momentum(step))
         if self.domain_means is not None:
             self.domain_means.step(
                 *(model.disentangled_factorizer.proj_c.weight for model in (self.student, self.teacher))

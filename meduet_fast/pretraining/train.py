@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader, lost_reader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
+from meduet_fast.engine.distributed import launch_number
 from meduet_fast.errors import UserError
 
 from .config import PretrainConfig
@@ -73,7 +75,11 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
     """
 
     def make() -> tuple[MeDUETPretraining, LatentCrops]:
-        crops = LatentCrops(LatentStore.open(data), config)
+        store = LatentStore.open(data)
+        crops = LatentCrops(store, config)
+        if launch_number("RANK", 0) == 0:
+            for doubt in config.doubts(len(store.domains)):
+                print(f"warning: {doubt}", file=sys.stderr)
         return MeDUETPretraining(config), crops
 
     return fit(make, config, output, resume, partial(lost_reader, data))

@@ -18,6 +18,7 @@ from meduet_fast.engine.metrics import METRICS_FILE, first_and_last, read_metric
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
+from meduet_fast.pretraining.config import doubts
 from meduet_fast.probing import (
     FactorTable,
     ProbeResult,
@@ -32,7 +33,7 @@ from meduet_fast.progress import track
 from .curves import HEADLINE_LOSS, Records
 from .pictures import Side, choose_pairs, make_sides, prepared_image
 
-RECIPE = 2  # raised when the code makes other reports of the same run, so that earlier ones count as stale
+RECIPE = 3  # raised when the code makes other reports of the same run, so that earlier ones count as stale
 # The average of the weights over the last steps: steadier than the student, and what users take downstream.
 NETWORK = "teacher"
 
@@ -58,6 +59,12 @@ class ReportInputs:
     step: int
     store: LatentStore
     tokenizer: Tokenizer | None
+
+    def doubts(self) -> list[str]:
+        """Return what the run warned about at its start."""
+        optimizer = self.config["optimizer"]
+        momenta = optimizer["teacher_momentum"], optimizer["final_teacher_momentum"]
+        return doubts(self.config["steps"], *momenta, len(self.store.domains))
 
     def identity(self) -> str:
         """Compute the SHA-256 (hex) of all that a report depends on."""

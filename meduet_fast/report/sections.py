@@ -38,11 +38,12 @@ def headline(findings: Findings) -> str:
     return "\n".join(lines)
 
 
-def summary(findings: Findings) -> str:
-    """Write the headline tables."""
+def summary(inputs: ReportInputs, findings: Findings) -> str:
+    """Write what the run's settings give to think about, and the headline tables."""
     first, last = findings.loss
     panel = LOSS_PANELS[HEADLINE_LOSS]
-    body = table(
+    body = "".join(paragraph(f"Warning: {doubt}.") for doubt in inputs.doubts())
+    body += table(
         f"{panel.title} ({panel.unit})",
         ["", "first tenth of the run", "last tenth", "last / first"],
         [[HEADLINE_LOSS, f"{first:.3f}", f"{last:.3f}", f"{last / first:.2f}" if first else ""]],

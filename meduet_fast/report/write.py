@@ -86,7 +86,7 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
         f"Pretraining report: {inputs.run.resolve().name}",
         f"MeDUET after {inputs.step} steps on {len(domains)} domains",
         {
-            "Summary": sections.summary(findings),
+            "Summary": sections.summary(inputs, findings),
             "Losses": sections.losses(losses, panels),
             "Separation": sections.separation(findings, scatter if findings.table is not None else None),
             "Pictures": sections.pictures(findings, pairs),
