@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meduet_fast"
 
 # What each room may import, from the lowest to the highest; all may import the package itself (its version).
-BASE = ["errors", "files", "lock", "settings", "devices", "connections", "progress"]
+BASE = ["errors", "files", "lock", "settings", "devices", "connections", "progress", "weight_files"]
 MAY_IMPORT = {
     "errors": [],
     **{name: ["errors"] for name in BASE[1:]},

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
+from meduet_fast.weight_files import METADATA, find_weights, misfit, read_file, weight_file
 
 from .autoencoder import MAISI, Architecture, Tokenizer
 
 BUILTIN = "builtin"
 BUILTIN_WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 FORMAT = "meduet-fast tokenizer 1"
-# What training programs wrap a state dict in.
-_WRAPPERS = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model")
-_SHOWN = 3
 
 
 def load_tokenizer(spec: str = BUILTIN, device: torch.device | str = "cpu") -> Tokenizer:
     """Load the tokenizer that ``spec`` names.
+
+    MAISI's is ``autoencoder.pt`` of MONAI's maisi_ct_generative bundle (spec section 1), or its state dict in
+    any file and wrapping that :mod:`meduet_fast.weight_files` reads.
 
     Args:
         spec: "builtin", or the path of a ``.safetensors`` file written by ``meduet-fast train-tokenizer``,
@@ -35,41 +35,16 @@ def load_tokenizer(spec: str = BUILTIN, device: torch.device | str = "cpu") -> T
         device: where its weights go and its work is done.
 
     Raises:
-        UserError: if there is no such file, or it holds no weights of the expected kind.
+        UserError: if there is no such file, it can't be read, or it holds no weights of the expected kind.
     """
     if spec == BUILTIN:
-        return load_safetensors(BUILTIN_WEIGHTS, name=BUILTIN).to(device)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UserError(f"tokenizer {spec!r}: expected 'builtin' or the path of a file, found no such file")
-    return (load_safetensors(path) if path.suffix == ".safetensors" else load_maisi(path)).to(device)
-
-
-def load_maisi(path: Path) -> Tokenizer:
-    """Load MAISI's tokenizer from ``autoencoder.pt`` of MONAI's maisi_ct_generative bundle (spec section 1).
-
-    The state dict may be wrapped in a dict, as training programs do. Every key and shape is checked.
-
-    Raises:
-        UserError: if the file cannot be read, holds anything but tensors and plain values, or other weights.
-    """
+        return _read(BUILTIN_WEIGHTS, BUILTIN).to(device)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # the unpickler fails in many ways on a foreign file; all mean the same
-        raise UserError(
-            f"{path}: expected a PyTorch file with nothing but weights (MAISI's autoencoder.pt), found none: "
-            + str(error).partition("\n")[0]
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    network = MAISI.build()
-    _load_weights(network, content, path, "MAISI's autoencoder")
-    # Four times the work per voxel of the built-in one, and the memory with it.
-    return Tokenizer(MAISI, network, "maisi", window=96)
+        path = Path(spec).expanduser()
+        file = weight_file(path)
+    except (RuntimeError, UserError) as error:  # the former for the home of nobody
+        raise UserError(f"tokenizer {spec!r}: expected 'builtin' or the path of a file: {error}") from error
+    return _read(file, "trained").to(device)
 
 
 def save_safetensors(
@@ -79,7 +54,7 @@ def save_safetensors(
     metrics: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> None:
-    """Write a tokenizer, whole or not at all, that :func:`load_safetensors` reads.
+    """Write a tokenizer, whole or not at all, that :func:`load_tokenizer` reads.
 
     Args:
         path: the file.
@@ -102,81 +77,39 @@ def save_safetensors(
         save_file(weights, temporary, metadata)
 
 
-def load_safetensors(path: Path, name: str = "trained") -> Tokenizer:
-    """Load a tokenizer that :func:`save_safetensors` wrote.
+def _read(path: Path, name: str) -> Tokenizer:
+    """Read a tokenizer of ours, whose identity begins with ``name``, or MAISI's."""
+    content = dict(read_file(path))
+    metadata = content.pop(METADATA, {})
+    architecture, window, tensors = MAISI, 96, content
+    try:
+        if metadata.get("format") == FORMAT:
+            architecture, window = _architecture(metadata.get("architecture")), 128
+            expected = "the architecture in its header"
+        else:
+            # Four times the work per voxel of the built-in one, and the memory with it: hence its window.
+            name, expected = "maisi", "MAISI's autoencoder (nor has it the header of train-tokenizer)"
+            tensors = find_weights(content, MAISI.build().state_dict().keys()).tensors
+        network = architecture.build()
+        if problems := misfit(tensors, network.state_dict()):
+            raise ValueError(f"these are not the weights of {expected}: {problems}")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    network.load_state_dict(tensors)
+    return Tokenizer(architecture, network, name, window=window)
 
-    Args:
-        path: the file.
-        name: first part of the tokenizer's identity.
+
+def _architecture(sizes: Any) -> Architecture:
+    """Return what the header of a tokenizer file describes.
 
     Raises:
-        UserError: if the file cannot be read, is none of ours, or is damaged.
+        ValueError: if no network can be built of it.
     """
-    metadata = read_metadata(path)
     try:
-        sizes = json.loads(metadata["architecture"])
         values: Any = {item.name: sizes[item.name] for item in fields(Architecture)}
         values |= {name: tuple(values[name]) for name in ("num_channels", "num_res_blocks")}
         architecture = Architecture(**values)
-        network = architecture.build()
+        architecture.build()
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: damaged tokenizer file, unusable architecture: {error!r}") from error
-    with safe_open(path, framework="pt") as stored:
-        weights = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dict)
-    _load_weights(network, weights, path, "the architecture in its header")
-    return Tokenizer(architecture, network, name)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read a tokenizer file's header: format, architecture, metrics and training, the last three as JSON.
-
-    Raises:
-        UserError: if the file cannot be read or is none of ours.
-    """
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = dict(stored.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: expected a tokenizer written by train-tokenizer ({FORMAT!r} in its header), "
-            f"found {metadata.get('format')!r}"
-        )
-    return metadata
-
-
-def _load_weights(network: nn.Module, weights: Any, path: Path, expected: str) -> None:
-    """Copy ``weights`` into ``network`` if every key and shape is right, else say which are not."""
-    if not isinstance(weights, Mapping):
-        raise UserError(
-            f"{path}: expected a dict with the weights of {expected}, found {type(weights).__name__}"
-        )
-    own = network.state_dict()
-    found = {str(key): value for key, value in weights.items()}
-    what = {
-        key: str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-        for key, value in found.items()
-    }
-    problems = {
-        "missing": [key for key in own if key not in found],
-        "unexpected": [key for key in found if key not in own],
-        "wrong": [
-            f"{key} ({what[key]}, expected {tuple(weight.shape)})"
-            for key, weight in own.items()
-            if key in found and what[key] != str(tuple(weight.shape))
-        ],
-        "not finite": [
-            key
-            for key in own
-            if key in found and isinstance(found[key], Tensor) and not found[key].isfinite().all()
-        ],
-    }
-    said = [
-        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
-        for kind, keys in problems.items()
-        if keys
-    ]
-    if said:
-        raise UserError(f"{path}: these are not the weights of {expected}; keys {'; '.join(said)}")
-    network.load_state_dict(found)
+        raise ValueError(f"damaged tokenizer file, unusable architecture: {error!r}") from error
+    return architecture

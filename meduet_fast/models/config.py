@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from meduet_fast.settings import POSITIVE, check_numbers
+
+# Heads of the published network, by width of its blocks.
+PUBLISHED_HEADS: dict[str, dict[int, int]] = {"num_heads": {768: 12}, "decoder_num_heads": {384: 12}}
+# Settings that leave no trace in the weights, and their types.
+TRACELESS: dict[str, Any] = {"num_heads": int, "decoder_num_heads": int, "layer_norm_eps": float}
+# The weight that shows a size, the axis that does, and how many axes it has.
+SHOWN_BY = {
+    "embed_dim": ("embed_layer.proj.weight", 0, 5),
+    "in_channels": ("embed_layer.proj.weight", 1, 5),
+    "patch_size": ("embed_layer.proj.weight", 2, 5),
+    "latent_size": ("pos_embed", 1, 3),
+    "depth": ("blocks.0.norm1.weight", 0, 1),
+    "mlp_ratio": ("blocks.0.mlp.fc1.weight", 0, 2),
+    "decoder_embed_dim": ("decoder_embed.weight", 0, 2),
+    "decoder_depth": ("decoder_blocks.0.norm1.weight", 0, 1),
+    "num_domains": ("domain_classifier.domain_classifier_c.4.bias", 0, 1),
+    "style_ratio": ("disentangled_factorizer.proj_s.weight", 0, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -82,38 +101,127 @@ class MeDUETConfig:
         return self.patch_size**3 * self.in_channels
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> MeDUETConfig:
-        """Read the sizes off a state dict with the published names.
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        beside: Mapping[str, Any] | None = None,
+        num_heads: int | None = None,
+        decoder_num_heads: int | None = None,
+    ) -> MeDUETConfig:
+        """Read the sizes off a state dict with the published names, and what stands beside it.
 
-        Numbers of heads leave no trace in the weights: the published 12 and 12 are taken.
+        Heads leave no trace in weights. Where they are neither given nor beside, 768 and 384 wide blocks have
+        the published 12 and 12, and no others have any.
+
+        Args:
+            state: the state dict.
+            beside: plain values that were saved with it, under dotted names; see :func:`stated`.
+            num_heads: of the encoder.
+            decoder_num_heads: of the decoder.
 
         Raises:
-            ValueError: naming the first missing key, or sizes that do not fit together.
+            ValueError: naming the first missing key, sizes that do not fit together, or heads that are not
+                certain or contradict each other.
         """
-
-        def count(prefix: str) -> int:
-            indices = {int(key.split(".")[1]) for key in state if key.startswith(prefix + ".")}
-            if indices != set(range(len(indices))) or not indices:
-                raise ValueError(f"not a MeDUET state dict: {prefix}.N found for N in {sorted(indices)}")
-            return len(indices)
-
-        try:
-            embed_dim, in_channels, patch_size = state["embed_layer.proj.weight"].shape[:3]
-            num_tokens = state["pos_embed"].shape[1] - 1
-            grid = round(num_tokens ** (1 / 3))
-            if grid**3 != num_tokens:
-                raise ValueError(f"pos_embed has {num_tokens} positions after CLS, expected a cubic number")
-            return cls(
-                latent_size=grid * patch_size,
-                patch_size=patch_size,
-                in_channels=in_channels,
-                embed_dim=embed_dim,
-                depth=count("blocks"),
-                decoder_embed_dim=state["decoder_embed.weight"].shape[0],
-                decoder_depth=count("decoder_blocks"),
-                mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-                num_domains=state["domain_classifier.domain_classifier_c.4.bias"].shape[0],
-                style_ratio=state["disentangled_factorizer.proj_s.weight"].shape[0] / embed_dim,
+        sizes = read_sizes(state)
+        for name, (key, _, _) in SHOWN_BY.items():
+            if name not in sizes:
+                raise ValueError(f"not a MeDUET state dict: {key!r} is missing")
+        said = stated(beside or {}, sizes)
+        sizes |= {name: min(values) for name, values in said.items() if len(values) == 1}
+        sizes |= {"num_heads": num_heads} if num_heads else {}
+        sizes |= {"decoder_num_heads": decoder_num_heads} if decoder_num_heads else {}
+        unknown = {}
+        for name, published in PUBLISHED_HEADS.items():
+            width = sizes[name.replace("num_heads", "embed_dim")]
+            if name not in sizes and name not in said and width in published:
+                sizes[name] = published[width]
+            elif name not in sizes:
+                choice = f" ({' or '.join(map(str, sorted(said[name])))}?)" if name in said else ""
+                unknown[name] = f"{name} of {width} wide blocks{choice}"
+        if unknown:
+            raise ValueError(
+                "heads leave no trace in weights, and nothing saved with these settles "
+                f"{' and '.join(unknown.values())}: give {' and '.join(f'{name}=' for name in unknown)}"
             )
-        except KeyError as error:
-            raise ValueError(f"not a MeDUET state dict: {error} is missing") from error
+        config = cls(**sizes)
+        config.check_stated(said)
+        return config
+
+    def check_stated(self, said: Mapping[str, set[Any]]) -> None:
+        """Refuse weights beside which something else stands.
+
+        Args:
+            said: see :func:`stated`.
+
+        Raises:
+            ValueError: naming both values.
+        """
+        for name, values in said.items():
+            if getattr(self, name) not in values:
+                listed = " and ".join(map(str, sorted(values)))
+                raise ValueError(f"{name} is {getattr(self, name)}, beside the weights stands {listed}")
+
+
+def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read what sizes a state dict with the published names shows, perhaps of the encoder alone.
+
+    Returns:
+        Values by the names of :class:`MeDUETConfig`, without those whose weights are not there.
+
+    Raises:
+        ValueError: if there is no patch embedding, a block is missing, or a weight can't be what its name
+            says.
+    """
+    sizes: dict[str, Any] = {}
+    for name, (key, axis, dimensions) in SHOWN_BY.items():
+        if key in state:
+            if state[key].ndim != dimensions:
+                raise ValueError(f"{key} has shape {tuple(state[key].shape)}, expected {dimensions} axes")
+            sizes[name] = state[key].shape[axis]
+    if "embed_dim" not in sizes:
+        raise ValueError(f"not a MeDUET state dict: {SHOWN_BY['embed_dim'][0]!r} is missing")
+    for name in {"mlp_ratio", "style_ratio"} & sizes.keys():
+        sizes[name] /= sizes["embed_dim"]
+    if "latent_size" in sizes:
+        positions = sizes["latent_size"] - 1
+        grid = round(positions ** (1 / 3))
+        if grid**3 != positions:
+            raise ValueError(f"pos_embed has {positions} positions after CLS, expected a cubic number")
+        sizes["latent_size"] = grid * sizes["patch_size"]
+    for name, blocks in (("depth", "blocks"), ("decoder_depth", "decoder_blocks")):
+        found = {key.split(".")[1] for key in state if key.startswith(f"{blocks}.")}
+        if found != {str(index) for index in range(len(found))}:
+            raise ValueError(f"not a MeDUET state dict: {blocks}.N found for N in {sorted(found)}")
+        if found:
+            sizes[name] = len(found)
+    return sizes
+
+
+def stated(beside: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, set[Any]]:
+    """Find what leaves no trace in weights, among the plain values beside them.
+
+    Args:
+        beside: values under dotted names; where one ends in ``num_heads``, its neighbours are sizes of the
+            same network.
+        sizes: what the weights show.
+
+    Returns:
+        The values found of each such setting; one is certain, several contradict each other.
+
+    Raises:
+        ValueError: if the neighbours are those of another network.
+    """
+    found: dict[str, set[Any]] = {}
+    for key, value in beside.items():
+        name = key.rpartition(".")[2]
+        if name not in TRACELESS or isinstance(value, bool) or not isinstance(value, TRACELESS[name]):
+            continue
+        for other in ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth"):
+            neighbour = beside.get(key.removesuffix(name) + other, sizes.get(other))
+            if other in sizes and neighbour != sizes[other]:
+                raise ValueError(
+                    f"{key} stands beside {other} {neighbour}, the weights have {other} {sizes[other]}"
+                )
+        found.setdefault(name, set()).add(value)
+    return found

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
+from meduet_fast.weight_files import MODEL_FILE
 
-from .meduet import MODEL_FILE, MeDUET
+from .meduet import MeDUET
 from .monai_names import to_monai_unetr, to_monai_vit
+from .published import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 ExportFormat = Literal["meduet", "reference", "monai-vit", "unetr"]
 
 

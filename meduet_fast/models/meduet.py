@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,13 @@ from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution
 from meduet_fast.layers import PatchEmbed3d
+from meduet_fast.weight_files import METADATA, Weights, misfit, read_file, weight_file
 
 from .blocks import Block, residual_stream, sincos_positions
-from .config import MeDUETConfig
+from .config import MeDUETConfig, read_sizes, stated
+from .published import find_published, read_published
 
 PUBLISHED_TEMPERATURE = 0.07
-MODEL_FILE = "model.safetensors"  # in a folder that `meduet-fast export` wrote
 
 
 class Factors(NamedTuple):
@@ -244,38 +245,73 @@ class MeDUET(nn.Module):
         return self.factorize(self.encode(tokens))
 
     @classmethod
-    def from_reference(cls, state: Mapping[str, Tensor], config: MeDUETConfig | None = None) -> MeDUET:
-        """Load a published checkpoint's state dict.
-
-        A ``module.`` prefix and the dead 2D ``patch_embed`` are ignored.
+    def from_reference(
+        cls,
+        source: Mapping[str, Any] | Path | str,
+        config: MeDUETConfig | None = None,
+        *,
+        num_heads: int | None = None,
+        decoder_num_heads: int | None = None,
+    ) -> MeDUET:
+        """Load a published checkpoint, or anything else with the published names.
 
         Args:
-            state: the state dict.
-            config: sizes; read off the state dict if None, with the published 12 heads.
+            source: a state dict, perhaps wrapped as training programs do, see
+                :func:`~meduet_fast.weight_files.find_weights`; or the path of a file with one, see
+                :func:`~meduet_fast.weight_files.read_file`; or a folder's with it as ``model.safetensors``.
+            config: sizes; read off the weights if None. What leaves no trace there, heads and the LayerNorms'
+                epsilon, is taken from what stands beside them (an entry such as ``config`` or ``args``,
+                metadata of safetensors, ``config.json`` beside the file); if nothing does, blocks of the
+                published widths 768 and 384 have the published 12 heads.
+            num_heads: of the encoder, where nothing says.
+            decoder_num_heads: of the decoder, where nothing says.
 
         Raises:
-            ValueError: naming missing, unexpected or wrongly shaped keys.
+            ValueError: naming missing, unexpected, wrongly shaped or non-finite weights, or heads that are
+                not certain or contradict each other.
+            UserError: the same of a file, named.
         """
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        state = {key: value for key, value in state.items() if not key.startswith("patch_embed.")}
-        model = cls(config or MeDUETConfig.from_state_dict(state))
-        expected = model.to_reference()
-        problems = [f"missing {key}" for key in expected if key not in state]
-        problems += [f"unexpected {key}" for key in state if key not in expected]
-        problems += [
-            f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-            for key in expected
-            if key in state and state[key].shape != expected[key].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError("not this model's reference state dict: " + "; ".join(problems[:5]) + more)
-        model.load_state_dict({**state, "siqc_log_scale": model.siqc_log_scale.detach()})
+        if isinstance(source, Mapping):
+            return cls._from_weights(find_published(source), config, num_heads, decoder_num_heads)
+        file, weights = read_published(Path(source))
+        try:
+            return cls._from_weights(weights, config, num_heads, decoder_num_heads)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from error
+
+    @classmethod
+    def _from_weights(
+        cls,
+        weights: Weights,
+        config: MeDUETConfig | None,
+        num_heads: int | None,
+        decoder_num_heads: int | None,
+    ) -> MeDUET:
+        try:
+            if config is None:
+                config = MeDUETConfig.from_state_dict(
+                    weights.tensors, weights.beside, num_heads, decoder_num_heads
+                )
+            else:
+                config.check_stated(stated(weights.beside, read_sizes(weights.tensors)))
+            model = cls(config)
+            if problems := misfit(weights.tensors, model.to_reference()):
+                raise ValueError(f"not this model's reference state dict: {problems}")
+        except ValueError as error:
+            raise ValueError(f"{error}{weights.described()}") from error
+        model.load_state_dict({**weights.tensors, "siqc_log_scale": model.siqc_log_scale.detach()})
         return model
 
     def to_reference(self) -> dict[str, Tensor]:
-        """Return the state dict with the published names, shapes and values."""
-        return {key: value for key, value in self.state_dict().items() if key != "siqc_log_scale"}
+        """Return the state dict with the published names, shapes and values.
+
+        The sizes, heads among them, are where PyTorch's state dicts have their modules' versions: they go
+        along through ``torch.save``, and nobody else is bothered by them.
+        """
+        state = self.state_dict()
+        del state["siqc_log_scale"]
+        state._metadata[""]["meduet_config"] = asdict(self.config)  # type: ignore[attr-defined]
+        return state
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write one safetensors file: weights, and the sizes in its metadata. Atomic.
@@ -300,19 +336,17 @@ class MeDUET(nn.Module):
         Raises:
             UserError: naming the file, if it is absent, damaged or not a MeDUET model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if path.is_dir():
-            path /= MODEL_FILE
+        file = weight_file(Path(path))
+        content = dict(read_file(file))
+        sizes = content.pop(METADATA, {}).get("meduet_config")
+        if not isinstance(sizes, dict):
+            hint = "; MeDUET.from_reference reads the published names" if "mask_token" in content else ""
+            raise UserError(f"{file}: not a MeDUET model: no 'meduet_config' in its metadata{hint}")
         try:
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {})["meduet_config"])
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            model = cls(MeDUETConfig(**config))
-            model.load_state_dict(state)
-        except KeyError as error:
-            raise UserError(f"{path}: not a MeDUET model: no {error} in its metadata") from error
-        except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path}: not a readable MeDUET model: {error}") from error
+            model = cls(MeDUETConfig(**sizes))
+            if problems := misfit(content, model.state_dict()):
+                raise ValueError(problems)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{file}: not a readable MeDUET model: {error}") from error
+        model.load_state_dict(content)
         return model

@@ -26,8 +26,8 @@ from meduet_fast.autoencoder.train import (
     held_out_crops,
     train_tokenizer,
 )
-from meduet_fast.autoencoder.weights import read_metadata
 from meduet_fast.errors import UserError
+from meduet_fast.weight_files import METADATA, read_file
 
 TINY = TokenizerTrainingConfig(
     steps=30, crop_size=16, num_channels=(8, 8, 8), num_res_blocks=(1, 1, 1), learning_rate=1e-3, device="cpu"
@@ -69,7 +69,7 @@ def test_training_lowers_the_loss_and_writes_a_tokenizer(volumes: Path, tmp_path
     latents = tokenizer.encode(image()[None])
     assert latents.shape == (1, 4, 12, 12, 12)
     assert tokenizer.decode(latents).shape == (1, 1, 48, 48, 48)
-    assert '"steps": 30' in read_metadata(output)["training"]
+    assert read_file(output)[METADATA]["training"]["steps"] == 30
     assert list(output.parent.iterdir()) == [output]
 
 

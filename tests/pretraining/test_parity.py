@@ -157,20 +157,21 @@ def test_checkpoint_round_trip(golden: Golden) -> None:
 
 
 def test_sizes_are_read_off_the_weights(golden: Golden) -> None:
-    inferred = MeDUETConfig.from_state_dict(golden.under("student/"))
-    # Heads leave no trace: the published 12 are taken where the golden model has 4.
-    assert inferred == MeDUETConfig(**{**vars(golden.config), "num_heads": 12, "decoder_num_heads": 12})
+    heads = golden.config.num_heads, golden.config.decoder_num_heads
+    assert MeDUETConfig.from_state_dict(golden.under("student/"), {}, *heads) == golden.config
+    with pytest.raises(ValueError, match=r"48 wide .* 24 wide .*: give num_heads= and decoder_num_heads="):
+        MeDUETConfig.from_state_dict(golden.under("student/"))
     published = MeDUET(MeDUETConfig(depth=1, decoder_depth=1))
     assert MeDUET.from_reference(published.to_reference()).config == published.config
 
 
 def test_wrong_state_dicts_are_refused_by_name(golden: Golden) -> None:
     state = golden.under("student/")
-    with pytest.raises(ValueError, match=r"missing norm\.bias"):
+    with pytest.raises(ValueError, match=r"1 missing: norm\.bias"):
         MeDUET.from_reference(
             {key: value for key, value in state.items() if key != "norm.bias"}, golden.config
         )
-    with pytest.raises(ValueError, match=r"unexpected extra\.weight"):
+    with pytest.raises(ValueError, match=r"1 unexpected: extra\.weight"):
         MeDUET.from_reference({**state, "extra.weight": torch.zeros(1)}, golden.config)
     with pytest.raises(ValueError, match=r"norm\.bias has shape \(47,\), expected \(48,\)"):
         MeDUET.from_reference({**state, "norm.bias": torch.zeros(47)}, golden.config)
