@@ -1,20 +1,28 @@
-"""Find and close the network connections of this process, by looking at its file descriptors."""
+"""Look at the file descriptors of this process: find and close its network connections."""
 
 from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 
+def descriptors() -> list[int]:
+    """List this process's open file descriptors."""
+    return [int(item.name) for item in Path("/dev/fd").iterdir()]
+
+
 def connections() -> Iterator[tuple[int, socket.socket]]:
     """Yield each TCP connection's descriptor, and a socket of it that is closed afterwards."""
-    for descriptor in [int(item.name) for item in Path("/dev/fd").iterdir()]:
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6):
-                yield descriptor, connection
+    for descriptor in descriptors():
+        with suppress(OSError):  # the listing's own, closed since
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        yield descriptor, connection
 
 
 def close_inherited() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor, from_numpy
 from torch.utils.data import Dataset
 
@@ -85,6 +86,16 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         self._by_domain = np.argsort(domain, kind="stable")  # (volumes,), grouped by domain
         self._count = np.bincount(domain)  # (domains,)
         self._first = np.cumsum(self._count) - self._count  # (domains,), places in _by_domain
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of every entry of a batch."""
+        size, channels = self.batch_size, self.store.index.channels
+        return {
+            "latents": ((size, channels, *(self.crop_size,) * 3), torch.bfloat16),
+            "domain": ((size,), torch.int64),
+            "volume": ((size,), torch.int64),
+            "start": ((size, 3), torch.int64),
+        }
 
     def plan(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw a batch without reading it: domain (B,), volume (B,), start (B, 3), all int64.

@@ -59,7 +59,6 @@ def fit(
     config: EngineConfig,
     output: Path,
     resume: bool = False,
-    explain: Callable[[BaseException], str | None] = lambda error: None,
 ) -> FitResult:
     """Train a task.
 
@@ -73,7 +72,6 @@ def fit(
             ``metrics.rankN.jsonl``), ``tensorboard/``, ``run.json``.
         resume: go on from the last checkpoint, if there is one; the result is that of a run never stopped, on
             another number of processes to rounding.
-        explain: what an error of the data's readers means, if it is one.
 
     Raises:
         UserError: for bad settings, data that do not fit or can't be read, a folder in use, a non-finite
@@ -83,7 +81,7 @@ def fit(
     with (
         StopRequest() as stop,
         join_world(config.device, config.timeout_s) as world,
-        _in_one_line(output, stop, explain),
+        _in_one_line(output),
         FolderLock(output) if world.rank == 0 else nullcontext() as lock,
     ):
         set_attention_backend(config.attention, world.device)
@@ -211,17 +209,10 @@ def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float
 
 
 @contextmanager
-def _in_one_line(
-    output: Path, stop: StopRequest, explain: Callable[[BaseException], str | None]
-) -> Iterator[None]:
-    """Turn what the operating system or a reader's death raises into a user's error that names the run."""
+def _in_one_line(output: Path) -> Iterator[None]:
+    """Turn what the operating system raises into a user's error that names the run."""
     try:
         yield
-    except Exception as error:
-        stop.ignore_children()
-        what = explain(error)
-        if what is None and isinstance(error, OSError):
-            what = error.strerror or str(error)
-        if what is None:
-            raise
+    except OSError as error:
+        what = error.strerror or str(error)
         raise UserError(f"{output}: {what}; {last_good(output / 'checkpoints')}") from error

@@ -32,10 +32,6 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def ignore_children(self) -> None:
-        """Ignore lost readers from now on: the run has failed, and PyTorch's handler would raise anywhere."""
-        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if not launched():

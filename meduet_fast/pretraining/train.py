@@ -6,13 +6,12 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from meduet_fast.data.crops import CropBatches
-from meduet_fast.data.loader import crop_loader, lost_reader
+from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
 from meduet_fast.engine.distributed import launch_number
@@ -40,7 +39,7 @@ class LatentCrops(Batches):
                 f"{store.path}: {len(store.domains)} domains ({', '.join(store.domains)}), "
                 f"model.num_domains is {config.model.num_domains}; raise it"
             )
-        self._store, self._workers, self.path = store, config.workers, store.path
+        self._store, self._config, self.path = store, config, store.path
         entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
         self.identity = hashlib.sha256(entries.encode()).hexdigest()
         self._batches = CropBatches(
@@ -51,7 +50,7 @@ class LatentCrops(Batches):
         """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
         loader = crop_loader(
             self._batches, rank=rank, world_size=size, start_step=first, total_steps=last,
-            workers=self._workers, pin_memory=pin,
+            workers=self._config.workers, pin_memory=pin, timeout_s=self._config.timeout_s,
         )  # fmt: skip
         return iter(loader)
 
@@ -82,4 +81,4 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
                 print(f"warning: {doubt}", file=sys.stderr)
         return MeDUETPretraining(config), crops
 
-    return fit(make, config, output, resume, partial(lost_reader, data))
+    return fit(make, config, output, resume)

@@ -1,33 +1,60 @@
 from __future__ import annotations
 
+import os
 import re
+import resource
+import signal
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from meduet_fast.connections import descriptors
+from meduet_fast.data import loader as loader_module
 from meduet_fast.data.crops import CropBatches
-from meduet_fast.data.loader import crop_loader, lost_reader
+from meduet_fast.data.loader import AHEAD, SPARE_DESCRIPTORS, crop_loader
+from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 
 from .conftest import THREE_DOMAINS, MakeStore, small
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.fixture
+def batches(make_store: MakeStore) -> CropBatches:
+    return small(make_store(THREE_DOMAINS)[0])
+
+
+def assert_right(found: list[dict[str, torch.Tensor]], batches: CropBatches, numbers: range) -> None:
+    assert len(found) == len(numbers)
+    for number, batch in zip(numbers, found, strict=True):
+        wanted = batches[number]
+        assert batch.keys() == wanted.keys() == batches.layout().keys()
+        assert all(torch.equal(batch[key], wanted[key]) for key in wanted)
+
+
+def children() -> set[str]:
+    """Living processes that this one started."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in path.read_text().split():
+            if "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]:
+                found.add(pid)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_the_loader_gives_the_same_batches_whatever_start_and_workers(
-    make_store: MakeStore, workers: int
+    batches: CropBatches, workers: int
 ) -> None:
-    store, _ = make_store(THREE_DOMAINS)
-    whole = small(store)
     for rank in (0, 1):
-        loader = crop_loader(
-            small(store), rank=rank, world_size=2, start_step=4, total_steps=10, workers=workers
-        )
-        batches = list(loader)
-        assert len(loader) == len(batches) == 3
-        for number, batch in zip(range(4 + rank, 10, 2), batches, strict=True):
-            assert batch.keys() == whole[number].keys()
-            assert all(torch.equal(batch[key], whole[number][key]) for key in batch)
+        loader = crop_loader(batches, rank=rank, world_size=2, start_step=4, total_steps=24, workers=workers)
+        assert len(loader) == 10
+        assert_right(list(loader), batches, range(4 + rank, 24, 2))
+        assert_right(list(loader), batches, range(4 + rank, 24, 2))
 
 
 def test_one_core_reads_five_thousand_published_crops_a_second(make_store: MakeStore) -> None:
@@ -42,31 +69,144 @@ def test_one_core_reads_five_thousand_published_crops_a_second(make_store: MakeS
     assert crops / min(seconds) > 5000
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "was killed by signal Killed (out",
-        ),
-        (RuntimeError("Pin memory thread exited unexpectedly"), "ended without a word (out of memory?)"),
-        (
-            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-            "ended without a word (out of memory?)",
-        ),
-        (
-            UserError("checkpoint not written: DataLoader worker (pid 7) is killed by signal: Bus error. It"),
-            "Bus error (out",
-        ),
-    ],
-)
-def test_a_killed_reader_is_told_from_other_errors(
-    make_store: MakeStore, error: Exception, said: str
+def test_readers_need_no_shared_files_and_no_temporary_folder(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, _ = make_store(THREE_DOMAINS)
-    assert said in str(lost_reader(store.path, error))
-    assert lost_reader(store.path, RuntimeError("something else")) is None
-    assert lost_reader(store.path, BrokenPipeError()) is None
-    damaged = store.path / store.entries[0].file
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert re.search(rf"\({re.escape(str(damaged))}: .*truncated", str(lost_reader(store.path, error)))
+    """Nothing in /dev/shm, which Docker makes 64 MB small: tensors' files, nor semaphores."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, name, refuse)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    monkeypatch.setattr("tempfile.gettempdir", refuse)
+    assert_right(list(crop_loader(batches, total_steps=9, workers=2)), batches, range(9))
+
+
+@pytest.mark.parametrize(("room", "said"), [(2, "2 of 6 readers"), (0, "no readers, the run itself reads")])
+def test_few_descriptors_mean_fewer_readers(
+    batches: CropBatches, capfd: pytest.CaptureFixture[str], room: int, said: str
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(descriptors()) + SPARE_DESCRIPTORS + room - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        found = list(crop_loader(batches, total_steps=15, workers=6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_right(found, batches, range(15))
+    line = capfd.readouterr().err
+    assert line == (
+        f"{batches.store.path}: {said}: too few file descriptors: `ulimit -n` is {few}; raise it\n"
+    )
+
+
+@pytest.mark.parametrize(("owner", "name"), [("os", "fork"), ("mmap", "mmap")])
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_few_processes_or_little_memory_mean_fewer_readers(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    owner: str, name: str, allowed: int,
+) -> None:  # fmt: skip
+    module = getattr(loader_module, owner)
+    original, left = getattr(module, name), allowed * (AHEAD if name == "mmap" else 1)
+
+    def few(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(11, "Resource temporarily unavailable")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, few)
+    open_before = len(descriptors())
+    assert_right(list(crop_loader(batches, total_steps=9, workers=3)), batches, range(9))
+    said = capfd.readouterr().err
+    assert re.search(rf"{'2 of 3 readers' if allowed else 'no readers'}.*unavailable; raise the lim", said), (
+        said
+    )
+    assert said.count("\n") == 1
+    assert len(descriptors()) == open_before
+
+
+@pytest.mark.parametrize(
+    ("read", "state", "printed"),
+    [
+        (lambda *_: os.kill(os.getpid(), signal.SIGSTOP), r"is stopped \(SIGSTOP", ""),
+        (lambda *_: time.sleep(60), "waits", "in __getitem__"),
+    ],
+    ids=["stopped", "a disk that does not answer"],
+)
+def test_a_reader_that_hangs_is_named_after_the_time_out(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    read: Callable[..., None], state: str, printed: str,
+) -> None:  # fmt: skip
+    """Where it hangs is printed, too, unless it is stopped."""
+    before = children()
+    monkeypatch.setattr(LatentStore, "read_crops", read)
+    stream = iter(crop_loader(batches, total_steps=9, workers=2, timeout_s=0.5))
+    with pytest.raises(UserError) as raised:
+        next(stream)
+    path = re.escape(str(batches.store.path))
+    said = rf"^{path}: no batch for 0\.5 s \(timeout_s\): .* process \d+, {state}.*; batch 0 is of [abc]\d, "
+    assert re.search(said, str(raised.value)), raised.value
+    assert printed in capfd.readouterr().err
+    assert children() == before
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_reader_is_told_and_damaged_latents_are_named(
+    batches: CropBatches, number: signal.Signals
+) -> None:
+    path, before = batches.store.path, children()
+
+    def lose(workers: int, damage: Callable[[], object] = lambda: None) -> str:
+        stream = iter(crop_loader(batches, total_steps=50, workers=workers, timeout_s=20))
+        for _ in range(workers):  # all are at work
+            next(stream)
+        for reader in children() - before:
+            os.kill(int(reader), number)
+        damage()
+        with pytest.raises(UserError) as raised:
+            list(stream)
+        return str(raised.value)
+
+    killed = rf"^{re.escape(str(path))}: a reader of latents was killed by signal {signal.strsignal(number)} "
+    for workers in (1, 3):
+        assert re.search(killed + r"\(out of memory\?\)$", lose(workers))
+    damaged = path / batches.store.entries[0].file
+    cut = partial(os.truncate, damaged, damaged.stat().st_size - 1)
+    assert re.search(killed + rf"\({re.escape(str(damaged))}: .*truncated", lose(2, cut))
+
+
+def test_what_goes_wrong_in_a_reader_is_raised_here(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    (batches.store.path / batches.store.entries[0].file).unlink()
+    with pytest.raises(UserError, match=r"safetensors: listed in the index but missing"):
+        list(crop_loader(batches, total_steps=9, workers=2))
+    monkeypatch.setattr(LatentStore, "read_crops", crash)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)in a reader of latents.*crash.*ZeroDivisionError: a mistake"
+    ):
+        list(crop_loader(batches, total_steps=9, workers=2))
+
+
+def test_readers_outlive_signals_to_all_and_end_with_the_run(batches: CropBatches) -> None:
+    before = children()
+    stream = iter(crop_loader(batches, total_steps=9, workers=2))
+    found = [next(stream)]
+    for reader in children() - before:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            os.kill(int(reader), number)
+    found.extend(stream)
+    assert_right(found, batches, range(9))
+    assert children() == before
+    stream = iter(crop_loader(batches, total_steps=9, workers=2))
+    assert len(children() - before) == 2
+    del stream
+    assert children() == before
