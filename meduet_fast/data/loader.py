@@ -19,7 +19,8 @@ from meduet_fast.connections import close_inherited
 from meduet_fast.errors import UserError
 
 from .crops import CropBatches
-from .store import check_file, read_index
+from .store import check_file
+from .store_index import read_index
 
 READER = "DataLoader worker"  # so PyTorch's errors call a reader
 PINNING = "Pin memory thread exited"  # it is who takes over what readers hand over, on CUDA
