@@ -42,18 +42,19 @@ def as_nobody() -> AbstractContextManager[None]:
     return switch()
 
 
+def rewrite_as_version_1(path: Path) -> LatentStore:
+    """Put the files of version 1 in the place of a store's."""
+    store = LatentStore.open(path)
+    for index, entry in enumerate(store.entries):
+        labels = {key: value for key, value in store.metadata(index).items() if key != "shape"}
+        save_file({"latent": store.read_volume(index)}, path / entry.file, labels)
+    head = {"format": "meduet-fast latent store", "version": 1}
+    (path / "index.json").write_text(json.dumps({**head, **asdict(store.index)}, indent=1))
+    (path / "index.jsonl").unlink()
+    return LatentStore.open(path)
+
+
 @pytest.fixture
 def as_version_1() -> Callable[[Path], LatentStore]:
-    """Return what puts the files of version 1 in the place of a store's."""
-
-    def rewrite(path: Path) -> LatentStore:
-        store = LatentStore.open(path)
-        for index, entry in enumerate(store.entries):
-            labels = {key: value for key, value in store.metadata(index).items() if key != "shape"}
-            save_file({"latent": store.read_volume(index)}, path / entry.file, labels)
-        head = {"format": "meduet-fast latent store", "version": 1}
-        (path / "index.json").write_text(json.dumps({**head, **asdict(store.index)}, indent=1))
-        (path / "index.jsonl").unlink()
-        return LatentStore.open(path)
-
-    return rewrite
+    """Give :func:`rewrite_as_version_1`."""
+    return rewrite_as_version_1
