@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from meduet_fast.data.samples import fetch_samples
+from meduet_fast.data.store import LatentStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,3 +40,21 @@ def as_nobody() -> AbstractContextManager[None]:
             os.seteuid(0)
 
     return switch()
+
+
+def rewrite_as_version_1(path: Path) -> LatentStore:
+    """Put the files of version 1 in the place of a store's."""
+    store = LatentStore.open(path)
+    for index, entry in enumerate(store.entries):
+        labels = {key: value for key, value in store.metadata(index).items() if key != "shape"}
+        save_file({"latent": store.read_volume(index)}, path / entry.file, labels)
+    head = {"format": "meduet-fast latent store", "version": 1}
+    (path / "index.json").write_text(json.dumps({**head, **asdict(store.index)}, indent=1))
+    (path / "index.jsonl").unlink()
+    return LatentStore.open(path)
+
+
+@pytest.fixture
+def as_version_1() -> Callable[[Path], LatentStore]:
+    """Give :func:`rewrite_as_version_1`."""
+    return rewrite_as_version_1

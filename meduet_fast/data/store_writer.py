@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.lock import FolderLock
 
+from .latent_file import CropReader, latent_file, open_latents
 from .preview import write_preview
-from .store import INDEX_NAME, LATENTS, TENSOR_NAME, StoreEntry, StoreIndex, read_index
+from .store import check_file
+from .store_index import (
+    INDEX_NAME,
+    INDEX_NAME_1,
+    LATENTS,
+    StoreEntry,
+    StoreIndex,
+    index_path,
+    read_index,
+    removal_line,
+)
 
 PREVIEWS = "previews"
-INDEX_INTERVAL_S = 1.0  # rewriting the index after each of thousands of quick volumes would be quadratic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +70,8 @@ class StoreWriter:
     """Write a store, alone, as a context manager.
 
     Entering takes the store's lock, reads what is there, drops it all if another tokenizer made it, and
-    removes files that no entry lists (a killed writer's). Leaving writes the index, also after an error.
+    removes files that no entry lists (a killed writer's). Each volume adds a line to the index. Leaving sorts
+    them, also after an error.
 
     Args:
         path: the store's folder; made if absent, refused if it holds something else.
@@ -78,15 +89,15 @@ class StoreWriter:
     ) -> None:
         self.path = path
         self.entries: dict[str, StoreEntry] = {}
-        self._empty = StoreIndex(tokenizer, tokenizer_spec, channels, compression, ())
+        self._empty = StoreIndex(tokenizer, tokenizer_spec, channels, compression)
         self._lock = FolderLock(path)
-        self._index_written = 0.0
+        self._journal = -1  # descriptor of the index
 
     def __enter__(self) -> StoreWriter:
         try:
             found = self.path.iterdir() if self.path.exists() else ()
             foreign = [item for item in found if not item.name.startswith(".")]
-            if foreign and not (self.path / INDEX_NAME).exists():
+            if foreign and not index_path(self.path).exists():
                 raise UserError(f"{self.path}: not empty and not a latent store; give a new folder")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be used as a latent store: {error.strerror}") from error
@@ -98,24 +109,24 @@ class StoreWriter:
 
     def _take_over(self) -> None:
         """Take over what the index lists, and remove what it does not."""
-        if (self.path / INDEX_NAME).exists():
+        if index_path(self.path).exists():
             before = read_index(self.path)
             if replace(before, tokenizer_spec=self._empty.tokenizer_spec, entries=()) == self._empty:
                 self.entries = {entry.name: entry for entry in before.entries}
         self._write_index()
+        (self.path / INDEX_NAME_1).unlink(missing_ok=True)
         remove_leftovers(self.path)
         remove_leftovers(self.path / LATENTS)
         remove_leftovers(self.path / PREVIEWS)
-        listed = {self.path / entry.file for entry in self.entries.values()}
-        for file in (self.path / LATENTS).glob("*.safetensors"):
-            if file not in listed:
-                file.unlink()
-        for file in (self.path / PREVIEWS).glob("*.png"):
-            if file.stem not in self.entries:
-                file.unlink()
+        for folder, ending in ((LATENTS, ".safetensors"), (PREVIEWS, ".png")):
+            for file in (self.path / folder).glob(f"*{ending}"):
+                if file.name.removesuffix(ending) not in self.entries:
+                    file.unlink()
+        self._journal = os.open(self.path / INDEX_NAME, os.O_WRONLY | os.O_APPEND)
 
     def __exit__(self, *_: object) -> None:
         try:
+            os.close(self._journal)
             self._write_index()
         finally:
             self._lock.__exit__()
@@ -153,38 +164,75 @@ class StoreWriter:
         }
         if volume.image is not None:
             write_preview(self._preview(volume.name), volume.image)
-        file = self.path / entry.file
-        try:
-            with atomic_path(file) as temporary:
-                tensor = latent.detach().to("cpu", torch.bfloat16).contiguous()  # (C, X, Y, Z)
-                # Not by safetensors' save_file: only their owner can read its files, whatever the umask.
-                temporary.write_bytes(save({TENSOR_NAME: tensor}, metadata))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written: {error}") from error
+        self._write_latents(entry, latent, metadata)
         self.entries[entry.name] = entry
-        if time.monotonic() - self._index_written >= INDEX_INTERVAL_S:
-            self._write_index()
+        self._append(entry.line())
+
+    def upgrade(self, name: str) -> bool:
+        """Check a volume's file, and write it anew in chunks if version 1 did; return whether it was.
+
+        Raises:
+            UserError: the file is missing, damaged or not the entry's, or cannot be written.
+        """
+        entry = self.entries[name]
+        metadata, layout = check_file(self.path, entry)
+        if layout.chunked:
+            return False
+        latent = torch.empty(entry.shape, dtype=torch.bfloat16)
+        with open_latents(self.path / entry.file) as descriptor:
+            crop = latent.view(torch.int16).numpy()  # (C, X, Y, Z), the same memory
+            CropReader().read(descriptor, self.path / entry.file, layout, (0, 0, 0), crop)
+        self._write_latents(entry, latent, metadata)
+        return True
 
     def drop(self, names: Iterable[str]) -> None:
         """Unlist volumes, then delete their files."""
-        dropped = [self.entries.pop(name) for name in names]
-        if dropped:
-            self._write_index()
-        for entry in dropped:
-            (self.path / entry.file).unlink(missing_ok=True)
-            self._preview(entry.name).unlink(missing_ok=True)
+        names = list(names)
+        if names:
+            self._append(b"".join(map(removal_line, names)))
+            os.fsync(self._journal)  # a loss of power must not leave listed what is deleted
+        for name in names:
+            (self.path / self.entries.pop(name).file).unlink(missing_ok=True)
+            self._preview(name).unlink(missing_ok=True)
 
     def _preview(self, name: str) -> Path:
         return self.path / PREVIEWS / f"{name}.png"
 
+    def _write_latents(self, entry: StoreEntry, latent: Tensor, metadata: Mapping[str, str]) -> None:
+        file = self.path / entry.file
+        try:
+            with atomic_path(file) as temporary:
+                # Not by safetensors' save_file: only their owner can read its files, whatever the umask.
+                temporary.write_bytes(latent_file(latent, metadata))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error}") from error
+
+    def _append(self, lines: bytes) -> None:
+        length = os.fstat(self._journal).st_size
+        left = memoryview(lines)
+        try:
+            while left:
+                left = left[os.write(self._journal, left) :]
+        except OSError as error:
+            os.ftruncate(self._journal, length)  # no line may begin behind half of another
+            raise UserError(f"{self.path / INDEX_NAME}: cannot be written: {error.strerror}") from error
+
     def _write_index(self) -> None:
-        entries = tuple(self.entries[name] for name in sorted(self.entries))
-        text = replace(self._empty, entries=entries).to_json()
+        """Write the index without what was replaced and removed, unless it is like that already."""
         path = self.path / INDEX_NAME
         try:
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
-                with atomic_path(path) as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+            if not self._index_is_current(path):
+                with atomic_path(path) as temporary, temporary.open("wb") as file:
+                    file.writelines(self._lines())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        self._index_written = time.monotonic()
+
+    def _lines(self) -> Iterator[bytes]:
+        entries = tuple(self.entries[name] for name in sorted(self.entries))
+        return replace(self._empty, entries=entries).lines()
+
+    def _index_is_current(self, path: Path) -> bool:
+        if not path.exists():
+            return False
+        with path.open("rb") as file:
+            return all(found == line for found, line in zip_longest(file, self._lines()))

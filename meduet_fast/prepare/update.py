@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from meduet_fast.data.sources import VolumeEntry
-from meduet_fast.data.store import LatentStore, check_file
+from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 from meduet_fast.progress import track
@@ -17,12 +17,20 @@ from meduet_fast.progress import track
 
 @dataclass
 class PrepareSummary:
-    """Tell what became of every volume, by name; ``failed`` holds (input file, reason)."""
+    """Tell what became of every volume, by name.
+
+    Attributes:
+        store: the folder.
+        written, up_to_date, removed: what became of the volumes.
+        upgraded: those up to date whose latent file was of an earlier format, and was written anew.
+        failed: (input file, reason).
+    """
 
     store: Path
     written: list[str] = field(default_factory=list)
     up_to_date: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    upgraded: list[str] = field(default_factory=list)
     failed: list[tuple[Path, str]] = field(default_factory=list)
 
 
@@ -35,6 +43,11 @@ def format_summary(summary: PrepareSummary) -> str:
         f"{len(summary.removed)} removed, {len(summary.failed)} failed"
     )
     lines = [f"{summary.store}: {len(entries)} volumes of {domains} domains ({counts})"]
+    if summary.upgraded:
+        lines.append(
+            f"  {len(summary.upgraded)} latent files of an earlier format written anew in chunks; "
+            "nothing was encoded anew"
+        )
     lines += [f"  removed, no longer in the input: {name}" for name in summary.removed]
     lines += [f"  failed: {path}: {reason}" for path, reason in summary.failed]
     if not entries:
@@ -78,7 +91,8 @@ def update_store(
             if not same_labels or entry.content_key != content_key(volume):
                 stale.append(volume.name)
                 continue
-            check_file(writer.path, entry)
+            if writer.upgrade(volume.name):
+                summary.upgraded.append(volume.name)
         except VolumeError as error:
             summary.failed.append((error.path, error.reason))
         except UserError:

@@ -11,7 +11,8 @@ import torch
 
 import meduet_fast
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
-from meduet_fast.data.store import INDEX_NAME, LatentStore
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_index import index_path
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
 from meduet_fast.engine.loop import RUN_FILE
 from meduet_fast.engine.metrics import METRICS_FILE, first_and_last, read_metrics
@@ -69,7 +70,7 @@ class ReportInputs:
     def identity(self) -> str:
         """Compute the SHA-256 (hex) of all that a report depends on."""
         digest = hashlib.sha256(f"{meduet_fast.__version__} {RECIPE} {self.store.path.resolve()}".encode())
-        for path in (self.run / METRICS_FILE, self.weights, self.store.path / INDEX_NAME):
+        for path in (self.run / METRICS_FILE, self.weights, index_path(self.store.path)):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from meduet_fast.data.crops import CropBatches, sample_crops
 from meduet_fast.data.held_out import held_out_start
-from meduet_fast.data.store import LatentStore, StoreEntry, StoreIndex
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_index import StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
 
 from .conftest import THREE_DOMAINS, MakeStore, small

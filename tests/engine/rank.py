@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from meduet_fast.data.store import LATENTS, LatentStore
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_index import LATENTS
 from meduet_fast.engine.checkpoint import CheckpointWriter
 from meduet_fast.errors import UserError
 from meduet_fast.pretraining import PretrainConfig, pretrain
@@ -62,13 +63,10 @@ def before_reads(spoil: Callable[[LatentStore], None]) -> None:
 
 
 def lose_latents(store: LatentStore) -> None:
-    """What this process had open is lost as well, as on a network's disk."""
     shutil.rmtree(store.path / LATENTS, ignore_errors=True)
-    store._maps.clear()
 
 
 def cut_latents(store: LatentStore) -> None:
-    """Under the maps of whoever reads them."""
     for path in (store.path / LATENTS).iterdir():
         os.truncate(path, 100)
 

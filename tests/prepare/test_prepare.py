@@ -134,7 +134,7 @@ def test_only_a_changed_input_is_made_again(volumes: list[VolumeEntry], store: P
     assert torch.equal(LatentStore.open(store).read_volume(1), expected(volumes[1]))
     after = files_with_times(store)
     changed = {Path(path).name for path in after if after[path] != before[path]}
-    assert changed == {"b.safetensors", "b.png", "index.json"}
+    assert changed == {"b.safetensors", "b.png", "index.jsonl"}
 
 
 def test_only_a_changed_intensity_rule_is_applied_again(volumes: list[VolumeEntry], store: Path) -> None:
@@ -190,7 +190,7 @@ def test_volumes_that_left_the_input_leave_the_store(volumes: list[VolumeEntry],
         "a.safetensors",
         "b.png",
         "b.safetensors",
-        "index.json",
+        "index.jsonl",
     ]
     assert "removed, no longer in the input: c" in format_summary(summary)
 
@@ -238,6 +238,33 @@ def test_a_volume_that_cannot_be_read_now_keeps_its_latents(volumes: list[Volume
     assert outcome(run(volumes, store)) == ("", "ac", "", 1)
     assert torch.equal(LatentStore.open(store).read_volume(0), expected(volumes[0]))
     assert [item.name for item in LatentStore.open(store).entries] == ["a", "b", "c"]
+
+
+def test_a_store_of_version_1_is_upgraded_once_and_nothing_is_encoded(
+    volumes: list[VolumeEntry],
+    store: Path,
+    as_version_1: Callable[[Path], LatentStore],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(volumes, store)
+    as_version_1(store)
+
+    def encode(*args: object) -> Tensor:
+        raise AssertionError("encoded anew")
+
+    monkeypatch.setattr(PoolingTokenizer, "encode", encode)
+    summary = run(volumes, store)
+    assert outcome(summary) == ("", "abc", "", 0)
+    assert summary.upgraded == ["a", "b", "c"]
+    assert "3 latent files of an earlier format written anew in chunks" in format_summary(summary)
+    before = files_with_times(store)
+    summary = run(volumes, store)
+    assert summary.upgraded == []
+    assert "earlier format" not in format_summary(summary)
+    assert files_with_times(store) == before
+    monkeypatch.undo()
+    for index, volume in enumerate(volumes):
+        assert torch.equal(LatentStore.open(store).read_volume(index), expected(volume))
 
 
 def test_latents_that_are_not_finite_are_refused(
@@ -292,6 +319,8 @@ def test_twenty_kills_never_leave_a_broken_store(tmp_path: Path) -> None:
     )
     seen = json.loads(result.stdout)
     assert seen["kills"] == 20
-    assert seen["renames"] > 3 * 3  # of the index, the latents and the preview of each of three volumes
+    # Of three volumes the latents and the preview are renamed; half and whole are their lines and a removal.
+    assert seen["changes"] >= 3 * 2 + 2 * (3 + 1)
+    assert seen["upgrades"] >= 1 + 3  # the index, the latents
     assert len(set(seen["entries"])) >= 3, "the kills were not spread over the work"
     assert seen["final"] == seen["volumes"]

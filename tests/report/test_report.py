@@ -192,12 +192,13 @@ def test_another_tokenizer_is_refused(copied: Path, finished: Path, tmp_path: Pa
     shutil.copytree(finished / "store", tmp_path / "store")
     other = tmp_path / "other.safetensors"
     write_tokenizer(other, seed=1)
-    index = tmp_path / "store" / "index.json"
-    raw = json.loads(index.read_text())
-    index.write_text(json.dumps({**raw, "tokenizer_spec": str(other)}))
+    index = tmp_path / "store" / "index.jsonl"
+    head, entries = index.read_text().split("\n", 1)
+    index.write_text(f"{json.dumps({**json.loads(head), 'tokenizer_spec': str(other)})}\n{entries}")
     with pytest.raises(UserError, match=r"latents are of tokenizer trained-\w+, but .*other.safetensors"):
         write_report(copied, tmp_path / "store")
-    index.write_text(json.dumps({**raw, "tokenizer_spec": str(tmp_path / "none.safetensors")}))
+    gone = {**json.loads(head), "tokenizer_spec": str(tmp_path / "none.safetensors")}
+    index.write_text(f"{json.dumps(gone)}\n{entries}")
     with pytest.raises(UserError, match=r"none\.safetensors"):
         write_report(copied, tmp_path / "store")
 
