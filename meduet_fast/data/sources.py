@@ -65,6 +65,7 @@ class VolumeEntry:
         intensity: how its voxel values become [0, 1].
         name: unique within the input; it can name a file. :func:`find_volumes` gives names of ASCII letters,
             digits, ``.``, ``_`` and ``-`` only.
+        channel: position on the fourth axis of a file that holds several volumes; None: it holds one.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class VolumeEntry:
     body_part: str
     intensity: IntensityRule
     name: str
+    channel: int | None = None
 
 
 def find_volumes(
