@@ -14,7 +14,7 @@ from torch import Tensor
 from meduet_fast.kernels.backend import triton, use_triton
 from meduet_fast.kernels.dtypes import accumulator, at_least_float32
 from meduet_fast.kernels.launch import config, launch
-from meduet_fast.kernels.registration import register
+from meduet_fast.kernels.registration import Derivatives, register
 
 if triton is not None:
     import triton.language as tl
@@ -105,10 +105,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _gated_silu_backward(grad, *ctx.saved_tensors)
 
 
+def _recall(ctx: Any, grads: tuple[Tensor, ...]) -> _Inputs:
+    # For second derivatives, which come from the definition.
+    return _Inputs(*ctx.saved_tensors)
+
+
 # The schema comes from the inputs' types.
 _gated_silu = register(
-    "gated_silu", _Inputs, "Tensor", _launch_forward, _fake_forward, _setup_context, _backward
-)
+    "gated_silu", _Inputs, "Tensor", _launch_forward, _fake_forward,
+    Derivatives(_setup_context, _backward, _recall, lambda inputs: gated_silu_reference(*inputs)),
+)  # fmt: skip
 _gated_silu_backward = register(
     "gated_silu_backward", _Gradients, "(Tensor, Tensor)", _launch_backward, _fake_backward
 )

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .launch import recording
 
@@ -64,15 +65,25 @@ def interpreted() -> bool:
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def transformed() -> bool:
+    """Return whether forward-mode differentiation, ``vmap`` or another transform of torch.func is active.
+
+    Kernels see the values alone: tangents and batch dimensions would be lost.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def use_triton(x: Tensor) -> bool:
     """Return whether an operation on ``x`` runs its Triton kernels, or records them on the meta device.
+
+    Whatever the choice, plain PyTorch runs within a transform, see :func:`transformed`.
 
     Raises:
         RuntimeError: if Triton was asked for and can't run on the tensor's device.
     """
     if x.is_meta and recording():
         return True
-    if _backend == "eager":
+    if _backend == "eager" or transformed():
         return False
     if _backend == "auto":
         return x.is_cuda and _auto_choice(str(x.device))

@@ -16,15 +16,16 @@ digit. For many thousand rows pass bfloat16 or float16, which are multiplied on 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import interpreted, triton, use_triton
+from .backend import interpreted, transformed, triton, use_triton
 from .dtypes import accumulator, at_least_float32, without_autocast
 from .launch import config, launch
-from .registration import register
+from .registration import Derivatives, register
 
 if triton is not None:
     import triton.language as tl
@@ -336,16 +337,26 @@ def _run_gradients(x: _Gradients) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, x: _Contrast, output: tuple[Tensor, ...]) -> None:
     _, slope, stats = output
-    ctx.save_for_backward(slope, stats)
+    learnt = [name for name, need in zip(x._fields[:3], ctx.needs_input_grad[:3], strict=True) if need]
+    ctx.save_for_backward(slope, stats, *(getattr(x, name) for name in learnt))
     ctx.mark_non_differentiable(slope, stats)
     ctx.set_materialize_grads(False)  # else zeros of the size of slope are filled for nothing
     ctx.known = x.queries.dtype, x.log_scale.dtype, x.fast
+    # For second derivatives. Not saved, since they alone care if a memory of keys is changed in place.
+    nothing: dict[str, Any] = dict.fromkeys(learnt)
+    ctx.learnt, ctx.fixed = learnt, x._replace(**nothing)
+    ctx.versions = _versions(ctx.fixed)
+
+
+def _versions(values: Iterable[Any]) -> list[int]:
+    """Count how often each tensor was changed in place."""
+    return [item._version for item in values if isinstance(item, Tensor) and not item.is_inference()]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(_Contrast._fields)
     if grad is not None:
-        slope, stats = ctx.saved_tensors  # (M, D), (2,)
+        slope, stats, *_ = ctx.saved_tensors  # (M, D), (2,)
         slope = slope if ctx.needs_input_grad[0] else slope[:0]
         grad_queries, grad_scale = _contrast_backward(grad, slope, stats, *ctx.known)
         if ctx.needs_input_grad[0]:
@@ -355,10 +366,27 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return tuple(gradients)
 
 
+def _recall(ctx: Any, _: tuple[Tensor | None, ...]) -> _Contrast:
+    if ctx.versions != _versions(ctx.fixed):
+        raise RuntimeError(
+            "contrast: keys or labels were changed in place since the loss was computed, and derivatives of "
+            "its gradient need them as they were; pass a copy, or choose set_kernel_backend('eager')"
+        )
+    return ctx.fixed._replace(**dict(zip(ctx.learnt, ctx.saved_tensors[2:], strict=True)))
+
+
+def _define_contrast(x: _Contrast) -> Tensor:
+    if x.query_labels is None or x.key_labels is None:
+        identity = IDENTITIES[x.identity]
+        return quadruplet_contrast_reference(x.queries, x.keys, x.log_scale, identity, x.key_offset)
+    labels = (x.query_labels, x.key_labels)
+    return supervised_contrast_reference(x.queries, x.keys, *labels, x.log_scale, x.self_index)
+
+
 _contrast = register(
     "contrast", _Contrast, "(Tensor, Tensor, Tensor)",
-    lambda x: (_launch_contrast if x.fast else _chunked_contrast)(x),
-    _fake_contrast, _setup_context, _backward,
+    lambda x: (_launch_contrast if x.fast else _chunked_contrast)(x), _fake_contrast,
+    Derivatives(_setup_context, _backward, _recall, _define_contrast),
 )  # fmt: skip
 _contrast_backward = register(
     "contrast_backward", _Gradients, "(Tensor, Tensor)", _run_gradients, _fake_gradients
@@ -396,7 +424,10 @@ def _run(
 
 
 def _in_one_piece(queries: Tensor, keys: Tensor) -> bool:
-    return queries.shape[0] * keys.shape[0] <= (GPU_LOGITS if queries.is_cuda else CPU_LOGITS)
+    """Tell whether every logit may be held at once: few, or there is no other way within a transform."""
+    return transformed() or queries.shape[0] * keys.shape[0] <= (
+        GPU_LOGITS if queries.is_cuda else CPU_LOGITS
+    )
 
 
 def quadruplet_contrast_eager(

@@ -25,7 +25,7 @@ from .backend import triton, use_triton
 from .dtypes import accumulator
 from .launch import launch
 from .mix_index import MixIndex, check_index, packed, take_rows
-from .registration import register
+from .registration import Derivatives, register
 from .tiles import token_grid
 
 if triton is not None:
@@ -47,14 +47,20 @@ def assemble_streams_reference(
     swapped: bool = True,
 ) -> Tensor:
     """Compute :func:`assemble_streams` in plain PyTorch: its definition."""
-    fused = [content + style] if straight else []  # (B, L, E)
-    if swapped:
-        fused.append(content + take_rows(style, index.partner))  # (B, L, E)
-    second = index.mask.unsqueeze(-1)  # (B, L, 1)
-    mask_token, prefix = mask_token.to(content.dtype), prefix.to(content.dtype)  # (E,), (B, P, E)
+    parts = (content, style, prefix, mask_token, position)
+    return _define_streams(_Streams(*parts, index.mask, index.partner, straight, swapped))
+
+
+def _define_streams(x: _Streams) -> Tensor:
+    content = x.content
+    fused = [content + x.style] if x.straight else []  # (B, L, E)
+    if x.swapped:
+        fused.append(content + take_rows(x.style, x.partner))  # (B, L, E)
+    second = x.second.bool().unsqueeze(-1)  # (B, L, 1)
+    mask_token, prefix = x.mask_token.to(content.dtype), x.prefix.to(content.dtype)  # (E,), (B, P, E)
     streams = [torch.where(hidden, mask_token, tokens) for tokens in fused for hidden in (second, ~second)]
     sequences = torch.cat([torch.cat([prefix, tokens], 1) for tokens in streams])  # (n*B, P+L, E)
-    return sequences + position.to(content.dtype)  # (n*B, P+L, E)
+    return sequences + x.position.to(content.dtype)  # (n*B, P+L, E)
 
 
 # 2. Kernels
@@ -244,9 +250,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
+def _recall(ctx: Any, grads: tuple[Tensor, ...]) -> _Streams:
+    prefix, mask_token, *tables = ctx.saved_tensors
+    zero, rows, width = grads[0].new_zeros(()), *grads[0].shape[1:]  # linear: all is zero
+    tokens = zero.expand(*tables[0].shape, width)  # (B, L, E)
+    position = zero.to(ctx.position_dtype).expand(rows, width)  # (P+L, E)
+    return _Streams(tokens, tokens, prefix, mask_token, position, *tables, *ctx.kinds)
+
+
 _streams = register(
-    "assemble_streams", _Streams, "Tensor", _launch_streams, _fake_streams, _setup_context, _backward
-)
+    "assemble_streams", _Streams, "Tensor", _launch_streams, _fake_streams,
+    Derivatives(_setup_context, _backward, _recall, _define_streams),
+)  # fmt: skip
 _streams_backward = register(
     "assemble_streams_backward", _Gradients, "(Tensor, Tensor, Tensor, Tensor)",
     _launch_gradients, _fake_gradients,

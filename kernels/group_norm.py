@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import triton, use_triton
+from .backend import transformed, triton, use_triton
 from .dtypes import accumulator, at_least_float32, without_autocast
 from .launch import Options, config, launch
-from .registration import register
+from .registration import Derivatives, register
 
 # 1. Reference
 
@@ -29,11 +29,14 @@ def group_norm_silu_reference(
 ) -> Tensor:
     """Compute :func:`group_norm_silu` in plain PyTorch: its definition."""
     wide = at_least_float32(x)  # (B, C, X, Y, Z)
+    # Within vmap a tensor can't say how it lies in memory; PyTorch's tangents want it contiguous.
+    wide = wide.contiguous() if transformed() else wide
     weight, bias = (None if item is None else item.to(wide.dtype) for item in (weight, bias))
     with without_autocast(x.device):
         y = F.group_norm(wide, num_groups, weight, bias, eps)
         y = F.silu(y) if activation else y
-    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    y = y.to(x.dtype)
+    return y if transformed() else y.contiguous(memory_format=_memory_format(x))
 
 
 # 2. Kernels
@@ -166,7 +169,7 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, x: _Norm, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, mean, rstd = output
-    ctx.num_groups, ctx.activation = x.num_groups, x.activation
+    ctx.num_groups, ctx.eps, ctx.activation = x.num_groups, x.eps, x.activation
     ctx.save_for_backward(x.x, x.weight, x.bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
@@ -180,9 +183,14 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
     return grad_x, None, grad_weight, None if bias is None else grad_bias.to(bias.dtype), None, None
 
 
+def _recall(ctx: Any, _: tuple[Tensor, ...]) -> _Norm:
+    x, weight, bias, *_ = ctx.saved_tensors
+    return _Norm(x, ctx.num_groups, weight, bias, ctx.eps, ctx.activation)
+
+
 _group_norm = register(
-    "group_norm_silu", _Norm, "(Tensor, Tensor, Tensor)",
-    _launch_norm, _fake_norm, _setup_context, _backward,
+    "group_norm_silu", _Norm, "(Tensor, Tensor, Tensor)", _launch_norm, _fake_norm,
+    Derivatives(_setup_context, _backward, _recall, lambda x: group_norm_silu_reference(*x)),
 )  # fmt: skip
 _group_norm_backward = register(
     "group_norm_silu_backward", _Gradients, "(Tensor, Tensor, Tensor)", _launch_gradients, _fake_gradients

@@ -22,7 +22,7 @@ from .dtypes import accumulator, autocast_dtype
 from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import patch_grid, patchify_3d
-from .registration import register
+from .registration import Derivatives, register
 
 if triton is not None:
     import triton.language as tl
@@ -34,6 +34,13 @@ if triton is not None:
     )
 
 # 1. Reference
+
+
+def _mixed(patches: Tensor, mask: Tensor | None) -> Tensor:
+    """Take the partner's patch (B, L, K) where the mask is 1."""
+    if mask is None:
+        return patches
+    return torch.where(mask.bool().unsqueeze(-1), patches.flip(0), patches)  # (B, L, K)
 
 
 def _project(
@@ -56,9 +63,7 @@ def patch_embed_3d_reference(
 ) -> Tensor:
     """Compute :func:`patch_embed_3d` in plain PyTorch: its definition."""
     patches = patchify_3d(x, (weight.shape[2], weight.shape[3], weight.shape[4]), "first")  # (B, L, K)
-    if source_mask is not None:
-        patches = torch.where(source_mask.bool().unsqueeze(-1), patches.flip(0), patches)  # (B, L, K)
-    return _project(patches, weight.flatten(1), bias, position, num_prefix_tokens)
+    return _project(_mixed(patches, source_mask), weight.flatten(1), bias, position, num_prefix_tokens)
 
 
 def patch_embed_tokens_reference(
@@ -290,9 +295,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, bias, position, None, None
 
 
+def _recall(ctx: Any, grads: tuple[Tensor, ...]) -> _Embed:
+    blocks, weight, mask = ctx.saved_tensors
+    zero, rows, width = grads[0].new_zeros(()), *grads[0].shape[1:]  # linear in bias and position: any values
+    shapes = ((width,), (rows - ctx.prefix, width))
+    bias, position = (
+        None if dtype is None else zero.to(dtype).expand(shape)
+        for dtype, shape in zip(ctx.dtypes, shapes, strict=True)
+    )  # (D,), (L, D)
+    return _Embed(blocks, weight, bias, position, mask, ctx.prefix)
+
+
+def _define_embed(x: _Embed) -> Tensor:
+    patches = x.blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, L, K)
+    weight, bias = (
+        None if item is None else item.to(patches.dtype) for item in (x.weight.flatten(1), x.bias)
+    )
+    assert weight is not None
+    return _project(_mixed(patches, x.mask), weight, bias, x.position, x.prefix)  # (B, P+L, D)
+
+
 _patch_embed = register(
-    "patch_embed", _Embed, "Tensor", _launch_embed, _fake_embed, _setup_context, _backward
-)
+    "patch_embed", _Embed, "Tensor", _launch_embed, _fake_embed,
+    Derivatives(_setup_context, _backward, _recall, _define_embed),
+)  # fmt: skip
 _grad_x = register("patch_embed_grad_x", _Gradient, "Tensor", _launch_grad_x, _fake_grad_x)
 _grad_weight = register(
     "patch_embed_grad_weight", _WeightGradient, "(Tensor, Tensor)", _launch_grad_weight, _fake_grad_weight

@@ -12,7 +12,7 @@ from .backend import triton, use_triton
 from .dtypes import accumulator, at_least_float32
 from .launch import config, launch
 from .mix_index import packed
-from .registration import register
+from .registration import Derivatives, register
 
 if triton is not None:
     import triton.language as tl
@@ -244,9 +244,14 @@ def _backward(ctx: Any, grad_normed: Tensor, grad_plain: Tensor, _: Tensor) -> t
     return _pool_backward(grad_normed, grad_plain, *ctx.saved_tensors, ctx.eps), None, None
 
 
+def _recall(ctx: Any, _: tuple[Tensor, ...]) -> _Pool:
+    x, mask, _ = ctx.saved_tensors
+    return _Pool(x, mask, ctx.eps)
+
+
 _pool = register(
     "pooled_layer_norm", _Pool, "(Tensor, Tensor, Tensor)", _launch_pool, _fake_pool,
-    _setup_context, _backward,
+    Derivatives(_setup_context, _backward, _recall, lambda x: pooled_layer_norm_reference(*x)),
 )  # fmt: skip
 _pool_backward = register(
     "pooled_layer_norm_backward", _Gradients, "Tensor", _launch_gradient, _fake_gradient

@@ -13,12 +13,13 @@ from .dtypes import accumulator, at_least_float32
 from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import Triple, patch_grid, patchify_3d, triple
-from .registration import register
+from .registration import Derivatives, register
 
 if triton is not None:
     import triton.language as tl
 
 Pairing = Literal["source", "reference"]
+PAIRINGS: tuple[Pairing, ...] = ("source", "reference")
 
 # 1. Reference
 
@@ -205,9 +206,20 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, No
     return grad, None, None, None, None
 
 
+def _recall(ctx: Any, _: tuple[Tensor, ...]) -> _Loss:
+    prediction, target, mask = ctx.saved_tensors
+    return _Loss(prediction, target, mask, ctx.patch, ctx.reference)
+
+
+def _define_loss(x: _Loss) -> Tensor:
+    (p, q, r), pairing = x.patch, PAIRINGS[x.reference]
+    return dual_reconstruction_loss_reference(x.prediction, x.target, x.mask, (p, q, r), pairing)
+
+
 _reconstruction = register(
-    "dual_reconstruction_loss", _Loss, "Tensor", _launch_loss, _fake_loss, _setup_context, _backward
-)
+    "dual_reconstruction_loss", _Loss, "Tensor", _launch_loss, _fake_loss,
+    Derivatives(_setup_context, _backward, _recall, _define_loss),
+)  # fmt: skip
 _reconstruction_backward = register(
     "dual_reconstruction_loss_backward", _Gradient, "Tensor", _launch_gradient, _fake_gradient
 )
@@ -250,7 +262,7 @@ def dual_reconstruction_loss(
         )
     if mask.shape != (batch, length):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(batch, length)}")
-    if pairing not in ("source", "reference"):
+    if pairing not in PAIRINGS:
         raise ValueError(f"pairing is {pairing!r}, expected 'source' or 'reference'")
     if not use_triton(prediction) or prediction.numel() == 0 or target.requires_grad:
         return dual_reconstruction_loss_reference(prediction, target, mask, patch_size, pairing)

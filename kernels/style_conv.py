@@ -15,7 +15,7 @@ from .backend import triton, use_triton
 from .dtypes import accumulator
 from .launch import launch
 from .mix_index import MixIndex, check_index, take_rows
-from .registration import register
+from .registration import Derivatives, register
 from .tiles import token_grid
 
 if triton is not None:
@@ -28,13 +28,19 @@ if triton is not None:
 
 def style_convolution_reference(style: Tensor, weight: Tensor, index: MixIndex | None = None) -> Tensor:
     """Compute :func:`style_convolution` in plain PyTorch: its definition."""
-    before, here, after = weight.to(style.dtype).squeeze(1).unbind(1)  # (Ds,) each
-    if index is None:
+    neighbours = (None, None) if index is None else (index.previous, index.next)
+    return _define_style(_Style(style, weight, *neighbours))
+
+
+def _define_style(x: _Style) -> Tensor:
+    style = x.style
+    before, here, after = x.weight.to(style.dtype).squeeze(1).unbind(1)  # (Ds,) each
+    if x.previous is None or x.following is None:
         zero = torch.zeros_like(style[:, :1])  # (B, 1, Ds)
         left = torch.cat([zero, style[:, :-1]], 1)  # (B, L, Ds)
         right = torch.cat([style[:, 1:], zero], 1)  # (B, L, Ds)
     else:
-        left, right = take_rows(style, index.previous), take_rows(style, index.next)
+        left, right = take_rows(style, x.previous), take_rows(style, x.following)
     return left * before + style * here + right * after  # (B, L, Ds)
 
 
@@ -167,9 +173,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     return (*_style_backward(grad, *ctx.saved_tensors), None, None)
 
 
+def _recall(ctx: Any, _: tuple[Tensor, ...]) -> _Style:
+    return _Style(*ctx.saved_tensors)
+
+
 _style = register(
-    "style_convolution", _Style, "Tensor", _launch_style, _fake_style, _setup_context, _backward
-)
+    "style_convolution", _Style, "Tensor", _launch_style, _fake_style,
+    Derivatives(_setup_context, _backward, _recall, _define_style),
+)  # fmt: skip
 _style_backward = register(
     "style_convolution_backward", _Gradients, "(Tensor, Tensor)", _launch_gradients, _fake_gradients
 )

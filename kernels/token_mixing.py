@@ -15,7 +15,7 @@ from .backend import triton, use_triton
 from .dtypes import accumulator
 from .launch import launch
 from .mix_index import check_ones, packed, token_order, token_order_reference
-from .registration import register
+from .registration import Derivatives, register
 from .tiles import token_grid
 
 if triton is not None:
@@ -31,19 +31,33 @@ def mix_tokens_reference(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool().unsqueeze(-1), x.flip(0), x)  # (B, L, D)
 
 
+def _define_mix(x: _Mixed) -> Tensor:
+    if not x.adjoint:
+        return mix_tokens_reference(x.x, x.second)  # (B, L, D)
+    lent = torch.where(x.second.bool().unsqueeze(-1), x.x, 0.0)  # (B, L, D)
+    return x.x - lent + lent.flip(0)  # (B, L, D)
+
+
 def demix_tokens_reference(x: Tensor, mask: Tensor, num_second: int | None = None) -> tuple[Tensor, Tensor]:
     """Compute :func:`demix_tokens` in plain PyTorch: its definition."""
-    length = x.shape[1]
-    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(x)  # (B, L, D)
-    first = length - (length // 2 if num_second is None else num_second)
-    tokens = torch.gather(x, 1, index)  # (B, L, D), source 1 first
+    num_second = x.shape[1] // 2 if num_second is None else num_second
+    return _define_demix(_Whole(x, token_order_reference(mask.bool()), num_second))
+
+
+def _define_demix(x: _Whole) -> tuple[Tensor, Tensor]:
+    tokens = torch.gather(x.x, 1, x.order.unsqueeze(-1).expand_as(x.x))  # (B, L, D), source 1 first
+    first = tokens.shape[1] - x.num_second
     return tokens[:, :first], tokens[:, first:]
 
 
 def remix_tokens_reference(z1: Tensor, z2: Tensor, mask: Tensor) -> Tensor:
     """Compute :func:`remix_tokens` in plain PyTorch: its definition."""
-    tokens = torch.cat([z1, z2], 1)  # (B, L, D), source 1 first
-    index = token_order_reference(mask.bool()).unsqueeze(-1).expand_as(tokens)  # (B, L, D)
+    return _define_remix(_Halves(z1, z2, token_order_reference(mask.bool())))
+
+
+def _define_remix(x: _Halves) -> Tensor:
+    tokens = torch.cat([x.first, x.second], 1)  # (B, L, D), source 1 first
+    index = x.order.unsqueeze(-1).expand_as(tokens)  # (B, L, D)
     return torch.empty_like(tokens).scatter(1, index, tokens)  # (B, L, D)
 
 
@@ -144,6 +158,10 @@ def _backward_mix(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _mix(grad, ctx.saved_tensors[0], not ctx.adjoint), None, None
 
 
+def _recall_mix(ctx: Any, grads: tuple[Tensor, ...]) -> _Mixed:
+    return _Mixed(torch.zeros_like(grads[0]), ctx.saved_tensors[0], ctx.adjoint)  # linear: any x
+
+
 def _launch_halves(tokens: Tensor, first: Tensor, second: Tensor, order: Tensor, split: bool) -> None:
     """Copy tokens (B, L, D) into both halves, or both halves into tokens."""
     grid, constants, options = token_grid("token_halves", tokens, *tokens.shape)
@@ -172,6 +190,10 @@ def _backward_demix(ctx: Any, grad_first: Tensor, grad_second: Tensor) -> tuple[
     return _remix(grad_first, grad_second, ctx.saved_tensors[0]), None, None
 
 
+def _recall_demix(ctx: Any, grads: tuple[Tensor, ...]) -> _Whole:
+    return _Whole(torch.cat(grads, 1), ctx.saved_tensors[0], grads[1].shape[1])  # linear: any x
+
+
 def _fake_remix(x: _Halves) -> Tensor:
     batch, num_first, width = x.first.shape
     return x.first.new_empty(batch, num_first + x.second.shape[1], width)
@@ -192,13 +214,23 @@ def _backward_remix(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return (*_demix(grad, ctx.saved_tensors[0], ctx.num_second), None)
 
 
-_mix = register("mix_tokens", _Mixed, "Tensor", _launch_mix, _fake_mix, _setup_mix, _backward_mix)
+def _recall_remix(ctx: Any, grads: tuple[Tensor, ...]) -> _Halves:
+    first = grads[0].shape[1] - ctx.num_second
+    return _Halves(grads[0][:, :first], grads[0][:, first:], ctx.saved_tensors[0])  # linear: any halves
+
+
+_mix = register(
+    "mix_tokens", _Mixed, "Tensor", _launch_mix, _fake_mix,
+    Derivatives(_setup_mix, _backward_mix, _recall_mix, _define_mix),
+)  # fmt: skip
 _demix = register(
-    "demix_tokens", _Whole, "(Tensor, Tensor)", _launch_demix, _fake_demix, _setup_demix, _backward_demix
-)
+    "demix_tokens", _Whole, "(Tensor, Tensor)", _launch_demix, _fake_demix,
+    Derivatives(_setup_demix, _backward_demix, _recall_demix, _define_demix),
+)  # fmt: skip
 _remix = register(
-    "remix_tokens", _Halves, "Tensor", _launch_remix, _fake_remix, _setup_remix, _backward_remix
-)
+    "remix_tokens", _Halves, "Tensor", _launch_remix, _fake_remix,
+    Derivatives(_setup_remix, _backward_remix, _recall_remix, _define_remix),
+)  # fmt: skip
 
 
 # 4. Public functions
