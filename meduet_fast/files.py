@@ -28,12 +28,26 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def _let_others_read(path: Path) -> None:
+    """Give a file, or every file below a folder, the mode that the umask gives new ones.
+
+    Some libraries write files that only their owner may read, whatever the umask.
+    """
+    probe = path.with_name(f"{path.name}-mode")
+    for item in path.rglob("*") if path.is_dir() else [path]:
+        if item.is_file() and not item.stat().st_mode & 0o077:
+            probe.touch()
+            item.chmod(probe.stat().st_mode & 0o777)
+            probe.unlink()
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path``, on any failure it is removed.
 
     The caller creates a file or a folder at the yielded path. The temporary name starts with ``.`` and ends
     with ``.tmp<pid>``, so that listings by suffix never see it. A folder may only replace an absent one.
+    Files get the mode that the umask gives, whoever wrote them.
 
     Raises:
         OSError: as raised by the caller's writing, by the flush to disk or by the rename.
@@ -44,6 +58,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        _let_others_read(temporary)
         _sync(temporary)
         temporary.replace(path)
     except BaseException:
@@ -63,7 +78,16 @@ def refuse_unwritable(folder: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    there = next(item for item in (folder.absolute(), *folder.absolute().parents) if item.exists())
+    there = folder.absolute()
+    try:
+        while True:
+            try:
+                there.stat()
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                there = there.parent
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.filename}: {error.strerror}") from error
     if not there.is_dir():
         raise UserError(f"{folder}: cannot be written: {there} is no folder")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):

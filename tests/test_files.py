@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.errors import UserError
+from meduet_fast.files import atomic_path, refuse_unwritable, remove_leftovers
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -47,3 +53,50 @@ def test_a_folder_appears_whole_and_leftovers_go(tmp_path: Path) -> None:
     (tmp_path / ".dead2.tmp9").write_text("x")
     remove_leftovers(tmp_path)
     assert [item.name for item in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    """Safetensors' own are 0600."""
+    with atomic_path(tmp_path / "model.safetensors") as temporary:
+        save_file({"weight": torch.zeros(2)}, temporary)
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        save_file({"weight": torch.zeros(2)}, temporary / "model.safetensors")
+        (temporary / "text").touch()
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refuse_unwritable(tmp_path / "new" / "run")
+    refuse_unwritable(tmp_path)
+    with pytest.raises(UserError, match=r"file/run: cannot be written: .*/file is no folder"):
+        refuse_unwritable(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"cannot be written: .*: File name too long"):
+        refuse_unwritable(tmp_path / ("n" * 300) / "run")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000], ids=oct)
+def test_a_closed_folder_is_refused(mode: int) -> None:
+    with TemporaryDirectory() as open_to_all:
+        Path(open_to_all).chmod(0o755)
+        closed = Path(open_to_all) / "closed"
+        closed.mkdir(mode=mode)
+        before = os.geteuid()
+        try:
+            if before == 0:
+                os.seteuid(65534)
+            with pytest.raises(UserError, match=r"closed/run: cannot be written: .*closed"):
+                refuse_unwritable(closed / "run")
+        finally:
+            os.seteuid(before)
+            closed.chmod(0o700)

@@ -169,7 +169,8 @@ class CheckpointWriter:
         """Add the rest to all processes' parts, and give the checkpoint its name: on rank 0."""
         for name, parts in exports.items():
             try:
-                task.write_export(name, parts, temporary / f"{name}.safetensors")
+                with atomic_path(temporary / f"{name}.safetensors") as file:
+                    task.write_export(name, parts, file)
             except SafetensorError as error:  # a full disk too
                 raise OSError(str(error)) from error
         text = json.dumps({"step": step, **self._run}, indent=1)
