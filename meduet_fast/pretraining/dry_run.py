@@ -15,6 +15,7 @@ from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
 from .cost import count_parameters, flops_per_sample, memory_estimate
+from .init_weights import read_initial
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import LatentCrops
@@ -24,7 +25,11 @@ _CHECKPOINT_BYTES = 6 * 4
 
 
 def format_plan(
-    config: PretrainConfig, data: Path | None = None, processes: int = 1, local: int | None = None
+    config: PretrainConfig,
+    data: Path | None = None,
+    processes: int = 1,
+    local: int | None = None,
+    init: Path | None = None,
 ) -> str:
     """Format the plan of a run, to be read.
 
@@ -33,9 +38,11 @@ def format_plan(
         data: its latent store, if there is one yet.
         processes: as many as GPUs.
         local: those of one machine; all of them if None.
+        init: weights that it begins from, if it does.
 
     Raises:
-        UserError: if the store is absent, damaged or does not fit the configuration, or the processes do not.
+        UserError: if the store or the weights are absent, damaged or do not fit the configuration, or the
+            processes do not.
     """
     model = config.model
     count = count_parameters(model)
@@ -62,7 +69,10 @@ def format_plan(
         return " + ".join(["reconstruction", *["MFTD"] * objective.mftd, *["SiQC"] * objective.siqc])
 
     with torch.device("meta"):
-        rows += describe_run(MeDUETPretraining(config), config, processes, local, losses)
+        task = MeDUETPretraining(config)
+    if init is not None:
+        rows += read_initial(init, task.student).rows()
+    rows += describe_run(task, config, processes, local, losses)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
     listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
     total = si(estimate.total, "B")
@@ -71,7 +81,7 @@ def format_plan(
     return format_rows(rows)
 
 
-def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
+def print_plan(config: PretrainConfig, data: Path | None = None, init: Path | None = None) -> None:
     """Print the plan of a run for the processes that torchrun started, once.
 
     Raises:
@@ -79,7 +89,7 @@ def print_plan(config: PretrainConfig, data: Path | None = None) -> None:
     """
     processes = launch_number("WORLD_SIZE", 1)
     if launch_number("RANK", 0) == 0:
-        print(format_plan(config, data, processes, launch_number("LOCAL_WORLD_SIZE", processes)))
+        print(format_plan(config, data, processes, launch_number("LOCAL_WORLD_SIZE", processes), init))
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:
