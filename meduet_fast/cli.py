@@ -128,6 +128,11 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
     )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="weights to begin from: an export (meduet or reference), or a published checkpoint",
+    )
     _settings(parser, PretrainConfig, f", or the name of a packaged one ({', '.join(sorted(_packaged()))})")
 
 
@@ -153,12 +158,12 @@ def _pretrain(arguments: Namespace) -> int:
 
     config = _built(PretrainConfig, arguments)
     if arguments.dry_run:
-        print_plan(config, arguments.data, arguments.output, arguments.resume)
+        print_plan(config, arguments.data, arguments.output, arguments.resume, arguments.init)
         return 0
     missing = [f"--{name}" for name in ("data", "output") if arguments[name] is None]
     if missing:
         raise UserError(f"{', '.join(missing)}: required, unless with --dry-run")
-    result = pretrain(arguments.data, arguments.output, config, arguments.resume)
+    result = pretrain(arguments.data, arguments.output, config, arguments.resume, arguments.init)
     return _tell_end(result, arguments.output, config.steps)
 
 

@@ -30,7 +30,6 @@ METADATA = "__metadata__"  # what a safetensors file says of itself, beside its 
 # Parts of names that come from what was around a module when it was saved.
 _AROUND = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-_SHOWN = 3
 _READ_BYTES = 1 << 20
 
 # First bytes of what is taken for a file of weights now and then.
@@ -103,10 +102,10 @@ def find_weights(content: Mapping[str, Any], known: Collection[str]) -> Weights:
         around.update(f"{part}." for part in parts if part in _AROUND)
         name = ".".join(part for part in parts if part not in _AROUND)
         if name in tensors:
-            raise ValueError(f"two tensors are named {_listed([name])}, one of them {_listed([full])}")
+            raise ValueError(f"two tensors are named {listed([name])}, one of them {listed([full])}")
         tensors[name] = value
     if not tensors:
-        raise ValueError(f"no tensors in it; it holds {_listed(list(content)) or 'nothing'}")
+        raise ValueError(f"no tensors in it; it holds {listed(list(content)) or 'nothing'}")
     matches: Counter[str] = Counter()
     for name in tensors:
         starts = [0, *(found.end() for found in re.finditer(r"\.", name))]
@@ -117,7 +116,7 @@ def find_weights(content: Mapping[str, Any], known: Collection[str]) -> Weights:
         teachers = [part for part in candidates if "teacher" in part]
         if len(teachers) != 1:
             raise ValueError(
-                f"several networks in it, their names begin with {_listed(candidates)}; save one alone"
+                f"several networks in it, their names begin with {listed(candidates)}; save one alone"
             )
         candidates = teachers
     (part,) = candidates
@@ -153,7 +152,7 @@ def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """
     both = [name for name in expected if name in found]
     shaped = [name for name in both if found[name].shape == expected[name].shape]
-    floating = [name for name in shaped if found[name].is_floating_point()]
+    usable = [name for name in shaped if not _unusable(found[name])]
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -163,15 +162,22 @@ def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
             if name not in set(shaped)
         ],
         "of another type": [
-            f"{name} is {str(found[name].dtype).removeprefix('torch.')}, expected floats"
+            f"{name} is {_unusable(found[name])}, expected floats"
             for name in shaped
-            if name not in set(floating)
+            if name not in set(usable)
         ],
         "with NaN or infinite values": [
-            name for name in floating if not found[name].detach().float().isfinite().all()
+            name for name in usable if not found[name].detach().float().isfinite().all()
         ],
     }
-    return "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
+
+
+def _unusable(value: Tensor) -> str:
+    """Say what a tensor is that holds no plain floats; empty if it does."""
+    if value.is_meta or value.layout != torch.strided:
+        return "without values" if value.is_meta else str(value.layout).removeprefix("torch.")
+    return "" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
 
 
 def weight_file(path: Path) -> Path:
@@ -206,7 +212,7 @@ def weight_file(path: Path) -> Path:
     files = [str(path / name) for name in names if name.endswith(_SUFFIXES)]
     raise UserError(
         f"{path}: a folder without {MODEL_FILE}, expected a file of weights"
-        + (f"; give one of its files: {_listed(files)}" if files else "")
+        + (f"; give one of its files: {listed(files)}" if files else "")
     )
 
 
@@ -224,7 +230,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
             head = file.read(1024)
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
-    if head[8:9] == b"{" and head[:1] not in b"{[<":
+    if head[4:9] == b"\0\0\0\0{":  # eight bytes of a length below 4 GiB, then JSON
         return _read_safetensors(path)
     if head.startswith(b"PK"):
         _look_into_archive(path)
@@ -258,7 +264,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: a damaged or cut-off safetensors file: {_listed([error])}") from error
+        raise UserError(f"{path}: a damaged or cut-off safetensors file: {listed([error])}") from error
     content[METADATA] = {name: _parsed(value) for name, value in metadata.items()}
     return content
 
@@ -321,7 +327,7 @@ def _look_into_archive(path: Path) -> None:
         return
     inside = [name for name in names if name.endswith(_SUFFIXES)] or names
     raise UserError(
-        f"{path}: a zip archive of {len(names)} files ({_listed(inside)}), expected a file of weights: "
+        f"{path}: a zip archive of {len(names)} files ({listed(inside)}), expected a file of weights: "
         "unpack it"
     )
 
@@ -356,7 +362,7 @@ def _describe(path: Path, head: bytes) -> str:
     return f"not a known kind of file (it begins with the bytes {head[:8].hex(' ')})"
 
 
-def _listed(names: Sequence[Any]) -> str:
+def listed(names: Sequence[Any], most: int = 3) -> str:
     """List the first few names, in which a foreign file may have put anything."""
-    shown = [str(name) if str(name).isprintable() else repr(str(name)) for name in names[:_SHOWN]]
-    return ", ".join(shown) + ", ..." * (len(names) > _SHOWN)
+    shown = [str(name) if str(name).isprintable() else repr(str(name)) for name in names[:most]]
+    return ", ".join(shown) + ", ..." * (len(names) > most)

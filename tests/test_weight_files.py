@@ -112,6 +112,8 @@ def test_weights_that_do_not_fit_are_listed() -> None:
     assert misfit({**STATE, "embed.weight": torch.zeros(2, 3, dtype=torch.int8)}, expected) == (
         "1 of another type: embed.weight is int8, expected floats"
     )
+    for other, what in ((torch.zeros(2, 3).to_sparse(), "sparse_coo"), (expected["embed.weight"], "without")):
+        assert f"embed.weight is {what}" in misfit({**STATE, "embed.weight": other}, expected)
     for value in (float("nan"), float("-inf")):
         bad = {**STATE, "blocks.1.bias": torch.tensor([0.0, value, 0.0, 0.0])}
         assert misfit(bad, expected) == "1 with NaN or infinite values: blocks.1.bias"

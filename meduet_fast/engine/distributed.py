@@ -60,6 +60,19 @@ class World:
         if self.grouped:
             dist.barrier(self.control)
 
+    def require_same(self, what: str, value: str) -> None:
+        """Refuse a value that differs between processes; all must call this at the same place.
+
+        Raises:
+            UserError: naming two of the values.
+        """
+        if self.grouped:
+            values = [value] * self.size
+            dist.all_gather_object(values, value, group=self.control)
+            other = next((rank for rank in range(self.size) if values[rank] != values[0]), None)
+            if other is not None:
+                raise UserError(f"{what}: rank 0 has {values[0]}, rank {other} has {values[other]}")
+
     def mean(self, values: Sequence[float]) -> list[float]:
         """Average each value over all processes; all must call this at the same place."""
         if not self.grouped:

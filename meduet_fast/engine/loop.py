@@ -87,6 +87,7 @@ def fit(
         set_attention_backend(config.attention, world.device)
         torch.manual_seed(config.seed)
         task, data = make()
+        world.require_same("the weights that the run begins from", json.dumps(task.init))
         checkpoint = find_start(output, config, world.size, data.identity, resume)
         start = read_run(checkpoint)["step"] if checkpoint else 0
         world.barrier()  # all have looked before anything is written
@@ -108,7 +109,7 @@ def fit(
         if world.rank == 0:
             (output / "checkpoints").mkdir(parents=True, exist_ok=True)
             remove_leftovers(output / "checkpoints")  # of killed writers
-            record = {"data": str(data.path.resolve()), "config": asdict(config)}
+            record = {"data": str(data.path.resolve()), "config": asdict(config), "init": task.init}
             with atomic_path(output / RUN_FILE) as temporary:
                 temporary.write_text(json.dumps(record, indent=1))
         world.barrier()
@@ -118,7 +119,9 @@ def fit(
         stopped: signal.Signals | None = None
         agreement = Agreement(world)
         every = config.flat() | {"processes": world.size}
-        settings = {"config": config.identity(world.size), "settings": every, "data": data.identity}
+        settings = {
+            "config": config.identity(world.size), "settings": every, "data": data.identity, "init": task.init
+        }  # fmt: skip
         writer = CheckpointWriter(
             output / "checkpoints", settings, config.keep_checkpoints, world, config.async_checkpoints
         )

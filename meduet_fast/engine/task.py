@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ class Task(nn.Module):
         sample: what one is called.
         tokens: tokens of a sample, for the record's ``tokens_per_s``; None writes none.
         labels: short names for the progress line, by name of the loss; the others have no place there.
+        init: which weights it began from, JSON values for the run's record; None if random ones.
     """
 
     title: str = "Training"
@@ -35,6 +37,7 @@ class Task(nn.Module):
     adamw: AdamWConfig
     tokens: int | None = None
     labels: Mapping[str, str] = {"total": "loss"}
+    init: Mapping[str, Any] | None = None
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Draw what is random (augmentation, masks, noise), before ``forward`` and outside of CUDA graphs.

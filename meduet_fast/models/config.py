@@ -149,7 +149,7 @@ class MeDUETConfig:
         return config
 
     def check_stated(self, said: Mapping[str, set[Any]]) -> None:
-        """Refuse weights beside which something else stands.
+        """Refuse weights that were made with something else.
 
         Args:
             said: see :func:`stated`.
@@ -159,8 +159,8 @@ class MeDUETConfig:
         """
         for name, values in said.items():
             if getattr(self, name) not in values:
-                listed = " and ".join(map(str, sorted(values)))
-                raise ValueError(f"{name} is {getattr(self, name)}, beside the weights stands {listed}")
+                made = " or ".join(map(str, sorted(values)))
+                raise ValueError(f"{name} is {getattr(self, name)}, the weights were made with {made}")
 
 
 def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

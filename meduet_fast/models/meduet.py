@@ -295,11 +295,12 @@ class MeDUET(nn.Module):
             else:
                 config.check_stated(stated(weights.beside, read_sizes(weights.tensors)))
             model = cls(config)
-            if problems := misfit(weights.tensors, model.to_reference()):
+            state = {"siqc_log_scale": model.siqc_log_scale.detach(), **weights.tensors}
+            if problems := misfit(state, model.state_dict()):
                 raise ValueError(f"not this model's reference state dict: {problems}")
         except ValueError as error:
             raise ValueError(f"{error}{weights.described()}") from error
-        model.load_state_dict({**weights.tensors, "siqc_log_scale": model.siqc_log_scale.detach()})
+        model.load_state_dict(state)
         return model
 
     def to_reference(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
 from .cost import count_parameters, flops_per_sample, memory_estimate
+from .init_weights import read_initial
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import LatentCrops
@@ -30,6 +31,7 @@ def format_plan(
     local: int | None = None,
     output: Path | None = None,
     resume: bool = False,
+    init: Path | None = None,
 ) -> str:
     """Format the plan of a run, to be read.
 
@@ -40,6 +42,7 @@ def format_plan(
         local: those of one machine; all of them if None.
         output: the run's folder, if it is known yet.
         resume: whether the run in it would go on.
+        init: weights that it begins from, if it does.
 
     Raises:
         UserError: for all that :func:`~meduet_fast.pretraining.pretrain` would refuse before its first step.
@@ -71,6 +74,8 @@ def format_plan(
 
     with torch.device("meta"):
         task = MeDUETPretraining(config)
+    if init is not None:
+        rows += read_initial(init, task.student).rows()
     rows += describe_run(task, config, processes, local, losses)
     check_start(task, config, output, identity, resume, processes)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
@@ -83,7 +88,11 @@ def format_plan(
 
 
 def print_plan(
-    config: PretrainConfig, data: Path | None = None, output: Path | None = None, resume: bool = False
+    config: PretrainConfig,
+    data: Path | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    init: Path | None = None,
 ) -> None:
     """Print the plan of a run for the processes that torchrun started, once.
 
@@ -93,7 +102,7 @@ def print_plan(
     processes = launch_number("WORLD_SIZE", 1)
     if launch_number("RANK", 0) == 0:
         local = launch_number("LOCAL_WORLD_SIZE", processes)
-        print(format_plan(config, data, processes, local, output, resume))
+        print(format_plan(config, data, processes, local, output, resume, init))
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:

@@ -14,10 +14,14 @@ from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
+from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
 from meduet_fast.engine.distributed import launch_number
+from meduet_fast.engine.dry_run import format_rows
 from meduet_fast.errors import UserError
+from meduet_fast.models import MeDUET
 
 from .config import PretrainConfig
+from .init_weights import began_from, read_initial
 from .task import MeDUETPretraining
 
 
@@ -59,7 +63,9 @@ class LatentCrops(Batches):
         return [self._store.entries[int(index)].name for index in ids]
 
 
-def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = False) -> FitResult:
+def pretrain(
+    data: Path, output: Path, config: PretrainConfig, resume: bool = False, init: Path | None = None
+) -> FitResult:
     """Pretrain on a latent store; see :func:`meduet_fast.engine.fit`.
 
     Args:
@@ -67,18 +73,32 @@ def pretrain(data: Path, output: Path, config: PretrainConfig, resume: bool = Fa
         output: the run's folder.
         config: settings.
         resume: go on from the last checkpoint, if there is one.
+        init: weights to begin from, see :func:`~.init_weights.read_initial`; random ones if None. A resumed
+            run must have begun from the same, or be given none.
 
     Raises:
-        UserError: for bad settings, data that do not fit, latents that can't be read, a non-finite loss, a
-            full disk, a lost process, a killed reader.
+        UserError: for bad settings, data or initial weights that do not fit, latents that can't be read, a
+            non-finite loss, a full disk, a lost process, a killed reader.
     """
 
     def make() -> tuple[MeDUETPretraining, LatentCrops]:
         store = LatentStore.open(data)
         crops = LatentCrops(store, config)
+        student, began, said = MeDUET(config.model), None, ""
+        holds_run = bool(checkpoint_steps(output / "checkpoints"))
+        if resume and holds_run:
+            began, said = began_from(latest_checkpoint(output), init)
+        elif init is not None and not holds_run:
+            weights = read_initial(init, student)
+            student.load_state_dict(weights.loaded, strict=False)
+            began, said = weights.record(), format_rows(weights.rows())
         if launch_number("RANK", 0) == 0:
             for doubt in config.doubts(len(store.domains)):
                 print(f"warning: {doubt}", file=sys.stderr)
-        return MeDUETPretraining(config), crops
+            if said:
+                print(said, file=sys.stderr)
+        task = MeDUETPretraining(config, student)
+        task.init = began
+        return task, crops
 
     return fit(make, config, output, resume)

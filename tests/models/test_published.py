@@ -67,6 +67,8 @@ def test_our_own_state_dict_says_its_sizes(model: MeDUET, tmp_path: Path) -> Non
     for name in ("a.pt", "b.pt"):
         assert same(MeDUET.from_reference(torch.load(tmp_path / name, weights_only=True)), model)
         assert same(MeDUET.from_reference(tmp_path / name), model)
+    whole = {"config": asdict(SMALL), "state_dict": model.state_dict()}  # with what no published one has
+    assert torch.equal(MeDUET.from_reference(whole).siqc_log_scale, model.siqc_log_scale)
     other = MeDUET(SMALL)
     other.load_state_dict(model.to_reference(), strict=False)  # what they say bothers nobody
     assert torch.equal(other.cls_token, model.cls_token)
@@ -115,8 +117,12 @@ def test_the_published_widths_have_the_published_heads() -> None:
 @pytest.mark.parametrize(
     ("beside", "given", "message"),
     [
-        ({"config": asdict(SMALL)}, {"num_heads": 4}, "num_heads is 4, beside the weights stands 2"),
-        ({"config": asdict(SMALL)}, {"config": replace(SMALL, num_heads=4)}, "is 4, beside .* stands 2"),
+        ({"config": asdict(SMALL)}, {"num_heads": 4}, "num_heads is 4, the weights were made with 2"),
+        (
+            {"config": asdict(SMALL)},
+            {"config": replace(SMALL, num_heads=4)},
+            "is 4, the weights were made with 2",
+        ),
         ({"a": HEADS, "b": {"num_heads": 4}}, {}, r"24 wide blocks \(2 or 4\?\): give num_heads="),
         ({"config": {**HEADS, "embed_dim": 48}}, {}, "stands beside embed_dim 48, .* have embed_dim 24"),
         ({"num_heads": 5, "decoder_num_heads": 1}, {}, "embed_dim 24 is not a multiple of num_heads 5"),

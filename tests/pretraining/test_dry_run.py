@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from meduet_fast.engine.parallel import shard_count
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.models.export import export_model
 from meduet_fast.pretraining import ObjectiveConfig, PretrainConfig, pretraining_losses, random_mix_mask
 from meduet_fast.pretraining.cost import (
     activation_bytes,
@@ -106,15 +107,18 @@ def test_who_shares_a_copy(tiny_config: PretrainConfig) -> None:
         shard_count(replace(hsdp, shard_size=3), 8, 4)
 
 
-def test_the_plan_of_a_run(tiny_store: Path, tiny_config: PretrainConfig) -> None:
+def test_the_plan_of_a_run(tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(tiny_config, accumulate=3, parallel="hsdp")
-    plan = format_plan(config, tiny_store, processes=4, local=2)
+    (init,) = export_model(MeDUET(config.model), tmp_path / "init.safetensors", "reference")
+    plan = format_plan(config, tiny_store, processes=4, local=2, init=init)
     for words in (
         "4 volumes of 3 domains (a, b, c)",
         "shortest edges are 10 to 10",
         "4 processes, one GPU each: 2 copies, each sharded over 2 (hsdp)",
         "4 crops at once x 3 accumulated x 4 = 48 crops a step",
         "6, 288 crops",
+        f"init        {init}, SHA-256 ",
+        "left fresh  1 tensor, 2 parameters: siqc_log_scale",
         "from step 0 on: reconstruction + SiQC",
         "from step 3 on: reconstruction + MFTD + SiQC",
         "B a GPU: student",

@@ -1,0 +1,148 @@
+"""Start a run from weights that exist: an export of another run, or a published checkpoint.
+
+Student and teacher begin as two copies of the same network, as they do in a run without: whatever the file
+was, a teacher or a student, the average that the teacher becomes starts from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meduet_fast.engine.checkpoint import read_run
+from meduet_fast.engine.dry_run import Rows, si
+from meduet_fast.errors import UserError
+from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.models.config import PUBLISHED_HEADS, read_sizes, stated
+from meduet_fast.models.published import read_published
+from meduet_fast.weight_files import Weights, file_sha256, listed, misfit, weight_file
+
+_ENCODER = ("embed_layer.", "cls_token", "blocks.", "norm.")
+# May have another shape: the former follow from the number of tokens, the latter from the data sets.
+_RESIZED = ("pos_embed", "decoder_pos_embed", "domain_classifier.")
+_SIZES = ("in_channels", "patch_size", "embed_dim", "depth", "decoder_embed_dim", "decoder_depth")
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a run starts from.
+
+    Attributes:
+        file: it.
+        sha256: of the file.
+        part: which of several networks in it, the prefix of its names.
+        loaded: what the run takes over, by name.
+        fresh: what the file has not, or not in this shape: it starts as in any run.
+        left_out: what the file has beyond.
+    """
+
+    file: Path
+    sha256: str
+    part: str
+    loaded: Mapping[str, Tensor]
+    fresh: Mapping[str, Tensor]
+    left_out: Mapping[str, Tensor]
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``run.json`` keeps of it, as JSON."""
+        return {"path": str(self.file.resolve()), "sha256": self.sha256, "part": self.part}
+
+    def rows(self) -> Rows:
+        """Return a table of what is loaded, left fresh and left out, in tensors and parameters."""
+        named = f", {self.part!r} in it" if self.part else ""
+        rows = [("init", f"{self.file}{named}, SHA-256 {self.sha256[:12]}..., for student and teacher")]
+        for what, tensors in (
+            ("loaded", self.loaded), ("left fresh", self.fresh), ("left out", self.left_out),
+        ):  # fmt: skip
+            parts = list(dict.fromkeys(key.split(".")[0] for key in tensors))
+            count = si(sum(value.numel() for value in tensors.values()), "").strip()
+            named = f": {listed(parts, most=len(self.loaded))}" if parts else ""
+            several = "s" * (len(tensors) != 1)
+            rows.append(("init", f"{what:10}  {len(tensors)} tensor{several}, {count} parameters{named}"))
+        return rows
+
+
+def read_initial(path: Path, model: MeDUET) -> InitialWeights:
+    """Read what a network can take over from a file.
+
+    Args:
+        path: a file or folder of ``meduet-fast export``, in the formats "meduet" and "reference", or a
+            published checkpoint; see :func:`~meduet_fast.models.published.read_published`.
+        model: the network, perhaps on the meta device; it is not changed.
+
+    Raises:
+        UserError: naming the file, if it can't be read, is of another size, or has not the whole encoder.
+    """
+    file, weights = read_published(path)
+    own = model.state_dict()
+    try:
+        _check_sizes(weights, model.config)
+        loaded = {
+            name: value
+            for name, value in weights.tensors.items()
+            if name in own and (value.shape == own[name].shape or not name.startswith(_RESIZED))
+        }
+        if missing := [name for name in own if name.startswith(_ENCODER) and name not in loaded]:
+            raise ValueError(f"less than the whole encoder, {len(missing)} missing: {listed(missing)}")
+        if problems := misfit(loaded, {name: own[name] for name in own if name in loaded}):
+            raise ValueError(f"weights that do not fit: {problems}")
+    except ValueError as error:
+        raise UserError(f"{file}: {error}{weights.described()}") from error
+    return InitialWeights(
+        file,
+        file_sha256(file),
+        weights.part,
+        loaded,
+        {name: value for name, value in own.items() if name not in loaded},
+        {name: value for name, value in weights.tensors.items() if name not in loaded} | weights.others,
+    )
+
+
+def _check_sizes(weights: Weights, config: MeDUETConfig) -> None:
+    """Refuse weights of another network.
+
+    Raises:
+        ValueError: naming what differs, in the file and in the run.
+    """
+    sizes, run = read_sizes(weights.tensors), asdict(config)
+    differing = [name for name in _SIZES if name in sizes and sizes[name] != run[name]]
+    if differing:
+        both = ", ".join(f"{name} {sizes[name]} (model.{name} is {run[name]})" for name in differing)
+        raise ValueError(f"weights of another network: {both}")
+    said = stated(weights.beside, sizes)
+    for name, published in PUBLISHED_HEADS.items():
+        width = sizes.get(name.replace("num_heads", "embed_dim"))
+        if width in published:
+            said.setdefault(name, {published[width]})
+    config.check_stated(said)
+
+
+def began_from(checkpoint: Path, path: Path | None) -> tuple[dict[str, Any] | None, str]:
+    """Tell what weights a resumed run began from; none are read again.
+
+    Args:
+        checkpoint: which it goes on from.
+        path: what it was asked to start from; None if nothing.
+
+    Returns:
+        The record of its beginning, None if it began from random weights; and what to say of ``path``.
+
+    Raises:
+        UserError: if it began from something else.
+    """
+    began = read_run(checkpoint).get("init")
+    if path is None:
+        return began, ""
+    hint = "leave --init out to go on, or choose another --output to begin"
+    if began is None:
+        raise UserError(f"{path}: the run of {checkpoint} began from random weights, not from these: {hint}")
+    if path.exists() and (found := file_sha256(weight_file(path))) != began["sha256"]:
+        raise UserError(
+            f"{path}: has SHA-256 {found[:12]}..., the run of {checkpoint} began from {began['path']} with "
+            f"{began['sha256'][:12]}...: {hint}"
+        )
+    return began, f"--init {path} is not read again: the run goes on from {checkpoint}"
