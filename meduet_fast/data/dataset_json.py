@@ -183,11 +183,10 @@ def _located(folder: Path, file: str) -> Path:
 
 def _header_of(path: Path) -> Path:
     """Return the header of an .hdr/.img pair that is named by its image."""
-    if path.suffix.casefold() == ".img":
-        for ending in (".hdr", ".HDR"):
-            if path.with_suffix(ending).exists():
-                return path.with_suffix(ending)
-    return path
+    match = re.fullmatch(r"(.+)\.img(\.gz)?", path.name, re.IGNORECASE)
+    endings = (".hdr", ".HDR", ".hdr.gz", ".HDR.GZ")
+    headers = [path.with_name(f"{match[1]}{ending}") for ending in endings] if match else []
+    return next((header for header in headers if header.exists()), path)
 
 
 def _numbered_files(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:

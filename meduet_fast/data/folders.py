@@ -11,9 +11,10 @@ from pathlib import Path
 
 from meduet_fast.errors import printable
 
-ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
+from .itk_formats import ITK_ENDINGS
+
 # Read, in capitals too; of a scan in two forms the first. An .hdr has its .img beside it.
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", *ITK_ENDINGS)
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", ".hdr.gz", *ITK_ENDINGS)
 ITK_MISSING = "needs ITK to be read: pip install 'meduet-fast[itk]'"
 NOT_READ = f"not a format that is read ({', '.join(VOLUME_ENDINGS)}, DICOM folders)"
 IS_LABEL = "by its name a mask or label map; if it is a scan, name it in a list or a manifest"
@@ -21,11 +22,12 @@ HIDDEN = "hidden"
 
 # Not read, but there may be a scan in it.
 _OTHER_FORMAT = re.compile(
-    r".*\.(img|img\.gz|hdr\.gz|npy|npz|mgz|mgh|mnc|minc|mnc\.gz|dcm|dicom|ima|par|rec|brik|brik\.gz|gipl|gipl\.gz|"
+    r".*\.(img|img\.gz|nhdr|npy|npz|mgz|mgh|mnc|minc|mnc\.gz|dcm|dicom|ima|par|rec|brik|brik\.gz|gipl|gipl\.gz|"
     r"vti|vtk|tiff?|h5|hdf5|zarr|raw|zip|tar|tgz|tar\.gz|7z|rar|(nii|mha|nrrd)[^a-z0-9].*)"
 )
 _SIDECAR = re.compile(r".*\.(json|txt|md5|sha\d+|csv|tsv|ya?ml|xml|png|jpe?g|log|html)")
-_PARTNERS = {".img": (".hdr",), ".raw": (".mhd", ".nhdr"), ".zraw": (".mhd",), ".rec": (".par",)}
+_PART = re.compile(r"(.+)\.(img|img\.gz|raw|zraw|rec)", re.IGNORECASE)  # of a volume, its header beside it
+_HEADERS, _IMAGES = (".hdr", ".hdr.gz", ".mhd", ".par"), (".img", ".img.gz")
 
 _LABEL_WORD = re.compile(
     r"[a-z]*(seg|segmentation|mask|label|labelmap|lbl|parcellation|annotation|groundtruth)s?\d*|gtv\d*"
@@ -78,13 +80,16 @@ def refusal(path: Path) -> str | None:
         OSError: it is there and cannot be looked at.
     """
     if path.is_dir():
-        return _dicom_refusal(path) if _has_dicom(path) else "a folder without DICOM files"
+        if not _has_dicom(path):
+            return "a folder without DICOM files"
+        return None if _has_itk() else ITK_MISSING
     if path.exists() and not path.is_file():
         return "not a regular file"
     ending = ending_of(path.name).casefold()
     if ending in ITK_ENDINGS:
         return None if _has_itk() else ITK_MISSING
-    if ending == ".hdr" and path.exists() and not _beside(path, ".img"):
+    stem = path.name.removesuffix(ending_of(path.name))
+    if ending.startswith(".hdr") and path.exists() and not _beside(path, stem, _IMAGES):
         return "a header without its .img file"
     return None if ending else "one DICOM file: name its folder" if _is_dicom(path) else NOT_READ
 
@@ -128,7 +133,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
                 stems.add(stem)
                 found.append(path)
         if dicom:
-            reason = HIDDEN if hidden else IS_LABEL if labels else _dicom_refusal(root)
+            reason = HIDDEN if hidden else IS_LABEL if labels else None if _has_itk() else ITK_MISSING
             if reason:
                 left_out.append(LeftOut(root, reason))
             else:
@@ -167,14 +172,16 @@ def _is_label(stem: str) -> bool:
 
 def _looks_like_a_volume(path: Path) -> bool:
     name = path.name.casefold()
-    if _SIDECAR.fullmatch(name) or not _OTHER_FORMAT.fullmatch(name):
+    part = _PART.fullmatch(path.name)
+    if part and _beside(path, part[1], _HEADERS):
         return False
-    return not any(_beside(path, partner) for partner in _PARTNERS.get(Path(name).suffix, ()))
+    return bool(_OTHER_FORMAT.fullmatch(name)) and not _SIDECAR.fullmatch(name)
 
 
-def _beside(path: Path, ending: str) -> bool:
-    """Tell whether a file of the same name with another ending is there, in capitals or not."""
-    return any(path.with_suffix(text).exists() for text in (ending, ending.upper()))
+def _beside(path: Path, stem: str, endings: tuple[str, ...]) -> bool:
+    """Tell whether a file of this stem is there with one of the endings, in small letters or capitals."""
+    names = [stem + text for ending in endings for text in (ending, ending.upper())]
+    return any(path.with_name(name).exists() for name in names)
 
 
 def _may_be_dicom(name: str) -> bool:
@@ -197,13 +204,3 @@ def _has_dicom(folder: Path) -> bool:
 
 def _has_itk() -> bool:
     return importlib.util.find_spec("SimpleITK") is not None
-
-
-def _dicom_refusal(folder: Path) -> str | None:
-    """Say why a folder with DICOM files is not read as a volume; None if it is."""
-    if not _has_itk():
-        return f"DICOM files, {ITK_MISSING}"
-    import SimpleITK
-
-    series = len(SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    return None if series == 1 else f"{series} DICOM series: put each into a folder of its own"

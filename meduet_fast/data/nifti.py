@@ -5,42 +5,121 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
-from nibabel.fileholders import FileHolder
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from meduet_fast.errors import VolumeError
 
+from .nifti_geometry import Geometry, decide_geometry
+
 # Deflate packs at most this many bytes into one: a bound on what a damaged header may make us allocate.
 MAX_PACKING = 1032
+PAIR_ENDINGS = {".hdr": ".img", ".img": ".hdr", ".hdr.gz": ".img.gz", ".img.gz": ".hdr.gz"}  # and its partner
+EXTENDER = 4  # bytes behind the header of a single file; the first is 1 if extensions follow
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read one 3D volume, single file, NIfTI-1 or -2, plain (``.nii``) or packed (``.nii.gz``).
+def nifti_files(path: Path) -> tuple[Path, ...]:
+    """Return the files that make up an image: header and voxels of a pair, whichever is given, or ``path``.
+
+    Raises:
+        VolumeError: the other half of a pair is missing, or its folder can't be read.
+    """
+    name = path.name.lower()
+    ending = next((ending for ending in PAIR_ENDINGS if name.endswith(ending)), None)
+    if ending is None:
+        return (path,)
+    stem = path.name[: -len(ending)]
+    expected = f"{stem}{PAIR_ENDINGS[ending]}"
+    # Either half may be packed, and endings may be in capitals.
+    wanted = {f"{stem}{PAIR_ENDINGS[ending].removesuffix('.gz')}{packed}".lower() for packed in ("", ".gz")}
+    with _reading(path):
+        found = sorted(
+            (file for file in path.parent.iterdir() if file.name.lower() in wanted),
+            key=lambda file: (file.name != expected, not file.name.startswith(stem), file.name),
+        )
+    if not found:
+        raise VolumeError(path, f"the other half of the pair, {expected}, is missing")
+    return (path, found[0]) if ending.startswith(".hdr") else (found[0], path)
+
+
+def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, Geometry]:
+    """Read one 3D volume: NIfTI-1 or -2, one file or a pair, plain or packed.
+
+    Args:
+        path: ends in ``.nii``, ``.hdr`` or ``.img``, in any case, with or without ``.gz``.
+        channel: position on the fourth axis; may be left out where that is 1 long.
 
     Returns:
-        Voxels, (X, Y, Z) float32 with the header's scaling applied, all finite and not all equal; and the
-        affine, (4, 4) float64, from voxel index to RAS position in mm.
+        Voxels, (X, Y, Z) float32 with the header's scaling applied; and where they lie.
 
     Raises:
         VolumeError: if the file cannot be read, is no NIfTI, is truncated or damaged, or is not 3D (a fourth
-            axis of one is fine); if its voxels are no real numbers, not finite or all equal; if its spacing
-            is not positive or its affine singular.
+            axis of one is fine); if its voxels are no real numbers; if its geometry is not certain.
     """
-    packed = path.name.endswith(".gz")
+    file, header, shape = _read_header(path)
+    geometry = decide_geometry(path, header)
+    channels = shape[3] if len(shape) > 3 else 1
+    if channel is None and channels > 1:
+        raise VolumeError(path, f"found the shape {shape}, expected 3 axes (one volume, one channel)")
+    if channel is not None and not 0 <= channel < channels:
+        raise VolumeError(path, f"found the shape {shape}, expected a channel {channel} on the fourth axis")
     try:
-        capacity = path.stat().st_size * (MAX_PACKING if packed else 1)
-        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-            kind = _check_header(path, stream.read(nib.Nifti2Header.sizeof_hdr), capacity)
-            stream.seek(0)
-            image = kind.from_file_map({"image": FileHolder(fileobj=stream)}, mmap=False)
-            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, see below
-                voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-            while stream.read(1 << 20):  # gzip compares its checksum at the end only
-                pass
+        dtype = header.get_data_dtype()
+    except KeyError as error:
+        raise VolumeError(path, f"damaged NIfTI header: voxel type {error} is unknown") from error
+    if dtype.kind not in "iuf":
+        raise VolumeError(path, f"found voxels of type {dtype}, expected integers or floats")
+    try:
+        slope, intercept = (default if value is None else value for value, default in
+                            zip(header.get_slope_inter(), (1.0, 0.0), strict=True))  # fmt: skip
+    except HeaderDataError as error:
+        raise VolumeError(path, f"damaged NIfTI header: {error}") from error
+    size = math.prod(shape) * dtype.itemsize
+    with _reading(path), _open(file) as stream:
+        offset = _voxel_offset(path, header, stream, size, bytes(header["magic"])[:2] == b"n+")
+        capacity = file.stat().st_size * (MAX_PACKING if _is_packed(file) else 1)
+        if offset + size > capacity:
+            raise VolumeError(
+                path, f"truncated: expected {size} bytes of voxels after {offset}, found {capacity} at most"
+            )
+        first = offset + (channel or 0) * (size // channels)
+        stored = ArrayProxy(stream, (shape[:3], dtype, first, slope, intercept), mmap=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite
+            voxels = np.asanyarray(stored, dtype=np.float32)  # (X, Y, Z)
+        while stream.read(1 << 20):  # gzip compares its checksum at the end only
+            pass
+    return voxels, geometry
+
+
+def nifti_geometry(path: Path) -> Geometry:
+    """Read where the voxels lie, and no voxel.
+
+    Raises:
+        VolumeError: as :func:`read_nifti` does for a header.
+    """
+    return decide_geometry(path, _read_header(path)[1])
+
+
+def _is_packed(file: Path) -> bool:
+    return file.name.lower().endswith(".gz")
+
+
+def _open(file: Path) -> BinaryIO:
+    return gzip.open(file, "rb") if _is_packed(file) else file.open("rb")  # type: ignore[return-value]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Translate what goes wrong while a file is read."""
+    try:
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VolumeError(path, f"damaged or truncated gzip: {error}") from error
     except (HeaderDataError, HeaderTypeError, ValueError) as error:
@@ -51,54 +130,66 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         # Without an error code it is nibabel's count of missing bytes, not the system's refusal.
         reason = f"cannot be read: {error.strerror}" if error.errno else f"truncated: {error}"
         raise VolumeError(path, reason) from error
-    voxels = voxels.reshape(voxels.shape[:3])  # (X, Y, Z)
-    affine = np.asarray(image.affine, dtype=np.float64)  # (4, 4)
-
-    if not np.isfinite(affine).all():
-        raise VolumeError(path, "the affine is not finite")
-    # The volume of a voxel over that of a box with the same edges: 1 for a proper grid, 0 for a singular one.
-    axes = affine[:3, :3]  # (3, 3), a column per voxel axis
-    edges = np.linalg.norm(axes, axis=0)  # (3,) mm
-    if not edges.all() or abs(np.linalg.det(axes / edges)) < 1e-3:
-        raise VolumeError(path, f"singular affine: {axes.tolist()} maps the voxels onto a plane or a line")
-    low, high = float(voxels.min()), float(voxels.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise VolumeError(path, f"{int((~np.isfinite(voxels)).sum())} voxels are not finite (NaN or Inf)")
-    if low == high:
-        raise VolumeError(path, f"constant image: every voxel is {low:g}")
-    return voxels, affine
 
 
-def _check_header(path: Path, block: bytes, capacity: int) -> type[nib.Nifti1Image]:
-    """Return the image class of a NIfTI file that starts with ``block`` and holds at most ``capacity`` bytes.
+def _read_header(path: Path) -> tuple[Path, nib.Nifti1Header, tuple[int, ...]]:
+    """Return the file of the voxels, the header as it is in the file, and the shape.
 
-    nibabel mends odd spacings silently when it loads a file; the raw header tells what is really in it.
+    nibabel mends odd headers silently when it loads a file; the raw one tells what is really in it.
     """
-    for kind in (nib.Nifti1Image, nib.Nifti2Image):
-        length = kind.header_class.sizeof_hdr
+    *headers, voxels = nifti_files(path)
+    with _reading(path), _open(headers[0] if headers else path) as stream:
+        block = stream.read(nib.Nifti2Header.sizeof_hdr)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        length = kind.sizeof_hdr
         if len(block) >= length and block[:4] in (length.to_bytes(4, "little"), length.to_bytes(4, "big")):
-            header = kind.header_class(block[:length], check=False)
+            header = kind(block[:length], check=False)
             break
     else:
         raise VolumeError(path, "not a NIfTI file")
-    if bytes(header["magic"])[:3] != header.single_magic[:3]:
+    magic = bytes(header["magic"])[:3]
+    if headers and magic not in (nib.Nifti1Header.pair_magic[:3], nib.Nifti2Header.pair_magic[:3]):
+        raise VolumeError(
+            path,
+            "an Analyze header, which states no orientation: left and right are unknown; convert it to NIfTI",
+        )
+    if not headers and magic != header.single_magic[:3]:
         raise VolumeError(path, "not a single-file NIfTI (a header of an .hdr/.img pair, or damaged)")
     axes = max(0, min(7, int(header["dim"][0])))
     shape = tuple(int(size) for size in header["dim"][1 : 1 + axes])
-    if len(shape) < 3 or min(shape) < 1 or any(size > 1 for size in shape[3:]):
+    if len(shape) < 3 or min(shape) < 1 or any(size > 1 for size in shape[4:]):
         raise VolumeError(path, f"found the shape {shape}, expected 3 axes (one volume, one channel)")
-    spacing = tuple(float(value) for value in header["pixdim"][1:4])
-    if not all(0 < value < math.inf for value in spacing):
-        raise VolumeError(path, f"found the spacing {spacing} mm in the header, expected positive numbers")
-    try:
-        dtype = header.get_data_dtype()
-    except KeyError as error:
-        raise VolumeError(path, f"damaged NIfTI header: voxel type {error} is unknown") from error
-    if dtype.kind not in "iuf":
-        raise VolumeError(path, f"found voxels of type {dtype}, expected integers or floats")
-    size, offset = math.prod(shape) * dtype.itemsize, float(header["vox_offset"])
-    if not 0 <= offset + size <= capacity:  # this way round, so that an offset of NaN is refused too
+    return voxels, header, shape
+
+
+def _voxel_offset(path: Path, header: nib.Nifti1Header, stream: BinaryIO, size: int, single: bool) -> int:
+    """Return the byte where ``size`` bytes of voxels begin.
+
+    Where the header names a byte inside of itself or of its extensions, the length of the file decides: the
+    voxels are its last bytes, and begin where the header or an extension ends.
+    """
+    stated = float(header["vox_offset"])
+    if not single:
+        if not (stated.is_integer() and stated >= 0):
+            raise VolumeError(path, f"damaged NIfTI header: vox_offset is {stated:g}")
+        return int(stated)
+    ends = [header.sizeof_hdr, header.sizeof_hdr + EXTENDER]
+    stream.seek(header.sizeof_hdr)
+    if stream.read(EXTENDER)[:1] not in (b"", b"\0"):
+        # Each extension begins with its length; they end at the stated offset, or nobody knows where.
+        while (len(ends) == 2 or ends[-1] != stated) and len(length := stream.read(4)) == 4:
+            extension = int.from_bytes(length, "little" if header.endianness == "<" else "big")
+            if extension < 16 or extension % 16 or ends[-1] + extension > max(stated, 1 << 20):
+                break
+            ends.append(ends[-1] + extension)
+            stream.seek(ends[-1])
+    if stated.is_integer() and stated >= ends[-1]:
+        return int(stated)
+    total = stream.seek(0, 2)
+    if total - size not in ends and total - size != stated:
         raise VolumeError(
-            path, f"truncated: expected {size} bytes of voxels after {offset:.0f}, found {capacity} at most"
+            path,
+            f"found vox_offset {stated:g}, inside of the header, and a length of {total} bytes, which can't "
+            f"tell where {size} bytes of voxels begin",
         )
-    return kind
+    return total - size

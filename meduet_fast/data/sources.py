@@ -33,7 +33,7 @@ class VolumeEntry:
         intensity: how its voxel values become [0, 1]; None: its values tell, when it is loaded.
         name: unique within the input; it can name a file. :func:`find_volumes` gives names of ASCII letters,
             digits, ``.``, ``_`` and ``-`` only.
-        channel: index on the fourth axis of the file; None for a file with one volume.
+        channel: position on the fourth axis of a file that holds several volumes; None: it holds one.
     """
 
     path: Path

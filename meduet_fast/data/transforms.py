@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from meduet_fast.errors import UserError, VolumeError
 
 from .intensity import LOOK_VERSION, IntensityRule, map_to_unit
-from .nifti import read_nifti
+from .nifti_geometry import format_spacing
+from .scans import ScanFacts, corrected_affine, read_scan, scan_files
 from .sources import VolumeEntry
 
 # Raised when the code below gives other voxels than before, so that prepared volumes count as stale.
@@ -77,12 +79,14 @@ class PreparedVolume:
         affine: (4, 4) float64, voxel index to RAS position in mm.
         spacing: mm along X, Y, Z.
         intensity: the rule that made it, stated or found.
+        scan: what the volume was before.
     """
 
     image: Tensor
     affine: np.ndarray
     spacing: tuple[float, float, float]
     intensity: IntensityRule
+    scan: ScanFacts
 
 
 def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
@@ -92,12 +96,13 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
     the voxels above 0, centre crop to ``max_size``, zero padding to ``min_size`` and ``multiple``.
 
     Raises:
-        VolumeError: with a plain reason, if the file cannot be read, is no NIfTI, is damaged, is not 3D, has
-            an unusable header or voxels, is a mask or label map, does not suit its intensity rule, or is too
-            small.
+        VolumeError: with a plain reason, if the file cannot be read, is damaged, is not 3D, has an unusable
+            header or voxels, is a mask or label map, does not suit its intensity rule, or is too small.
     """
     path = entry.path
-    voxels, affine = read_nifti(path)  # (X, Y, Z) and (4, 4) of the scan
+    scan = read_scan(path, entry.channel)
+    voxels, affine = scan.voxels, scan.affine  # (X, Y, Z) and (4, 4) of the scan
+    facts = ScanFacts.of(scan)
     rule = map_to_unit(path, voxels, entry.intensity)
 
     edges = np.linalg.norm(affine[:3, :3], axis=0)  # (3,) mm
@@ -121,7 +126,8 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
         raise VolumeError(
             path,
             f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
-            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop)",
+            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop); the scan has "
+            f"{tuple(voxels.shape)} voxels of {format_spacing(edges)} mm",
         )
     to_size = Compose(
         [
@@ -134,7 +140,7 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
     grid = np.asarray(image.affine, dtype=np.float64)  # (4, 4)
     x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
     # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
-    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z), rule)
+    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z), rule, facts)
 
 
 def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity: str) -> str:
@@ -143,17 +149,23 @@ def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity:
     Raises:
         VolumeError: if the file cannot be read.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "version": TRANSFORM_VERSION,
         "intensity": asdict(entry.intensity) if entry.intensity else f"look {LOOK_VERSION}",
         "transform": asdict(config),
         "tokenizer": tokenizer_identity,
     }
+    if entry.channel is not None:
+        settings["channel"] = entry.channel
+    corrected = corrected_affine(entry.path)
+    if corrected is not None:  # before headers were checked, these voxels lay elsewhere
+        settings["geometry"] = corrected if isinstance(corrected, str) else corrected.tolist()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     try:
-        with entry.path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        for file in scan_files(entry.path):
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
     except OSError as error:
         raise VolumeError(entry.path, f"cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -301,9 +301,7 @@ BAD: list[tuple[str, Callable[[Path], None], str]] = [
     (".nii.gz", with_value(float("nan")), "1 voxels are not finite"),
     (".nii.gz", with_value(float("inf")), "1 voxels are not finite"),
     (".nii.gz", with_value(float("-inf")), "1 voxels are not finite"),
-    (".nii", with_spacing(0.0), r"spacing \(0.0, 1.0, 1.0\) mm in the header, expected positive"),
-    (".nii", with_spacing(-1.5), r"spacing \(-1.5, 1.0, 1.0\) mm in the header"),
-    (".nii", with_spacing(float("nan")), r"spacing \(nan, 1.0, 1.0\) mm in the header"),
+    (".nii", with_spacing(-1.5), r"spacing \(-1.5, 1.0, 1.0\) in pixdim, but the sform .* says 1 x 1 x 1"),
     (
         ".nii",
         with_affine(1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0),

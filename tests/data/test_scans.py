@@ -1,0 +1,367 @@
+"""Scans of every format come in with the same voxels at the same places; what is not sure is refused."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from meduet_fast.data.scans import Scan, ScanFacts, read_scan, scan_files
+from meduet_fast.errors import VolumeError
+
+AFFINE = np.array(
+    [[-0.7, 0, 0, 90], [0, 0, 2.5, -40], [0, 0.7, 0, 11], [0, 0, 0, 1]]
+)  # to the left, head, front
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
+
+
+VOXELS = noise(7, 6, 5)
+
+
+def save(path: Path, voxels: np.ndarray = VOXELS, kind: type = nib.Nifti1Image) -> Path:
+    kind(voxels, AFFINE).to_filename(path)
+    return path
+
+
+def check(scan: Scan, voxels: np.ndarray = VOXELS) -> None:
+    assert scan.voxels.dtype == np.float32
+    np.testing.assert_array_equal(scan.voxels, voxels)
+    np.testing.assert_allclose(scan.affine, AFFINE, atol=1e-5)
+    assert scan.notes == ()
+
+
+# --- NIfTI -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.nii", "A.NII", "a.nii.gz", "A.NII.GZ", "a.Nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_single_files_in_small_letters_and_capitals(tmp_path: Path, name: str, kind: type) -> None:
+    saved = save(tmp_path / f"saved{name[1:].lower()}", kind=kind)
+    check(read_scan(saved.rename(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("header", "voxels"),
+    [("a.hdr", "a.img"), ("A.HDR", "A.IMG"), ("a.hdr", "a.img.gz"), ("a.hdr.gz", "a.img.gz")],
+)
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
+def test_both_halves_of_a_pair_name_it(tmp_path: Path, header: str, voxels: str, kind: type) -> None:
+    save(tmp_path / "saved.img", kind=kind)
+    (tmp_path / "b.img").touch()  # another's
+    for ending, name in ((".hdr", header), (".img", voxels)):
+        content = (tmp_path / f"saved{ending}").read_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for name in (header, voxels):
+        check(read_scan(tmp_path / name))
+        assert scan_files(tmp_path / name) == (tmp_path / header, tmp_path / voxels)
+
+
+def test_half_a_pair_and_an_analyze_header_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.img", kind=nib.Nifti1Pair)
+    (tmp_path / "a.img").rename(tmp_path / "b.img")
+    with pytest.raises(VolumeError, match=r"other half of the pair, a\.img, is missing"):
+        read_scan(tmp_path / "a.hdr")
+    with pytest.raises(VolumeError, match=r"other half of the pair, b\.hdr, is missing"):
+        read_scan(tmp_path / "b.img")
+    nib.AnalyzeImage(VOXELS, None).to_filename(tmp_path / "c.img")
+    with pytest.raises(VolumeError, match=r"Analyze header.*left and right are unknown"):
+        read_scan(tmp_path / "c.hdr")
+
+
+def test_one_volume_of_several_is_read_by_its_channel(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", noise(7, 6, 5, 3))
+    check(read_scan(path, 0), noise(7, 6, 5, 3)[..., 0])
+    check(read_scan(path, 2), noise(7, 6, 5, 3)[..., 2])
+    for channel in (3, -1):
+        with pytest.raises(VolumeError, match=f"expected a channel {channel} on the fourth axis"):
+            read_scan(path, channel)
+    with pytest.raises(VolumeError, match=r"shape \(7, 6, 5, 3\), expected 3 axes"):
+        read_scan(path)
+    check(read_scan(save(tmp_path / "b.nii"), 0))
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "scale"),
+    [
+        (2.0, 10.0, (2, 10)),
+        (0.0, 10.0, (1, 0)),
+        (float("nan"), float("nan"), (1, 0)),
+        (float("inf"), 1.0, (1, 0)),
+    ],
+)
+def test_the_scaling_is_nibabels(
+    tmp_path: Path, slope: float, intercept: float, scale: tuple[int, int]
+) -> None:
+    path = save(tmp_path / "a.nii")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<2f", content, 112, slope, intercept)
+    path.write_bytes(content)
+    check(read_scan(path), VOXELS * scale[0] + scale[1])
+    struct.pack_into("<2f", content, 112, 2, float("nan"))
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match="damaged NIfTI header: Valid slope but invalid intercept"):
+        read_scan(path)
+
+
+def with_offset(content: bytes, offset: float, version: int = 1) -> bytes:
+    changed = bytearray(content)
+    struct.pack_into("<f" if version == 1 else "<q", changed, 108 if version == 1 else 168, offset)
+    return bytes(changed)
+
+
+def with_extension(content: bytes, size: int) -> bytes:
+    extension = struct.pack("<2i", size, 6) + bytes(size - 8)
+    return content[:348] + b"\1\0\0\0" + extension + content[352:]
+
+
+PLAIN = Path("a.nii")
+OFFSETS: dict[str, tuple[int, Callable[[bytes], bytes]]] = {
+    "0, behind the extender": (1, lambda content: with_offset(content, 0)),
+    "0, behind the header": (1, lambda content: with_offset(content[:348] + content[352:], 0)),
+    "348": (1, lambda content: with_offset(content[:348] + content[352:], 348)),
+    "NaN": (1, lambda content: with_offset(content, float("nan"))),
+    "0 of version 2": (2, lambda content: with_offset(content, 0, 2)),
+    "behind an extension": (1, lambda content: with_offset(with_extension(content, 32), 384)),
+    "before an extension": (1, lambda content: with_offset(with_extension(content, 32), 352)),
+    "before two": (1, lambda content: with_offset(with_extension(with_extension(content, 48), 32), 352)),
+    "no multiple of 16": (1, lambda content: with_offset(content[:352] + bytes(7) + content[352:], 359)),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_the_length_tells_where_voxels_begin_that_the_header_puts_inside_itself(
+    tmp_path: Path, name: str, packed: bool
+) -> None:
+    version, change = OFFSETS[name]
+    path = save(tmp_path / "a.nii", kind=nib.Nifti1Image if version == 1 else nib.Nifti2Image)
+    content = change(path.read_bytes())
+    path = tmp_path / ("b.nii.gz" if packed else "b.nii")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    check(read_scan(path))
+
+
+@pytest.mark.parametrize("offset", [0, 100, 351, -16, float("nan")])
+def test_an_offset_inside_the_header_of_a_file_of_odd_length_is_refused(
+    tmp_path: Path, offset: float
+) -> None:
+    path = save(tmp_path / "a.nii")
+    path.write_bytes(with_offset(path.read_bytes() + bytes(5), offset))
+    with pytest.raises(VolumeError, match=r"vox_offset .* inside of the header, .* 777 bytes"):
+        read_scan(path)
+
+
+# --- ITK -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sitk() -> Any:
+    return pytest.importorskip("SimpleITK")
+
+
+def itk_image(sitk: Any, voxels: np.ndarray = VOXELS) -> Any:
+    """Image whose affine is AFFINE: ITK's x and y are negative, its arrays have their axes backwards."""
+    image = sitk.GetImageFromArray(voxels.transpose())
+    axes = np.diag([-1, -1, 1]) @ AFFINE[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((axes / spacing).ravel().tolist())
+    image.SetOrigin((AFFINE[:3, 3] * [-1, -1, 1]).tolist())
+    return image
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "A.MHA", "A.NRRD"])
+def test_itk_formats(tmp_path: Path, sitk: Any, name: str) -> None:
+    saved = tmp_path / f"saved{name[1:].lower()}"
+    sitk.WriteImage(itk_image(sitk), str(saved))
+    path = saved.rename(tmp_path / name)
+    check(read_scan(path))
+    assert scan_files(path) == ((path, tmp_path / "saved.raw") if name.endswith("mhd") else (path,))
+
+
+def test_itk_voxels_are_those_of_the_same_nifti(tmp_path: Path, sitk: Any) -> None:
+    sitk.WriteImage(itk_image(sitk), str(tmp_path / "a.nii.gz"))  # ITK's own NIfTI writer turns LPS to RAS
+    check(read_scan(tmp_path / "a.nii.gz"))
+
+
+def test_an_nrrd_in_ras_coordinates(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    columns = " ".join(f"({','.join(map(str, column))})" for column in AFFINE[:3, :3].T)
+    header = (
+        "NRRD0004\ntype: short\ndimension: 3\nspace: right-anterior-superior\nsizes: 7 6 5\n"
+        f"space directions: {columns}\nkinds: domain domain domain\nendian: little\nencoding: raw\n"
+        f"space origin: ({','.join(map(str, AFFINE[:3, 3]))})\n"
+    )
+    path = tmp_path / "a.nrrd"
+    path.write_bytes(header.encode() + b"\n" + VOXELS.tobytes(order="F"))
+    check(read_scan(path))
+    path.write_bytes(header.encode() + b'space units: "um" "um" "um"\n\n' + VOXELS.tobytes(order="F"))
+    with pytest.raises(VolumeError, match="found the unit of length um, expected mm"):
+        read_scan(path)
+    spaceless = header.replace("space: right-anterior-superior", "space dimension: 3")
+    path.write_bytes(spaceless.encode() + b"\n" + VOXELS.tobytes(order="F"))
+    assert "no orientation" in read_scan(path).notes[0]
+    path.write_bytes(header.encode() + b"data file: a.raw\n\n")
+    (tmp_path / "a.raw").write_bytes(VOXELS.tobytes(order="F"))
+    with pytest.raises(VolumeError, match="an NRRD header without voxels"):
+        read_scan(path)
+
+
+def test_a_channel_of_an_itk_file(tmp_path: Path, sitk: Any) -> None:
+    image = sitk.JoinSeries([itk_image(sitk, VOXELS + add) for add in (0, 1)])
+    sitk.WriteImage(image, str(tmp_path / "a.mha"))
+    vector = sitk.Compose([itk_image(sitk, VOXELS + add) for add in (0, 1)])
+    sitk.WriteImage(vector, str(tmp_path / "b.nrrd"))
+    for name in ("a.mha", "b.nrrd"):
+        check(read_scan(tmp_path / name, 1), VOXELS + 1)
+        with pytest.raises(VolumeError, match=r"shape \(7, 6, 5, 2\), expected 3 axes"):
+            read_scan(tmp_path / name)
+        with pytest.raises(VolumeError, match="expected a channel 2 on the fourth axis"):
+            read_scan(tmp_path / name, 2)
+
+
+def test_bad_itk_files_are_refused(tmp_path: Path, sitk: Any) -> None:
+    with pytest.raises(VolumeError, match="cannot be read: No such file"):
+        read_scan(tmp_path / "absent.mha")
+    (tmp_path / "text.nrrd").write_text("no image\n", encoding="utf-8")
+    with pytest.raises(VolumeError, match=r"ITK cannot read it: \S") as caught:
+        read_scan(tmp_path / "text.nrrd")
+    assert "\n" not in caught.value.reason
+    sitk.WriteImage(itk_image(sitk), str(tmp_path / "a.mhd"))
+    (tmp_path / "a.raw").unlink()
+    with pytest.raises(VolumeError, match="cannot be read: No such file") as caught:
+        read_scan(tmp_path / "a.mhd")
+    assert caught.value.path == tmp_path / "a.raw"
+    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = slice%03d.raw 1 9 1\n", encoding="utf-8")
+    with pytest.raises(VolumeError, match=r"slice%03d.*expected the name of one file"):
+        read_scan(tmp_path / "b.mhd")
+
+
+def dicom(
+    sitk: Any, folder: Path, positions: list[tuple[float, float, float]], series: str = "1.2.3.4",
+    axes: str = "1\\0\\0\\0\\1\\0", description: str = "chest",
+) -> None:  # fmt: skip
+    """Write slices of 6 columns and 5 rows; slice number n has values of 1100 + 100 n."""
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for number, position in enumerate(positions):
+        image = sitk.GetImageFromArray((noise(5, 6) % 50 + 1100 + 100 * number).astype(np.int16)[None])
+        image.SetSpacing((0.7, 0.8, 1))
+        tags = {
+            "0008|0060": "CT", "0008|103e": description, "0020|000e": series, "0020|000d": "1.2.3",
+            "0008|0018": f"{series}.{number}", "0020|0032": "\\".join(map(str, position)), "0020|0037": axes,
+            "0028|1052": "-1024", "0028|1053": "1", "0020|0013": str(number),
+        }  # fmt: skip
+        for key, value in tags.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{series}-{number}.dcm"))
+        writer.Execute(image)
+
+
+def along_z(*heights: float) -> list[tuple[float, float, float]]:
+    return [(10.0, 20.0, height) for height in heights]
+
+
+def test_a_dicom_series(tmp_path: Path, sitk: Any) -> None:
+    dicom(sitk, tmp_path / "s", along_z(4.5, 0.0, 3.0, 1.5))
+    (tmp_path / "s" / "notes.txt").write_text("not an image", encoding="utf-8")
+    scan = read_scan(tmp_path / "s")
+    assert scan.voxels.shape == (6, 5, 4)
+    first = scan.voxels[0, 0, 0]
+    np.testing.assert_array_equal(scan.voxels[0, 0] - first, [0, 200, 100, -100])  # by height, not by number
+    assert scan.voxels[:, :, 1].min() >= 1100 + 300 - 1024
+    # Columns lie 0.7 mm apart, rows 0.8 mm; x and y of LPS are turned to RAS.
+    np.testing.assert_allclose(
+        scan.affine, [[-0.7, 0, 0, -10], [0, -0.8, 0, -20], [0, 0, 1.5, 0], [0, 0, 0, 1]]
+    )
+    assert len(scan_files(tmp_path / "s")) == 5
+
+
+@pytest.mark.parametrize(
+    ("positions", "reason"),
+    [
+        (
+            along_z(0, 1.5, 4.5, 6),
+            "missing or unevenly spaced: 1.5 to 3 mm apart, 1.5 mm as a rule, 1 gaps",
+        ),
+        (along_z(0, 1.5, 3.2, 4.7), "unevenly spaced"),
+        (along_z(0, 1.5, 1.5, 3), "several slices at one place"),
+        ([(10, 20 + 0.5 * z, 1.5 * z) for z in range(4)], "tilted gantry"),
+        (along_z(0), "of one slice"),
+    ],
+)
+def test_a_dicom_series_with_a_fault_is_refused(
+    tmp_path: Path, sitk: Any, positions: list[tuple[float, float, float]], reason: str
+) -> None:
+    dicom(sitk, tmp_path / "s", positions)
+    with pytest.raises(VolumeError, match=reason):
+        read_scan(tmp_path / "s")
+
+
+def test_several_series_and_orientations_in_one_folder_are_refused(tmp_path: Path, sitk: Any) -> None:
+    dicom(sitk, tmp_path / "two", along_z(0, 1.5))
+    dicom(sitk, tmp_path / "two", along_z(0, 1.5, 3), series="1.2.3.5", description="scout")
+    with pytest.raises(VolumeError, match=r"2 DICOM series .*\([23] slices\), .* own folder"):
+        read_scan(tmp_path / "two")
+    dicom(sitk, tmp_path / "turned", along_z(0, 1.5, 3))
+    dicom(sitk, tmp_path / "turned" / ".", along_z(4.5), axes="0\\1\\0\\0\\0\\1", series="1.2.3.4")
+    with pytest.raises(VolumeError, match="slices of several orientations"):
+        read_scan(tmp_path / "turned")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolumeError, match="a folder without a DICOM series"):
+        read_scan(tmp_path / "empty")
+
+
+def test_without_itk_its_formats_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *arguments: Any, **more: Any) -> Any:
+        if name == "SimpleITK":
+            raise ImportError(name)
+        return real(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    for name in ("a.mha", "a.mhd", "a.nrrd", "A.NRRD"):
+        (tmp_path / name).touch()
+        with pytest.raises(VolumeError, match=r"pip install 'meduet-fast\[itk\]'"):
+            read_scan(tmp_path / name)
+    with pytest.raises(VolumeError, match=r"pip install 'meduet-fast\[itk\]'"):
+        read_scan(tmp_path)
+
+
+def test_other_files_are_no_scans(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    with pytest.raises(VolumeError, match=r"no format that is read: expected \.nii, .*\.nrrd, or a folder"):
+        read_scan(tmp_path / "a.png")
+
+
+# --- facts -----------------------------------------------------------------------------------------
+
+
+def test_facts_are_the_same_however_the_axes_are_stored(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(VOXELS, AFFINE)
+    image.to_filename(tmp_path / "a.nii")
+    nib.as_closest_canonical(image).to_filename(tmp_path / "b.nii.gz")
+    nib.Nifti1Image(VOXELS.astype(np.float64), AFFINE).to_filename(tmp_path / "c.nii")
+    facts = [ScanFacts.of(read_scan(tmp_path / name)) for name in ("a.nii", "b.nii.gz", "c.nii")]
+    assert facts[0] == facts[1] == facts[2]
+    assert facts[0].size == (7, 5, 6)
+    assert facts[0].spacing == pytest.approx((0.7, 2.5, 0.7))
+    assert facts[0].extent == pytest.approx((4.9, 12.5, 4.2))
+    assert (facts[0].values[0], facts[0].values[3]) == (VOXELS.min(), VOXELS.max())
+    assert facts[0].values[1:3] == pytest.approx(np.percentile(VOXELS, (1, 99)))
+    assert ScanFacts.from_json(facts[0].to_json()) == facts[0]
+    other = replace(read_scan(tmp_path / "a.nii"), voxels=VOXELS[::-1].astype(np.float32))
+    assert ScanFacts.of(other).fingerprint != facts[0].fingerprint
