@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
-from meduet_fast.data.sources import CT, MR, IntensityRule, find_volumes
+from meduet_fast.data.intensity import CT, MR, IntensityRule
+from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import TransformConfig, load_volume
 from meduet_fast.devices import select_device
 from meduet_fast.models import MeDUET
@@ -48,7 +49,7 @@ def encode_scan(
         min_size=edge,
         multiple=edge,
     )
-    [entry] = find_volumes(scan, intensity=intensity)
+    [entry] = find_volumes(scan, intensity=intensity).volumes
     volume = load_volume(entry, transform)  # image (1, x, y, z)
     latents = tokenizer.encode(
         volume.image[None].to(next(model.parameters()).device)

@@ -79,7 +79,7 @@ def _summarise(summary: Any) -> int:
     from meduet_fast.prepare.update import format_summary
 
     print(format_summary(summary))
-    return EXIT_FAILED if summary.failed else 0
+    return 0 if summary.complete else EXIT_FAILED
 
 
 def _prepare_arguments(parser: ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _prepare_arguments(parser: ArgumentParser) -> None:
         "--input",
         type=Path,
         required=True,
-        help="folder of NIfTI files, Decathlon/MONAI JSON list, nnU-Net data set folder, or YAML manifest",
+        help="folder of scans, Decathlon/MONAI JSON list, nnU-Net data set folder, or YAML manifest",
     )
     parser.add_argument("--output", type=Path, required=True, help="latent store to make or to update")
     _settings(parser, PrepareConfig)

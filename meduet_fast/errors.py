@@ -5,8 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def printable(text: object) -> str:
+    r"""Escape what a terminal or a UTF-8 file does not take: control characters, and bytes that are no UTF-8.
+
+    >>> printable("K\udcf6ln\x1b[2J")
+    'K\\xf6ln\\x1b[2J'
+    """
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in str(text))
+
+
+def _escape(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # how Python holds a byte of a file name that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
+
+
 class UserError(Exception):
-    """Bad input: the message names the file or argument, what was found and what was expected."""
+    """Bad input: the message names the file or argument, what was found and what was expected.
+
+    Line breaks in it are kept, other unprintable characters escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class VolumeError(UserError):
@@ -20,4 +41,4 @@ class VolumeError(UserError):
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path = Path(path)
         self.reason = reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")

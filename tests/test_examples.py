@@ -46,7 +46,7 @@ def test_encode_scan(tmp_path: Path) -> None:
     assert "content (8, 4, 4, 24), style (8, 4, 4, 6)" in printed
 
     found = np.load(tmp_path / "scan.npz")
-    [entry] = find_volumes(scan)
+    [entry] = find_volumes(scan).volumes
     volume = load_volume(entry, TransformConfig(max_size=(64, 32, 32), min_size=32, multiple=32))
     with torch.inference_mode():
         latents = load_tokenizer().encode(volume.image[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from monai.transforms import CenterSpatialCrop
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meduet_fast.data.folders import format_left_out
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import TransformConfig, load_volume
@@ -27,7 +29,7 @@ from meduet_fast.engine.checkpoint import latest_checkpoint
 from meduet_fast.engine.metrics import first_and_last, read_metrics
 from meduet_fast.engine.precision import Precision
 from meduet_fast.engine.step import batch_generator
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, VolumeError
 from meduet_fast.lock import FolderLock
 from meduet_fast.progress import track
 from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, Range, check_numbers
@@ -148,7 +150,13 @@ class VolumeCrops(Batches):
 
     def __init__(self, path: Path, config: TokenizerTrainingConfig, multiple: int) -> None:
         self.path, self._config, self.volumes = path, config, list[_Volume]()
-        for entry in track(find_volumes(path), "Reading volumes", unit="volume"):
+        listing = find_volumes(path)
+        for item in listing.left_out:
+            if item.asked:
+                raise VolumeError(item.path, item.reason)
+        for line in format_left_out(listing.left_out):
+            print(line, file=sys.stderr)
+        for entry in track(listing.volumes, "Reading volumes", unit="volume"):
             image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
             try:
                 start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)

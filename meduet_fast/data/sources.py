@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import yaml
 
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, printable
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
+from .dataset_json import Channel, read_description
+from .folders import VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, refusal, search
+from .intensity import IntensityRule
+
 MAX_NAME = 100
-
-
-@dataclass(frozen=True)
-class IntensityRule:
-    """Map voxel values to [0, 1]: linear between ``low`` and ``high``, clipped outside.
-
-    Attributes:
-        kind: "ct_window": the limits are Hounsfield units; "mr_percentile": they are percentiles (0 to 100)
-            of the non-zero voxels of each volume.
-        low: value that becomes 0.
-        high: value that becomes 1.
-
-    Raises:
-        UserError: for an unknown kind, or limits that are out of order or (percentiles) out of range.
-    """
-
-    kind: Literal["ct_window", "mr_percentile"] = "ct_window"
-    low: float = -175.0
-    high: float = 250.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("ct_window", "mr_percentile"):
-            raise UserError(f"intensity rule: found {self.kind!r}, expected ct_window or mr_percentile")
-        if not -float("inf") < self.low < self.high < float("inf"):
-            raise UserError(
-                f"{self.kind}: found [{self.low}, {self.high}], expected finite [low, high], low < high"
-            )
-        if self.kind == "mr_percentile" and not 0 <= self.low < self.high <= 100:
-            raise UserError(
-                f"mr_percentile: found [{self.low}, {self.high}], expected percentiles from 0 to 100"
-            )
-
-
-CT = IntensityRule("ct_window", -175.0, 250.0)
-MR = IntensityRule("mr_percentile", 0.5, 99.5)
 
 
 @dataclass(frozen=True)
@@ -59,10 +26,11 @@ class VolumeEntry:
     """Name one volume of the input, not opened yet.
 
     Attributes:
-        path: the NIfTI file (it may turn out to be absent or bad when it is loaded).
+        path: the file, or the folder of a DICOM series (it may turn out to be absent or bad when it is
+            loaded).
         domain: the data set, i.e. the style class, it belongs to.
         body_part: as the user calls it.
-        intensity: how its voxel values become [0, 1].
+        intensity: how its voxel values become [0, 1]; None: its values tell, when it is loaded.
         name: unique within the input; it can name a file. :func:`find_volumes` gives names of ASCII letters,
             digits, ``.``, ``_`` and ``-`` only.
         channel: position on the fourth axis of a file that holds several volumes; None: it holds one.
@@ -71,9 +39,24 @@ class VolumeEntry:
     path: Path
     domain: str
     body_part: str
-    intensity: IntensityRule
+    intensity: IntensityRule | None
     name: str
     channel: int | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Hold the volumes of an input, sorted by name, and what looks like one and is left out."""
+
+    volumes: list[VolumeEntry]
+    left_out: list[LeftOut]
+
+
+class _Found(NamedTuple):
+    """Volumes whose names are not unique yet, each with what tells it apart from the others of its name."""
+
+    volumes: list[tuple[VolumeEntry, str]]
+    left_out: list[LeftOut]
 
 
 def find_volumes(
@@ -81,16 +64,19 @@ def find_volumes(
     domain: str | None = None,
     intensity: IntensityRule | None = None,
     body_part: str = "unknown",
-) -> list[VolumeEntry]:
-    """List the volumes of an input, sorted by name; no volume is opened.
+) -> Listing:
+    """List the volumes of an input; no volume is opened.
 
     The input is one of
 
-    - a NIfTI file (``.nii``, ``.nii.gz``), or a folder that is searched for them, hidden ones left out;
-    - a Decathlon/MONAI list (``.json``): "training", "validation" and "test", each a list of paths or of
-      ``{"image": path}``; where "image" is a list of channel files, each file is a volume of its own;
+    - a file (an ending of VOLUME_ENDINGS, in capitals too), or a folder that is searched for them and for
+      folders of one DICOM series; files that are hidden, or masks or label maps by their names, are left out;
+    - a Decathlon/MONAI list (``.json``): all its lists, each of paths or of ``{"image": path}``; where
+      "image" is a list of channel files, each file is a volume of its own, and where "modality" has several
+      channels each channel of a 4D file;
     - an nnU-Net folder: ``dataset.json`` with "channel_names" and "file_ending", images in ``imagesTr`` and
-      ``imagesTs``; each channel file is a volume of its own;
+      ``imagesTs`` or where its key "dataset" says; or with "modality" (version 1). Each channel file is a
+      volume of its own;
     - a YAML manifest (``.yaml``, ``.yml``), or a folder with a ``manifest.yaml``::
 
         datasets:
@@ -99,9 +85,11 @@ def find_volumes(
           body_part: abdomen     # optional, "unknown" if absent
           intensity: {ct_window: [-175, 250]}     # or {mr_percentile: [0.5, 99.5]}; optional
 
-    A folder with a ``dataset.json`` is read by that file. Where no intensity rule is given, the modality that
-    a ``dataset.json`` states decides ("CT": CT window, anything else: MR percentiles); without one it is the
-    CT window.
+    A folder with a ``dataset.json`` is read by that file, and so is an ``images...`` folder beside one. Where
+    no intensity rule is given, the modality that a ``dataset.json`` states decides (CT: the CT window; MR,
+    PET, ultrasound: MR percentiles); without one, the values of each volume.
+
+    The result does not depend on how the path is written.
 
     Args:
         input_path: the file or folder.
@@ -128,151 +116,85 @@ def find_volumes(
             found = _read_dataset(input_path, domain, intensity, body_part)
     except OSError as error:
         raise UserError(f"{error.filename or input_path}: cannot read: {error.strerror or error}") from error
-    # Names that collide (also on a case-blind disk) get a part of their path's hash.
-    counts = Counter(entry.name.casefold() for entry in found)
+    # Names that collide (also on a case-blind disk) get a part of a hash.
+    counts = Counter(entry.name.casefold() for entry, _ in found.volumes)
     named = [
-        replace(entry, name=f"{entry.name}-{hashlib.sha256(str(entry.path).encode()).hexdigest()[:10]}")
+        replace(entry, name=f"{entry.name}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:10]}")
         if counts[entry.name.casefold()] > 1
         else entry
-        for entry in found
+        for entry, key in found.volumes
     ]
-    return sorted(named, key=lambda entry: entry.name)
+    return Listing(sorted(named, key=lambda entry: entry.name), found.left_out)
 
 
-def _read_dataset(
-    path: Path, domain: str | None, intensity: IntensityRule | None, body_part: str
-) -> list[VolumeEntry]:
-    """List the volumes of one data set; names are not unique yet."""
-    description = path / "dataset.json" if path.is_dir() else path
+def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | None, body_part: str) -> _Found:
+    """List the volumes of one data set."""
     stated: str | None = None
     base = path if path.is_dir() else path.parent
-    if path.is_file() and path.name.endswith(NIFTI_ENDINGS):
-        files = {path: CT}
-        domain = domain or _stem(path.name)
-    elif description.is_file() and description.suffix == ".json":
-        files, stated = _read_description(description)
+    description = path / "dataset.json" if path.is_dir() else path
+    real = Path(os.path.realpath(path))
+    part = path.is_dir() and not description.is_file() and real.name.startswith("images")
+    if part:
+        description = real.parent / "dataset.json"
+    if description.is_file() and description.suffix == ".json":
+        read = read_description(description)
+        volumes, left_out, stated = read.volumes, read.left_out, read.name
         base = description.parent
+        if part:
+            volumes = [volume for volume in volumes if real in volume.path.parents]
+            left_out = [item for item in left_out if real in item.path.parents]
     elif path.is_dir():
-        files = dict.fromkeys(_walk(path), CT)
+        files, left_out = search(path)
+        volumes = [Channel(file) for file in files]
+    elif ending_of(path.name):
+        reason = refusal(path)
+        if reason:
+            raise UserError(f"{path}: {reason}")
+        volumes, left_out = [Channel(path)], []
+        domain = domain or _stem(path.name)
     else:
         raise UserError(
-            f"{path}: expected a folder, a NIfTI file (.nii, .nii.gz), a list (.json) or a manifest (.yaml)"
+            f"{path}: expected a folder, a volume ({', '.join(VOLUME_ENDINGS)}), a list (.json) or a "
+            "manifest (.yaml)"
         )
-    if not files:
-        raise UserError(f"{path}: no volumes found in it (expected files ending in .nii or .nii.gz)")
-    domain = domain or stated or base.resolve().name
+    if not volumes:
+        lines = "; ".join(format_left_out(left_out, 3))
+        raise UserError(
+            f"{path}: no volumes found in it (expected files ending in {', '.join(VOLUME_ENDINGS)}, or DICOM "
+            f"folders){lines and '; '}{lines}"
+        )
+    domain = printable(domain or stated or base.resolve().name or "volumes")
     found = []
-    for file, rule in files.items():
-        stem = _stem(os.path.relpath(file, base).replace(os.sep, "-"))
-        text = domain if stem == domain else f"{domain}-{stem}"
+    for volume in volumes:
+        inside = _relative(volume.path, base)
+        stem = _stem(inside.replace(os.sep, "-")) + ("" if volume.index is None else f"_{volume.index:04d}")
+        text = domain if stem in (domain, ".") else f"{domain}-{stem}"
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")[:MAX_NAME] or "volume"
-        found.append(VolumeEntry(file, domain, body_part, intensity or rule, name))
-    return found
+        entry = VolumeEntry(
+            volume.path, domain, printable(body_part), intensity or volume.rule, name, volume.index
+        )
+        found.append((entry, f"{domain}/{inside}:{volume.index}"))
+    return _Found(found, left_out)
 
 
-def _walk(folder: Path) -> list[Path]:
-    """List all NIfTI files below a folder; links to folders are followed, real folders visited once."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found: list[Path] = []
-    visited: set[str] = set()
-    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root, name)
-            for name in sorted(files)
-            if name.endswith(NIFTI_ENDINGS) and not name.startswith(".")
-        ]
-    return found
+def _relative(path: Path, base: Path) -> str:
+    """Return a path as seen from the folder of its data set, whatever way either is written."""
+    real = os.path.realpath(base)
+    tries = ((path, base), (path, real), (Path(os.path.realpath(path.parent), path.name), real))
+    seen = [os.path.relpath(*pair) for pair in tries]
+    return next((inside for inside in seen if not inside.startswith(os.pardir)), seen[-1])
 
 
-def _read_description(path: Path) -> tuple[dict[Path, IntensityRule], str | None]:
-    """Read files with their rules, and the data set's name, from a Decathlon or nnU-Net ``dataset.json``."""
+def _read_manifest(path: Path, body_part: str) -> _Found:
+    """List the data sets of a manifest; names are not unique yet."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: found a {type(content).__name__}, expected an object with a key 'training'")
-    stated = content.get("name")
-    if "channel_names" in content:
-        files = _nnunet_files(path, content)
-    elif any(key in content for key in _DECATHLON_LISTS):
-        files = _decathlon_files(path, content)
-    else:
-        raise UserError(
-            f"{path}: found the keys {sorted(content)}, "
-            "expected 'training' (Decathlon) or 'channel_names' (nnU-Net)"
-        )
-    return files, stated if isinstance(stated, str) and stated else None
-
-
-_DECATHLON_LISTS = ("training", "validation", "test")
-
-
-def _decathlon_files(path: Path, content: dict[str, Any]) -> dict[Path, IntensityRule]:
-    modality = content.get("modality")
-    channels = list(modality.values()) if isinstance(modality, dict) else [modality or "CT"]
-    rule = CT if all(_is_ct(channel) for channel in channels) else MR
-    files: dict[Path, IntensityRule] = {}
-    for key in _DECATHLON_LISTS:
-        items = content.get(key, [])
-        if not isinstance(items, list):
-            raise UserError(f"{path}: '{key}': found a {type(items).__name__}, expected a list")
-        for number, item in enumerate(items):
-            image = item.get("image") if isinstance(item, dict) else item
-            for file in image if isinstance(image, list) and image else [image]:
-                if not isinstance(file, str) or not file:
-                    raise UserError(
-                        f"{path}: '{key}[{number}]': found {item!r}, expected a path or {{'image': path}}"
-                    )
-                files[path.parent / file] = rule
-    return files
-
-
-def _nnunet_files(path: Path, content: dict[str, Any]) -> dict[Path, IntensityRule]:
-    channels = content["channel_names"]
-    if not isinstance(channels, dict) or not channels:
-        raise UserError(
-            f"{path}: 'channel_names': found {channels!r}, expected an object such as {{'0': 'CT'}}"
-        )
-    ending = content.get("file_ending")
-    if ending not in NIFTI_ENDINGS:
-        raise UserError(
-            f"{path}: 'file_ending': found {ending!r}, expected one of {', '.join(NIFTI_ENDINGS)}"
-        )
-    folders = [path.parent / name for name in ("imagesTr", "imagesTs") if (path.parent / name).is_dir()]
-    files: dict[Path, IntensityRule] = {}
-    for file in (file for folder in folders for file in _walk(folder) if file.name.endswith(ending)):
-        match = re.search(r"_(\d{4})$", file.name[: -len(ending)])
-        channel = str(int(match[1])) if match else None
-        if channel not in channels:
-            expected = ", ".join(f"_{int(key):04d}" for key in channels if str(key).isdecimal())
-            raise UserError(f"{file}: the name states no channel of {path} (expected case{expected}{ending})")
-        files[file] = CT if _is_ct(channels[channel]) else MR
-    return files
-
-
-def _is_ct(modality: Any) -> bool:
-    return isinstance(modality, str) and modality.strip().upper() == "CT"
-
-
-def _read_manifest(path: Path, body_part: str) -> list[VolumeEntry]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets or set(content) != {"datasets"}:
         raise UserError(f"{path}: expected one key 'datasets' with a list of data sets")
-    found: list[VolumeEntry] = []
+    found = _Found([], [])
     names: set[str] = set()
     for number, item in enumerate(datasets):
         where = f"{path}: 'datasets[{number}]"
@@ -296,7 +218,9 @@ def _read_manifest(path: Path, body_part: str) -> list[VolumeEntry]:
             raise UserError(f"{where}.path': no such file or folder: {source}")
         if source.suffix in (".yaml", ".yml") or (source / "manifest.yaml").is_file():
             raise UserError(f"{where}.path': {source} is a manifest; a manifest cannot list another")
-        found += _read_dataset(source, item["name"], rule, item.get("body_part", body_part))
+        more = _read_dataset(source, item["name"], rule, item.get("body_part", body_part))
+        found.volumes.extend(more.volumes)
+        found.left_out.extend(more.left_out)
     return found
 
 
@@ -315,4 +239,4 @@ def _parse_rule(value: Any, where: str) -> IntensityRule:
 
 
 def _stem(name: str) -> str:
-    return next((name[: -len(ending)] for ending in NIFTI_ENDINGS if name.endswith(ending)), name)
+    return name.removesuffix(ending_of(name))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from meduet_fast.errors import UserError, VolumeError
 
+from .intensity import LOOK_VERSION, IntensityRule, map_to_unit
 from .nifti_geometry import format_spacing
 from .scans import ScanFacts, corrected_affine, read_scan, scan_files
 from .sources import VolumeEntry
@@ -77,12 +78,14 @@ class PreparedVolume:
         image: (1, X, Y, Z) float32 in [0, 1], RAS axes.
         affine: (4, 4) float64, voxel index to RAS position in mm.
         spacing: mm along X, Y, Z.
+        intensity: the rule that made it, stated or found.
         scan: what the volume was before.
     """
 
     image: Tensor
     affine: np.ndarray
     spacing: tuple[float, float, float]
+    intensity: IntensityRule
     scan: ScanFacts
 
 
@@ -94,25 +97,13 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
 
     Raises:
         VolumeError: with a plain reason, if the file cannot be read, is damaged, is not 3D, has an unusable
-            header or voxels, shows nothing, or is too small.
+            header or voxels, is a mask or label map, does not suit its intensity rule, or is too small.
     """
-    path, rule = entry.path, entry.intensity
+    path = entry.path
     scan = read_scan(path, entry.channel)
     voxels, affine = scan.voxels, scan.affine  # (X, Y, Z) and (4, 4) of the scan
     facts = ScanFacts.of(scan)
-    low, high = rule.low, rule.high
-    if rule.kind == "mr_percentile":
-        low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
-    if low < high:
-        voxels -= low
-        voxels *= 1 / (high - low)
-        np.clip(voxels, 0, 1, out=voxels)
-    if low >= high or voxels.min() == voxels.max():
-        raise VolumeError(
-            path,
-            f"constant image after {rule.kind} [{rule.low:g}, {rule.high:g}]: "
-            "does the intensity rule suit the modality?",
-        )
+    rule = map_to_unit(path, voxels, entry.intensity)
 
     edges = np.linalg.norm(affine[:3, :3], axis=0)  # (3,) mm
     size = tuple(math.ceil(n * edge / config.spacing) for n, edge in zip(voxels.shape, edges, strict=True))
@@ -149,7 +140,7 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
     grid = np.asarray(image.affine, dtype=np.float64)  # (4, 4)
     x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
     # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
-    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z), facts)
+    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z), rule, facts)
 
 
 def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity: str) -> str:
@@ -160,7 +151,7 @@ def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity:
     """
     settings: dict[str, Any] = {
         "version": TRANSFORM_VERSION,
-        "intensity": asdict(entry.intensity),
+        "intensity": asdict(entry.intensity) if entry.intensity else f"look {LOOK_VERSION}",
         "transform": asdict(config),
         "tokenizer": tokenizer_identity,
     }

@@ -21,11 +21,12 @@ import torch
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from meduet_fast.data.sources import CT, VolumeEntry
+from meduet_fast.data.intensity import CT
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 
-from .update import PrepareSummary, update_store
+from .update import PrepareSummary, locate, update_store
 
 TOKENIZER = "reference-cache"
 CHANNELS, COMPRESSION = 4, 4
@@ -144,10 +145,10 @@ def _read_latents(volume: VolumeEntry, key: str, original_spacing: list[float]) 
         domain=volume.domain,
         body_part=volume.body_part,
         content_key=key,
-        source=str(path),
+        source=locate(path),
         latent=torch.from_numpy(np.ascontiguousarray(array)),  # (C, X, Y, Z)
         affine=np.diag([*SPACING, 1.0]),
         spacing=SPACING,
-        intensity=asdict(volume.intensity),
+        intensity=asdict(CT),
         notes={"original_spacing": json.dumps(original_spacing)},
     )

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
-from meduet_fast.data.sources import IntensityRule, VolumeEntry, find_volumes
+from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.sources import VolumeEntry, find_volumes
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.devices import select_device
 from meduet_fast.errors import UserError
 from meduet_fast.settings import SEED, check_numbers
 
-from .update import PrepareSummary, update_store
+from .update import PrepareSummary, locate, update_store
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSum
     Raises:
         UserError: no usable input, no such tokenizer or device, or the store is in use or cannot be written.
     """
-    entries = find_volumes(input_path, config.domain, config.intensity, config.body_part)
+    listing = find_volumes(input_path, config.domain, config.intensity, config.body_part)
     tokenizer = load_tokenizer(config.tokenizer, select_device(config.device))
-    return prepare_volumes(entries, output, tokenizer, config)
+    summary = prepare_volumes(listing.volumes, output, tokenizer, config)
+    summary.left_out = listing.left_out
+    return summary
 
 
 def prepare_volumes(
@@ -92,12 +95,13 @@ def prepare_volumes(
             domain=entry.domain,
             body_part=entry.body_part,
             content_key=key,
-            source=str(entry.path),
+            source=locate(entry.path),
             latent=latents[0],
             affine=volume.affine,
             spacing=volume.spacing,
-            intensity=asdict(entry.intensity),
+            intensity=asdict(volume.intensity),
             image=volume.image[0],
+            notes={} if entry.intensity else {"intensity_from": "values"},
         )
 
     with StoreWriter(

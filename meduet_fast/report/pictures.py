@@ -16,7 +16,8 @@ from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
 from meduet_fast.data.crops import sample_crops
-from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
 from meduet_fast.errors import UserError
@@ -119,7 +120,9 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
     """
     entry = store.entries[index]
     try:
-        rule = IntensityRule(**json.loads(store.metadata(index)["intensity"]))
+        metadata = store.metadata(index)
+        looked = metadata.get("intensity_from") == "values"
+        rule = None if looked else IntensityRule(**json.loads(metadata["intensity"]))
         source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name)
         if content_key(source, TransformConfig(), store.index.tokenizer) != entry.content_key:
             return None

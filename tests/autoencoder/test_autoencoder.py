@@ -159,7 +159,7 @@ def test_network_is_monais_with_a_faster_group_norm() -> None:
 
 def test_builtin_on_held_out_tissue(builtin: Tokenizer, sample_data: Path) -> None:
     """A crop of the chest CT that its training never saw: right half of the body, lung and ribs in it."""
-    entry = next(entry for entry in find_volumes(sample_data) if entry.domain == "ct")
+    entry = next(entry for entry in find_volumes(sample_data).volumes if entry.domain == "ct")
     volume = load_volume(entry, TransformConfig()).image
     start = volume.shape[1] - 72
     crop = volume[None, :, start : start + 64, 60:124, 80:144]

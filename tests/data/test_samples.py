@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from meduet_fast.data import samples
+from meduet_fast.data.intensity import CT, MR
 from meduet_fast.data.samples import fetch_samples
-from meduet_fast.data.sources import CT, MR, find_volumes
+from meduet_fast.data.sources import find_volumes
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, load_volume
 from meduet_fast.errors import UserError
 
@@ -70,7 +71,7 @@ def serve_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, member: str, cont
 
 
 def test_the_manifest_lists_six_domains_and_no_labels(sample_data: Path) -> None:
-    entries = find_volumes(sample_data)
+    entries = find_volumes(sample_data).volumes
     assert [entry.name for entry in entries] == DOMAINS
     assert [entry.domain for entry in entries] == DOMAINS
     assert [entry.body_part for entry in entries] == ["chest"] * 4 + ["head", "brain"]
@@ -170,7 +171,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(sample_data: Path) -> dict[str, PreparedVolume]:
-    return {entry.domain: load_volume(entry, TransformConfig()) for entry in find_volumes(sample_data)}
+    return {
+        entry.domain: load_volume(entry, TransformConfig()) for entry in find_volumes(sample_data).volumes
+    }
 
 
 def test_every_sample_can_be_prepared(prepared: dict[str, PreparedVolume]) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, content_key, load_volume
 from meduet_fast.errors import UserError, VolumeError
 
@@ -115,18 +116,19 @@ def test_crop_and_pad_are_centred_and_exact(tmp_path: Path) -> None:
 def test_the_background_is_cropped_off(tmp_path: Path) -> None:
     voxels = np.full((80, 80, 80), -1000, np.int16)
     voxels[20:50, 30:64, 10:46] = 40
+    voxels[25:45, 35:60, 15:40] = 41
     affine = np.diag([1.5, 1.5, 1.5, 1.0])
     write(tmp_path / "a.nii.gz", voxels, affine)
     entry = entry_of(tmp_path / "a.nii.gz", IntensityRule("ct_window", -175, 250))
     volume = load_volume(entry, replace(SMALL, multiple=2))
     assert volume.image.shape == (1, 30, 34, 36)
     np.testing.assert_allclose(volume.affine[:3, 3], np.array([20, 30, 10]) * 1.5, atol=1e-6)
-    assert volume.image.min() == volume.image.max() == pytest.approx((40 + 175) / 425)
+    assert volume.image.min() == pytest.approx((40 + 175) / 425)
 
 
 def test_the_ct_window_is_linear_between_its_limits_and_clipped_outside(tmp_path: Path) -> None:
     voxels = np.full((32, 32, 32), 37.5, np.float32)
-    voxels[:8], voxels[8:16], voxels[16:20] = 3000, 250, 143.75
+    voxels[:8], voxels[8:16], voxels[16:20], voxels[28:] = 3000, 250, 143.75, -175
     path = tmp_path / "a.nii.gz"
     write(path, voxels, np.diag([1.5, 1.5, 1.5, 1]))
     image = load_volume(entry_of(path, IntensityRule("ct_window", -175, 250)), SMALL).image

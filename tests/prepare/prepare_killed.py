@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
-from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig
 from meduet_fast.prepare.prepare import PrepareConfig, prepare_volumes

@@ -1,0 +1,283 @@
+"""Read the ``dataset.json`` of Decathlon, MONAI and nnU-Net: which files, which channels, which modality."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meduet_fast.errors import UserError
+
+from .folders import VOLUME_ENDINGS, LeftOut, ending_of, refusal, search
+from .intensity import IntensityRule, rule_of_modality
+
+_USUAL_LISTS = ("training", "validation", "test", "train", "val", "testing")
+_NO_LISTS = ("labels", "channel_names", "modality", "dataset")  # keys that say other things
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Name one volume of a data set: a file, a DICOM folder, or a channel of a 4D file.
+
+    Attributes:
+        path: the file or folder.
+        rule: that the stated modality asks for; None where none is stated or known.
+        index: on the fourth axis of the file; None for a file with one volume.
+    """
+
+    path: Path
+    rule: IntensityRule | None = None
+    index: int | None = None
+
+
+@dataclass
+class Description:
+    """Hold what a ``dataset.json`` says.
+
+    Attributes:
+        name: of the data set, as the file states it.
+        volumes: what is to be read, each once; files may be absent.
+        left_out: what is not.
+    """
+
+    name: str | None
+    volumes: list[Channel] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    _taken: set[tuple[str, int | None]] = field(default_factory=set)
+    _files: set[str] = field(default_factory=set)
+
+    def take(self, volume: Channel, asked: bool = True) -> None:
+        """Add a volume, or what speaks against it; one that is listed twice counts once."""
+        path = _header_of(volume.path)
+        file = _real(path)
+        if (file, volume.index) in self._taken:
+            return
+        self._taken.add((file, volume.index))
+        self._files.add(file)
+        if reason := refusal(path):
+            self.left_out.append(LeftOut(path, reason, asked))
+        else:
+            self.volumes.append(Channel(path, volume.rule, volume.index))
+
+    def has(self, path: Path) -> bool:
+        """Tell whether a file has been added."""
+        return _real(path) in self._files
+
+
+def _real(path: Path) -> str:
+    return str(Path(os.path.realpath(path.parent), path.name))
+
+
+def read_description(path: Path) -> Description:
+    """Read a ``dataset.json``; volumes are not opened.
+
+    Raises:
+        UserError: it is no JSON, or has no list of images.
+        OSError: it, or a folder that it describes, cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())  # any of the UTFs, with a byte-order mark or without
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found a {type(content).__name__}, expected an object with a key 'training'")
+    name = content.get("name")
+    description = Description(name if isinstance(name, str) and name else None)
+    if "channel_names" in content:
+        _read_nnunet(path, content, description)
+    else:
+        _read_lists(path, content, description)
+    return description
+
+
+def _channels(content: dict[str, Any], path: Path) -> dict[int, IntensityRule | None]:
+    """Return the rule of each channel by its number; empty where the modality is not stated."""
+    key = "channel_names" if "channel_names" in content else "modality"
+    stated = content.get(key)
+    if isinstance(stated, str):
+        return {0: rule_of_modality(stated)}
+    if isinstance(stated, list):
+        return {number: rule_of_modality(text) for number, text in enumerate(stated)}
+    if isinstance(stated, dict) and stated and all(str(number).isdecimal() for number in stated):
+        return {int(number): rule_of_modality(text) for number, text in stated.items()}
+    if stated:
+        raise UserError(f"{path}: '{key}': found {stated!r}, expected an object such as {{'0': 'CT'}}")
+    return {}
+
+
+def _shared(channels: dict[int, IntensityRule | None]) -> IntensityRule | None:
+    """Return the rule of a file that may be of any of the channels."""
+    rules = set(channels.values())
+    return rules.pop() if len(rules) == 1 else None
+
+
+def _read_lists(path: Path, content: dict[str, Any], description: Description) -> None:
+    """Add the images of every list in a Decathlon or MONAI file, or an nnU-Net version 1 folder."""
+    lists = dict(_lists(content, ""))
+    for key in _USUAL_LISTS:
+        if key in content and not any(found.split(".")[0] == key for found in lists):
+            raise UserError(f"{path}: '{key}': found a {type(content[key]).__name__}, expected a list")
+    if not lists:
+        raise UserError(
+            f"{path}: found the keys {sorted(content)}, "
+            "expected 'training' (Decathlon) or 'channel_names' (nnU-Net)"
+        )
+    channels = _channels(content, path)
+    for key, items in lists.items():
+        if re.search("label|mask|segm", key.casefold()):
+            description.left_out.append(LeftOut(path, f"'{key}' is a list of labels by its name"))
+            continue
+        for number, item in enumerate(items):
+            image = item.get("image") if isinstance(item, dict) else item
+            files = _texts(image if isinstance(image, list) else [image])
+            if not files:
+                reason = f"'{key}[{number}]': found {item!r:.200}, expected a path or {{'image': path}}"
+                description.left_out.append(LeftOut(path, reason, asked=True))
+                continue
+            located = [_located(path.parent, file) for file in files]
+            if len(located) > 1:
+                for index, file in enumerate(located):
+                    in_order = channels.get(index) if len(located) == len(channels) else _shared(channels)
+                    description.take(Channel(file, in_order))
+            elif numbered := _numbered_files(located[0], channels):
+                _take_numbered(path, numbered, channels, description)
+            elif len(channels) > 1 and content.get("tensorImageSize") != "3D":
+                for index, rule in channels.items():
+                    description.take(Channel(located[0], rule, index))
+            else:
+                description.take(Channel(located[0], _shared(channels)))
+    _name_the_rest(path, description, "in none of the lists")
+
+
+def _lists(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yield every list of images by its key, ``folds.0`` for one inside another object."""
+    for key, value in content.items():
+        if isinstance(value, dict) and key not in _NO_LISTS:
+            yield from _lists(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and (key in _USUAL_LISTS or any(map(_is_image, value))):
+            yield f"{prefix}{key}", value
+
+
+def _is_image(item: Any) -> bool:
+    if isinstance(item, dict):
+        return any(_is_image(value) for value in item.values() if isinstance(value, str)) or "image" in item
+    return isinstance(item, str) and bool(ending_of(item))
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a list of texts that are not empty; nothing if it is anything else."""
+    usable = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    return value if usable else []
+
+
+def _located(folder: Path, file: str) -> Path:
+    """Return the path that a list means, relative to its folder; Windows wrote some lists."""
+    path = folder / file
+    return path if "\\" not in file or path.exists() else folder / file.replace("\\", "/")
+
+
+def _header_of(path: Path) -> Path:
+    """Return the header of an .hdr/.img pair that is named by its image."""
+    match = re.fullmatch(r"(.+)\.img(\.gz)?", path.name, re.IGNORECASE)
+    endings = (".hdr", ".HDR", ".hdr.gz", ".HDR.GZ")
+    headers = [path.with_name(f"{match[1]}{ending}") for ending in endings] if match else []
+    return next((header for header in headers if header.exists()), path)
+
+
+def _numbered_files(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:
+    """Return the channel files that nnU-Net version 1 means by a listed case, by number.
+
+    It lists ``case.nii.gz``, which is not there, and keeps ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...
+    """
+    if path.exists():
+        return {}
+    ending = ending_of(path.name)
+    stem = path.name.removesuffix(ending)
+    files = {n: path.with_name(f"{stem}_{n:04d}{ending or '.nii.gz'}") for n in channels or range(10)}
+    return {number: file for number, file in files.items() if file.exists()}
+
+
+def _take_numbered(
+    path: Path, files: dict[int, Path], channels: dict[int, IntensityRule | None], description: Description
+) -> None:
+    """Add the channel files of one case; channels that are missing are left out."""
+    some = next(iter(files.values()))
+    for number in sorted({*files, *channels}):
+        if number not in files:
+            expected = re.sub(r"_\d{4}(?=\.)", f"_{number:04d}", some.name)
+            reason = f"not there, although {path.name} describes channel {number}"
+            description.left_out.append(LeftOut(some.with_name(expected), reason, asked=True))
+        else:
+            description.take(Channel(files[number], channels.get(number)))
+
+
+def _read_nnunet(path: Path, content: dict[str, Any], description: Description) -> None:
+    """Add every channel file of an nnU-Net version 2 folder, or those of its ``dataset`` key."""
+    if not isinstance(content["channel_names"], dict) or not content["channel_names"]:
+        raise UserError(
+            f"{path}: 'channel_names': found {content['channel_names']!r}, "
+            "expected an object such as {'0': 'CT'}"
+        )
+    channels = _channels(content, path)
+    ending = content.get("file_ending", ".nii.gz")
+    if not isinstance(ending, str) or ending.casefold() not in VOLUME_ENDINGS:
+        raise UserError(
+            f"{path}: 'file_ending': found {ending!r}, expected one of {', '.join(VOLUME_ENDINGS)}"
+        )
+    listed = content.get("dataset", {})
+    if not isinstance(listed, dict):
+        raise UserError(f"{path}: 'dataset': found a {type(listed).__name__}, expected an object of cases")
+    for case, item in listed.items():
+        files = _texts(item.get("images") if isinstance(item, dict) else None)
+        if not files:
+            reason = f"'dataset.{case}': found {item!r:.200}, expected {{'images': [paths]}}"
+            description.left_out.append(LeftOut(path, reason, asked=True))
+            continue
+        for number, text in enumerate(files):
+            description.take(Channel(_located(path.parent, text), channels.get(number)))
+    cases: dict[tuple[Path, str], dict[int, Path]] = {}
+    for folder in _image_folders(path):
+        if listed and folder.name == "imagesTr":
+            continue
+        found, left_out = search(folder)
+        description.left_out += left_out
+        for file in found:
+            match = _CHANNEL.fullmatch(file.name.removesuffix(ending_of(file.name)))
+            if not file.name.casefold().endswith(ending.casefold()):
+                reason = f"{path.name} states the ending {ending}"
+                description.left_out.append(LeftOut(file, reason))
+            elif not match or int(match[2]) not in channels:
+                expected = ", ".join(f"_{number:04d}" for number in sorted(channels))
+                reason = f"the name states no channel of {path.name} (expected case{expected}{ending})"
+                description.left_out.append(LeftOut(file, reason))
+            else:
+                cases.setdefault((file.parent, match[1]), {})[int(match[2])] = file
+    for numbered in cases.values():
+        _take_numbered(path, numbered, channels, description)
+    if listed:
+        _name_the_rest(path, description, "not in the key 'dataset'")
+    stated = content.get("numTraining")
+    there = sum(folder.name == "imagesTr" for folder, _ in cases) if not listed else len(listed)
+    if isinstance(stated, int) and there < stated:
+        reason = f"'numTraining' states {stated} cases, found {there}"
+        description.left_out.append(LeftOut(path, reason, asked=True))
+
+
+def _image_folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.parent.glob("images*") if folder.is_dir())
+
+
+def _name_the_rest(path: Path, description: Description, reason: str) -> None:
+    """Leave out what lies in the image folders beside a ``dataset.json`` and is not listed there."""
+    for folder in _image_folders(path):
+        found, left_out = search(folder)
+        description.left_out += [item for item in left_out if not description.has(item.path)]
+        named = {item.path for item in description.left_out}
+        description.left_out += [
+            LeftOut(file, reason) for file in found if not description.has(file) and file not in named
+        ]

@@ -1,0 +1,236 @@
+"""Map voxel values to [0, 1]: by the rule that the user states, or by the one that the values tell."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from meduet_fast.errors import UserError, VolumeError
+
+# Raised when the code below chooses another rule than before, so that volumes without a stated one count as
+# stale.
+LOOK_VERSION = 1
+
+# The limits, all of them in docs/data.md. Fractions are of voxels.
+MIN_CONTRAST = 0.1  # of [0, 1], between the percentiles 0.5 and 99.5 of the image
+MAX_UNUSED = 0.25  # of [0, 1], below the darkest voxels (percentile 0.1), by a window with 0 HU inside
+MIN_INSIDE = 0.005  # strictly inside the CT window
+MAX_SATURATED = 0.8  # at the upper end, of those above the lower end
+MAX_LABELS = 1024  # different values of a label map
+EQUAL_NEIGHBOURS = 0.75  # of a label map, background apart
+FEW_VALUES = 16  # whole numbers from 0 that are taken for labels whatever their pattern
+SAMPLE = 1 << 21  # voxels, on a regular grid, that are looked at
+
+
+@dataclass(frozen=True)
+class IntensityRule:
+    """Map voxel values to [0, 1]: linear between ``low`` and ``high``, clipped outside.
+
+    Attributes:
+        kind: "ct_window": the limits are Hounsfield units; "mr_percentile": they are percentiles (0 to 100)
+            of the non-zero voxels of each volume.
+        low: value that becomes 0.
+        high: value that becomes 1.
+
+    Raises:
+        UserError: for an unknown kind, or limits that are out of order or (percentiles) out of range.
+    """
+
+    kind: Literal["ct_window", "mr_percentile"] = "ct_window"
+    low: float = -175.0
+    high: float = 250.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ct_window", "mr_percentile"):
+            raise UserError(f"intensity rule: found {self.kind!r}, expected ct_window or mr_percentile")
+        if not -float("inf") < self.low < self.high < float("inf"):
+            raise UserError(
+                f"{self.kind}: found [{self.low}, {self.high}], expected finite [low, high], low < high"
+            )
+        if self.kind == "mr_percentile" and not 0 <= self.low < self.high <= 100:
+            raise UserError(
+                f"mr_percentile: found [{self.low}, {self.high}], expected percentiles from 0 to 100"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.kind} [{self.low:g}, {self.high:g}]"
+
+
+CT = IntensityRule("ct_window", -175.0, 250.0)
+MR = IntensityRule("mr_percentile", 0.5, 99.5)
+_STORED_CT = IntensityRule("ct_window", CT.low + 1024, CT.high + 1024)  # a CT saved without its intercept
+
+_CT_WORD = re.compile(r"cts?|cta|ctp|cbct|ncct|nect|cect|ldct|hrct|mdct|msct|pcct")
+_OTHER_WORD = re.compile(
+    r"mri?|[fdc]?mri|mra|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
+    r"pet|spect|suv|emission|ultrasound|us"
+)
+
+
+def rule_of_modality(modality: object) -> IntensityRule | None:
+    """Return the rule of a modality as a data set spells it; None if that names none, or several.
+
+    >>> rule_of_modality("CT") == rule_of_modality("computed tomography, ct ") == CT
+    True
+    >>> rule_of_modality("T1w") == MR, rule_of_modality("noNorm"), rule_of_modality("CT/PET")
+    (True, None, None)
+    """
+    words = re.findall(r"[a-z0-9]+", modality.casefold()) if isinstance(modality, str) else []
+    computed = any(word.startswith("comput") for word in words) and "tomography" in words
+    other = any(_OTHER_WORD.fullmatch(word) for word in words)
+    ct = any(_CT_WORD.fullmatch(word) for word in words) or (computed and "emission" not in words)
+    return None if ct == other else CT if ct else MR
+
+
+def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) -> IntensityRule:
+    """Map the voxels of a scan to [0, 1], in place.
+
+    Args:
+        path: of the scan, for messages.
+        voxels: (X, Y, Z) float32, finite and not all equal.
+        stated: the rule; None to let the values tell: Hounsfield units are windowed as a CT, values from a
+            dark background of 0 upwards are taken between percentiles, as those of an MR or a PET.
+
+    Returns:
+        The rule that was applied.
+
+    Raises:
+        VolumeError: for a mask or a label map, values that do not tell what they are, and a rule that leaves
+            a flat or saturated image; with the rule that would fit.
+    """
+    step = math.ceil((voxels.size / SAMPLE) ** (1 / 3))
+    sample = voxels[::step, ::step, ::step].ravel()  # (N,)
+    _refuse_labels(path, voxels, sample)
+    rule = stated or _choose_rule(path, sample, float(voxels.max()))
+    if rule.kind == "ct_window" and rule.low < 0 < rule.high and _looks_stored(sample):
+        raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample)}")
+    low, high = rule.low, rule.high
+    if rule.kind == "mr_percentile":
+        low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
+        if low == high:
+            raise VolumeError(path, f"constant image after {rule}: {_advise(sample)}")
+    image = ((sample - low) / (high - low)).clip(0, 1)  # (N,)
+    darkest, dark, bright = np.percentile(image, [0.1, 0.5, 99.5])
+    inside, above = np.mean((image > 0) & (image < 1)), np.mean(image > 0)
+    fault = None
+    if image.min() == image.max():
+        fault = f"constant image after {rule}"
+    elif bright - dark < MIN_CONTRAST and inside > MIN_INSIDE:
+        fault = f"flat image after {rule}: its contrast is {bright - dark:.2g} of the range [0, 1]"
+    elif rule.kind == "ct_window":
+        if darkest > MAX_UNUSED and rule.low < 0 < rule.high:
+            fault = f"the window does not fit: after {rule} the darkest voxels are at {darkest:.2g}, not at 0"
+        elif inside < MIN_INSIDE:
+            fault = f"saturated image after {rule}: {inside:.1%} of the voxels lie inside the window"
+        elif np.mean(image == 1) > MAX_SATURATED * above:
+            fault = (
+                f"saturated image after {rule}: {np.mean(image == 1):.0%} of the voxels lie above the window"
+            )
+    if fault:
+        raise VolumeError(path, f"{fault} ({_range(sample)}): {_advise(sample)}")
+    voxels -= low
+    voxels *= 1 / (high - low)
+    np.clip(voxels, 0, 1, out=voxels)
+    return rule
+
+
+def _refuse_labels(path: Path, voxels: np.ndarray, sample: np.ndarray) -> None:
+    """Refuse two-valued images, and label maps: few whole numbers from 0 on, in patches."""
+    values, counts = np.unique(sample, return_counts=True)
+    first, last = voxels.min(), voxels.max()
+    if len(values) <= 2 and np.all((voxels == first) | (voxels == last)):
+        raise VolumeError(path, f"a mask, not a scan: every voxel is {first:g} or {last:g}")
+    if len(values) > MAX_LABELS or first < -1 or not np.array_equal(values, np.rint(values)):
+        return
+    background = values[counts.argmax()]
+    planes = voxels[:, :, :: math.ceil(voxels.size / SAMPLE)]  # (X, Y, some of Z)
+    pairs = equal = 0
+    for one, other in ((planes[1:], planes[:-1]), (planes[:, 1:], planes[:, :-1])):
+        front = (one != background) | (other != background)
+        pairs += np.count_nonzero(front)
+        equal += np.count_nonzero(front & (one == other))
+    if len(values) <= FEW_VALUES or equal > EQUAL_NEIGHBOURS * pairs:
+        raise VolumeError(
+            path,
+            f"a label map, not a scan: {len(values)} different whole numbers from {first:g} to {last:g}",
+        )
+
+
+def _choose_rule(path: Path, sample: np.ndarray, last: float) -> IntensityRule:
+    """Return the rule that the values tell; ``last`` is the highest of all."""
+    if not _looks_stored(sample):
+        if _looks_hounsfield(sample):
+            return CT
+        if _looks_magnitude(sample, last):
+            return MR
+    raise VolumeError(
+        path, f"no intensity rule is stated, and {_range(sample)} do not tell the modality: {_advise(sample)}"
+    )
+
+
+def _looks_stored(sample: np.ndarray) -> bool:
+    """Tell whether this is a CT saved as its scanner stores it, 1024 above Hounsfield units.
+
+    Water is at 1024 then, and most of what is denser than lung lies around it.
+    """
+    dense = sample > 600
+    tissue = (sample > 1024 - 150) & (sample < 1024 + 150)
+    return bool(np.mean(dense) > 0.03 and np.count_nonzero(tissue) > 0.5 * np.count_nonzero(dense))
+
+
+def _looks_hounsfield(sample: np.ndarray) -> bool:
+    """Tell whether the values are Hounsfield units: air at -1000 and tissue around 0, or tissue alone."""
+    first = sample.min()
+    low, dark, middle, bright, high = np.percentile(sample, [1, 25, 50, 75, 99])
+    # Below air there is padding, far below; above 1600 bone and metal, never much of a scan.
+    plausible = np.mean((sample < -1300) & (sample > -1800)) < 0.02 and np.mean(sample > 1600) < 0.1
+    tissue = np.mean((sample > -250) & (sample < 300))
+    # Phases and velocities have as much on the one side of 0 as on the other.
+    width = high - low
+    symmetric = abs(low + high) < 0.1 * width and abs(dark + bright) < 0.1 * width > abs(middle)
+    if not plausible or symmetric or tissue < 0.005:
+        return False
+    if first < -850:
+        return bool(np.mean(sample < -850) > 0.005)
+    # No air: a block from inside the body; fat or noise lies below 0, soft tissue above.
+    return bool(-600 < low < -10 and -120 < middle < 200 and width > 60 and high < 2000)
+
+
+def _looks_magnitude(sample: np.ndarray, last: float) -> bool:
+    """Tell whether the values grow from a dark background at 0, as a magnitude image's or a PET's do.
+
+    What was scaled to [0, 1], to 8 bits, or clipped, may have been anything before.
+    """
+    first, high = sample.min(), np.percentile(sample, 99.5)
+    byte = first == 0 and last == 255 and np.array_equal(sample, np.rint(sample))
+    scaled = last <= 1.5 or byte or np.mean(sample == last) > 0.01
+    undershoot = np.mean(sample < 0) < 0.02 and first > -0.2 * last  # of a resampling
+    return bool(not scaled and undershoot and np.mean(sample <= 0.05 * high) > 0.01)
+
+
+def _range(sample: np.ndarray) -> str:
+    whole = "whole numbers" if np.array_equal(sample, np.rint(sample)) else "values"
+    return f"{whole} from {sample.min():.4g} to {sample.max():.4g}"
+
+
+def _advise(sample: np.ndarray) -> str:
+    """Return the rules that would fit, ready to paste."""
+    if _looks_stored(sample):
+        window, name = _STORED_CT, "a CT saved with 1024 added"
+    elif _looks_hounsfield(sample):
+        window, name = CT, "a CT"
+    else:
+        low, high = (float(f"{value:.3g}") for value in np.percentile(sample, [0.5, 99.5]))
+        if low >= high:
+            low, high = float(sample.min()), float(sample.max())
+        window, name = IntensityRule("ct_window", low, high), "a scan scaled like that"
+    return (
+        f"state {{ct_window: [{window.low:g}, {window.high:g}]}} for {name}, "
+        f"{{mr_percentile: [{MR.low:g}, {MR.high:g}]}} for an MR or a PET, as 'intensity' in a manifest "
+        f"(or --intensity '{{kind: ct_window, low: {window.low:g}, high: {window.high:g}}}')"
+    )
