@@ -346,8 +346,10 @@ class MeDUET(nn.Module):
         content = dict(read_file(file))
         sizes = content.pop(METADATA, {}).get("meduet_config")
         if not isinstance(sizes, dict):
-            hint = "; MeDUET.from_reference reads the published names" if "mask_token" in content else ""
-            raise UserError(f"{file}: not a MeDUET model: no 'meduet_config' in its metadata{hint}")
+            raise UserError(
+                f"{file}: not a MeDUET model: no 'meduet_config' in its metadata; weights with the published "
+                "names are read by MeDUET.from_reference"
+            )
         try:
             model, tensors = cls(MeDUETConfig(**sizes)), find_published(content).tensors
             if problems := misfit(tensors, model.state_dict()):

@@ -134,6 +134,7 @@ def test_the_published_widths_have_the_published_heads() -> None:
 @pytest.mark.parametrize(
     ("beside", "given", "message"),
     [
+        ({}, {"num_heads": 0, "decoder_num_heads": 1}, "num_heads is 0, expected a positive number"),
         ({"config": asdict(SMALL)}, {"num_heads": 4}, "num_heads is 4, the weights were made with 2"),
         (
             {"config": asdict(SMALL)},
@@ -163,6 +164,6 @@ def test_what_is_no_such_model_is_refused(model: MeDUET, bare: dict[str, Tensor]
     with pytest.raises(UserError, match=r"vit/model\.safetensors: the names are MONAI's"):
         MeDUET.from_reference(tmp_path / "vit")
     export_model(model, tmp_path / "ours.safetensors", "reference")
-    with pytest.raises(UserError, match=r"no 'meduet_config' .*; MeDUET\.from_reference reads"):
+    with pytest.raises(UserError, match=r"no 'meduet_config' .* read by MeDUET\.from_reference"):
         MeDUET.from_pretrained(tmp_path / "ours.safetensors")
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["arguments"]["num_heads"] == 2
