@@ -80,9 +80,9 @@ class Weights:
 def find_weights(content: Mapping[str, Any], known: Collection[str]) -> Weights:
     """Find a network's weights in a state dict, or in what a training program wrapped it in.
 
-    Mappings within mappings are one with dotted names. What DDP, FSDP, ``torch.compile`` and recomputing put
-    into names is taken off, and so is what stands before the names that are known. Of a teacher and a student
-    in one file the teacher is taken, which is what to use.
+    Mappings within mappings are one with dotted names, which are made plain (:func:`plain_name`); what stands
+    before the names that are known is taken off too. Of a teacher and a student in one file the teacher is
+    taken, which is what to use.
 
     Args:
         content: tensors and plain values, in any depth of mappings.
@@ -98,9 +98,8 @@ def find_weights(content: Mapping[str, Any], known: Collection[str]) -> Weights:
         if not isinstance(value, Tensor):
             beside[full] = value
             continue
-        parts = full.split(".")
-        around.update(f"{part}." for part in parts if part in _AROUND)
-        name = ".".join(part for part in parts if part not in _AROUND)
+        around.update(f"{part}." for part in full.split(".") if part in _AROUND)
+        name = plain_name(full)
         if name in tensors:
             raise ValueError(f"two tensors are named {listed([name])}, one of them {listed([full])}")
         tensors[name] = value
@@ -127,6 +126,11 @@ def find_weights(content: Mapping[str, Any], known: Collection[str]) -> Weights:
         {name: value for name, value in tensors.items() if not name.startswith(part)},
         tuple(sorted(around)),
     )
+
+
+def plain_name(name: str) -> str:
+    """Take off a parameter's name what DDP, FSDP, ``torch.compile`` and recomputing put into it."""
+    return ".".join(part for part in name.split(".") if part not in _AROUND)
 
 
 def leaves(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -197,7 +197,7 @@ def _plain(value: Any, path: Path) -> None:
     [
         (np.float64(0.3), "numpy numbers"),
         (np.zeros(3), "numpy arrays"),
-        (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath"),
+        (pathlib.PurePosixPath("x"), "PurePosixPath"),
         (nn.Linear(2, 3), "torch.nn.modules.linear.Linear"),
         (_Runs, "getattr"),
     ],

@@ -81,16 +81,16 @@ def _read(path: Path, name: str) -> Tokenizer:
     """Read a tokenizer of ours, whose identity begins with ``name``, or MAISI's."""
     content = dict(read_file(path))
     metadata = content.pop(METADATA, {})
-    architecture, window, tensors = MAISI, 96, content
     try:
         if metadata.get("format") == FORMAT:
             architecture, window = _architecture(metadata.get("architecture")), 128
             expected = "the architecture in its header"
         else:
             # Four times the work per voxel of the built-in one, and the memory with it: hence its window.
-            name, expected = "maisi", "MAISI's autoencoder (nor has it the header of train-tokenizer)"
-            tensors = find_weights(content, MAISI.build().state_dict().keys()).tensors
+            name, architecture, window = "maisi", MAISI, 96
+            expected = "MAISI's autoencoder (nor has it the header of train-tokenizer)"
         network = architecture.build()
+        tensors = find_weights(content, network.state_dict().keys()).tensors
         if problems := misfit(tensors, network.state_dict()):
             raise ValueError(f"these are not the weights of {expected}: {problems}")
     except ValueError as error:

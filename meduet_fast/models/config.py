@@ -129,8 +129,8 @@ class MeDUETConfig:
                 raise ValueError(f"not a MeDUET state dict: {key!r} is missing")
         said = stated(beside or {}, sizes)
         sizes |= {name: min(values) for name, values in said.items() if len(values) == 1}
-        sizes |= {"num_heads": num_heads} if num_heads else {}
-        sizes |= {"decoder_num_heads": decoder_num_heads} if decoder_num_heads else {}
+        given = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+        sizes |= {name: value for name, value in given.items() if value is not None}
         unknown = {}
         for name, published in PUBLISHED_HEADS.items():
             width = sizes[name.replace("num_heads", "embed_dim")]
@@ -176,7 +176,7 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for name, (key, axis, dimensions) in SHOWN_BY.items():
         if key in state:
-            if state[key].ndim != dimensions:
+            if state[key].ndim != dimensions or 0 in state[key].shape:
                 raise ValueError(f"{key} has shape {tuple(state[key].shape)}, expected {dimensions} axes")
             sizes[name] = state[key].shape[axis]
     if "embed_dim" not in sizes:

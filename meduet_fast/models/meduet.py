@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution
 from meduet_fast.layers import PatchEmbed3d
-from meduet_fast.weight_files import METADATA, Weights, misfit, read_file, weight_file
+from meduet_fast.weight_files import METADATA, Weights, misfit, plain_name, read_file, weight_file
 
 from .blocks import Block, residual_stream, sincos_positions
 from .config import MeDUETConfig, read_sizes, stated
@@ -309,9 +310,11 @@ class MeDUET(nn.Module):
         The sizes, heads among them, are where PyTorch's state dicts have their modules' versions: they go
         along through ``torch.save``, and nobody else is bothered by them.
         """
-        state = self.state_dict()
+        own: Any = self.state_dict()
+        state: Any = OrderedDict((plain_name(key), value) for key, value in own.items())
         del state["siqc_log_scale"]
-        state._metadata[""]["meduet_config"] = asdict(self.config)  # type: ignore[attr-defined]
+        state._metadata = own._metadata
+        state._metadata[""]["meduet_config"] = asdict(self.config)
         return state
 
     def save_pretrained(self, path: Path | str) -> None:
@@ -323,7 +326,9 @@ class MeDUET(nn.Module):
         from safetensors.torch import save_file  # here, so that a network needs torch alone
 
         metadata = {"format": "pt", "meduet_config": json.dumps(asdict(self.config))}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        tensors = {
+            plain_name(key): value.detach().cpu().contiguous() for key, value in self.state_dict().items()
+        }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata)
 
@@ -341,13 +346,15 @@ class MeDUET(nn.Module):
         content = dict(read_file(file))
         sizes = content.pop(METADATA, {}).get("meduet_config")
         if not isinstance(sizes, dict):
-            hint = "; MeDUET.from_reference reads the published names" if "mask_token" in content else ""
-            raise UserError(f"{file}: not a MeDUET model: no 'meduet_config' in its metadata{hint}")
+            raise UserError(
+                f"{file}: not a MeDUET model: no 'meduet_config' in its metadata; weights with the published "
+                "names are read by MeDUET.from_reference"
+            )
         try:
-            model = cls(MeDUETConfig(**sizes))
-            if problems := misfit(content, model.state_dict()):
+            model, tensors = cls(MeDUETConfig(**sizes)), find_published(content).tensors
+            if problems := misfit(tensors, model.state_dict()):
                 raise ValueError(problems)
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{file}: not a readable MeDUET model: {error}") from error
-        model.load_state_dict(content)
+        model.load_state_dict(tensors)
         return model

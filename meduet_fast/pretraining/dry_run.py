@@ -15,7 +15,7 @@ from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
 from .cost import count_parameters, flops_per_sample, memory_estimate
-from .init_weights import read_initial
+from .init_weights import find_beginning
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import LatentCrops
@@ -74,8 +74,7 @@ def format_plan(
 
     with torch.device("meta"):
         task = MeDUETPretraining(config)
-    if init is not None:
-        rows += read_initial(init, task.student).rows()
+    rows += find_beginning(init, task.student, output, resume).rows
     rows += describe_run(task, config, processes, local, losses)
     check_start(task, config, output, identity, resume, processes)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))

@@ -7,13 +7,13 @@ was, a teacher or a student, the average that the teacher becomes starts from it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from meduet_fast.engine.checkpoint import read_run
+from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
 from meduet_fast.engine.dry_run import Rows, si
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
@@ -121,22 +121,49 @@ def _check_sizes(weights: Weights, config: MeDUETConfig) -> None:
     config.check_stated(said)
 
 
-def began_from(checkpoint: Path, path: Path | None) -> tuple[dict[str, Any] | None, str]:
-    """Tell what weights a resumed run began from; none are read again.
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins from.
+
+    Attributes:
+        record: what its ``run.json`` says of it; None if it began from random weights.
+        tensors: for the student, by name, where it begins now.
+        rows: what to tell.
+    """
+
+    record: dict[str, Any] | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Rows = field(default_factory=list)
+
+
+def find_beginning(path: Path | None, model: MeDUET, output: Path | None, resume: bool) -> Beginning:
+    """Find what a run begins from, or began from.
+
+    A resumed run has its weights from its checkpoint, and reads no others again.
 
     Args:
-        checkpoint: which it goes on from.
-        path: what it was asked to start from; None if nothing.
-
-    Returns:
-        The record of its beginning, None if it began from random weights; and what to say of ``path``.
+        path: initial weights; None if none are given.
+        model: its network, perhaps on the meta device; it is not changed.
+        output: the run's folder; None if it is not known yet.
+        resume: go on from the last checkpoint in it, if there is one.
 
     Raises:
-        UserError: if it began from something else.
+        UserError: as :func:`read_initial`; if a resumed run began from something else than is given.
     """
+    holds_run = output is not None and bool(checkpoint_steps(output / "checkpoints"))
+    if output is not None and holds_run and resume:
+        return _began_from(latest_checkpoint(output), path)
+    if path is None or holds_run:  # the latter is refused elsewhere
+        return Beginning()
+    weights = read_initial(path, model)
+    return Beginning(weights.record(), weights.loaded, weights.rows())
+
+
+def _began_from(checkpoint: Path, path: Path | None) -> Beginning:
+    """Return what the run of a checkpoint began from, if that is what is given now."""
     began = read_run(checkpoint).get("init")
     if path is None:
-        return began, ""
+        return Beginning(began)
     hint = "leave --init out to go on, or choose another --output to begin"
     if began is None:
         raise UserError(f"{path}: the run of {checkpoint} began from random weights, not from these: {hint}")
@@ -145,4 +172,4 @@ def began_from(checkpoint: Path, path: Path | None) -> tuple[dict[str, Any] | No
             f"{path}: has SHA-256 {found[:12]}..., the run of {checkpoint} began from {began['path']} with "
             f"{began['sha256'][:12]}...: {hint}"
         )
-    return began, f"--init {path} is not read again: the run goes on from {checkpoint}"
+    return Beginning(began, rows=[("init", f"{path} is not read again: the run goes on from {checkpoint}")])

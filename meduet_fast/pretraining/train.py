@@ -14,14 +14,13 @@ from meduet_fast.data.crops import CropBatches
 from meduet_fast.data.loader import crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
-from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import format_rows
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 
 from .config import PretrainConfig
-from .init_weights import began_from, read_initial
+from .init_weights import find_beginning
 from .task import MeDUETPretraining
 
 
@@ -73,7 +72,7 @@ def pretrain(
         output: the run's folder.
         config: settings.
         resume: go on from the last checkpoint, if there is one.
-        init: weights to begin from, see :func:`~.init_weights.read_initial`; random ones if None. A resumed
+        init: weights to begin from, see :func:`~.init_weights.find_beginning`; random ones if None. A resumed
             run must have begun from the same, or be given none.
 
     Raises:
@@ -84,21 +83,16 @@ def pretrain(
     def make() -> tuple[MeDUETPretraining, LatentCrops]:
         store = LatentStore.open(data)
         crops = LatentCrops(store, config)
-        student, began, said = MeDUET(config.model), None, ""
-        holds_run = bool(checkpoint_steps(output / "checkpoints"))
-        if resume and holds_run:
-            began, said = began_from(latest_checkpoint(output), init)
-        elif init is not None and not holds_run:
-            weights = read_initial(init, student)
-            student.load_state_dict(weights.loaded, strict=False)
-            began, said = weights.record(), format_rows(weights.rows())
+        student = MeDUET(config.model)
+        beginning = find_beginning(init, student, output, resume)
+        student.load_state_dict(beginning.tensors, strict=False)
         if launch_number("RANK", 0) == 0:
             for doubt in config.doubts(len(store.domains)):
                 print(f"warning: {doubt}", file=sys.stderr)
-            if said:
-                print(said, file=sys.stderr)
+            if beginning.rows:
+                print(format_rows(beginning.rows), file=sys.stderr)
         task = MeDUETPretraining(config, student)
-        task.init = began
+        task.init = beginning.record
         return task, crops
 
     return fit(make, config, output, resume)

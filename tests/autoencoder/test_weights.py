@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,13 @@ def maisi_weights() -> dict[str, Tensor]:
     return dict(network.state_dict())
 
 
-@pytest.mark.parametrize("wrapper", [None, "unet_state_dict", "state_dict"])
+@pytest.mark.parametrize("wrapper", [None, "unet_state_dict", "module", "safetensors"])
 def test_maisi_loads(tmp_path: Path, maisi_weights: dict[str, Tensor], wrapper: str | None) -> None:
     path = tmp_path / "autoencoder.pt"
-    torch.save(maisi_weights if wrapper is None else {"epoch": 3, wrapper: maisi_weights}, path)
+    if wrapper == "safetensors":
+        save_file({f"autoencoder._orig_mod.{key}": value for key, value in maisi_weights.items()}, path)
+    else:
+        torch.save(maisi_weights if wrapper is None else {"epoch": 3, wrapper: maisi_weights}, path)
     tokenizer = load_tokenizer(str(path))
     assert (tokenizer.channels, tokenizer.compression, tokenizer.scale) == (4, 4, 1.0)
     assert tokenizer.identity.startswith("maisi-")
@@ -129,8 +133,15 @@ def test_a_tensor_is_no_state_dict(tmp_path: Path) -> None:
 def test_an_absent_file_and_a_misspelt_name(tmp_path: Path) -> None:
     refused(tmp_path / "absent.pt")
     refused(tmp_path)  # a folder
-    with pytest.raises(UserError, match="'buildin': expected 'builtin' or the path of a file"):
-        load_tokenizer("buildin")
+    for spec in ("buildin", "~nobody-of-that-name/a.pt"):
+        with pytest.raises(UserError, match=f"'{spec}': expected 'builtin' or the path of a file"):
+            load_tokenizer(spec)
+
+
+def test_a_closed_folder(tmp_path: Path, as_nobody: AbstractContextManager[None]) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with as_nobody:
+        assert "Permission denied" in refused(tmp_path / "closed" / "autoencoder.pt")
 
 
 def test_saved_tokenizer_loads_with_its_description(tmp_path: Path) -> None:
