@@ -25,7 +25,7 @@ from meduet_fast.data.sources import CT, VolumeEntry
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 
-from .update import PrepareSummary, update_store
+from .update import PrepareSummary, one_by_one, update_store
 
 TOKENIZER = "reference-cache"
 CHANNELS, COMPRESSION = 4, 4
@@ -81,8 +81,8 @@ def import_reference_cache(
         output, tokenizer=TOKENIZER, tokenizer_spec=TOKENIZER, channels=CHANNELS, compression=COMPRESSION
     ) as writer:
         summary = update_store(
-            writer, volumes, _content_key,
-            lambda volume, key: _read_latents(volume, key, spacings[volume.name]),
+            writer, volumes, one_by_one(_content_key),
+            one_by_one(lambda volume: _read_latents(volume, _content_key(volume), spacings[volume.name])),
         )  # fmt: skip
     summary.failed[:0] = failed
     return summary
@@ -144,7 +144,7 @@ def _read_latents(volume: VolumeEntry, key: str, original_spacing: list[float]) 
         domain=volume.domain,
         body_part=volume.body_part,
         content_key=key,
-        source=str(path),
+        source=str(path.absolute()),
         latent=torch.from_numpy(np.ascontiguousarray(array)),  # (C, X, Y, Z)
         affine=np.diag([*SPACING, 1.0]),
         spacing=SPACING,

@@ -119,8 +119,10 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
     """
     entry = store.entries[index]
     try:
-        rule = IntensityRule(**json.loads(store.metadata(index)["intensity"]))
-        source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name)
+        metadata = store.metadata(index)
+        rule = IntensityRule(**json.loads(metadata["intensity"]))
+        channel = int(metadata["channel"]) if "channel" in metadata else None
+        source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name, channel)
         if content_key(source, TransformConfig(), store.index.tokenizer) != entry.content_key:
             return None
         return load_volume(source, TransformConfig()).image[0]
