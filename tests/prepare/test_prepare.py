@@ -253,11 +253,13 @@ def test_the_store_is_the_same_with_workers(volumes: list[VolumeEntry], tmp_path
     volumes[1].path.write_bytes(b"not a volume")
     summaries = [run(volumes, tmp_path / str(n), replace(CONFIG, workers=n, sample=True)) for n in (0, 2)]
     assert summaries[0] == replace(summaries[1], store=summaries[0].store)
-    files = []
-    for folder in (tmp_path / "0", tmp_path / "2"):
-        there = [path for path in folder.rglob("*") if path.is_file()]
-        files.append({path.relative_to(folder): path.read_bytes() for path in there})
-    assert files[0] == files[1]
+    stores = [LatentStore.open(tmp_path / name) for name in ("0", "2")]
+    assert stores[0].index == stores[1].index
+    for index, item in enumerate(stores[0].entries):
+        assert torch.equal(stores[0].read_volume(index), stores[1].read_volume(index))
+        assert stores[0].metadata(index) == stores[1].metadata(index)
+        preview = Path("previews", f"{item.name}.png")
+        assert (tmp_path / "0" / preview).read_bytes() == (tmp_path / "2" / preview).read_bytes()
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
