@@ -16,7 +16,9 @@ from meduet_fast.errors import UserError, printable
 
 from .dataset_json import Channel, read_description
 from .folders import VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, refusal, search
-from .intensity import CT as CT, MR as MR, IntensityRule as IntensityRule
+from .intensity import CT as CT
+from .intensity import MR as MR
+from .intensity import IntensityRule as IntensityRule
 
 MAX_NAME = 100
 

@@ -168,8 +168,11 @@ class StoreWriter:
         self.entries[entry.name] = entry
         self._append(entry.line())
 
-    def upgrade(self, name: str) -> bool:
-        """Check a volume's file, and write it anew in chunks if version 1 did; return whether it was.
+    def upgrade(self, name: str) -> tuple[dict[str, str], bool]:
+        """Check a volume's file, and write it anew in chunks if version 1 did.
+
+        Returns:
+            The labels in its header, and whether it was written anew.
 
         Raises:
             UserError: the file is missing, damaged or not the entry's, or cannot be written.
@@ -177,13 +180,13 @@ class StoreWriter:
         entry = self.entries[name]
         metadata, layout = check_file(self.path, entry)
         if layout.chunked:
-            return False
+            return metadata, False
         latent = torch.empty(entry.shape, dtype=torch.bfloat16)
         with open_latents(self.path / entry.file) as descriptor:
             crop = latent.view(torch.int16).numpy()  # (C, X, Y, Z), the same memory
             CropReader().read(descriptor, self.path / entry.file, layout, (0, 0, 0), crop)
         self._write_latents(entry, latent, metadata)
-        return True
+        return metadata, True
 
     def drop(self, names: Iterable[str]) -> None:
         """Unlist volumes, then delete their files."""

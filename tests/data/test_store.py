@@ -283,13 +283,13 @@ def test_a_store_of_version_1_is_read_and_becomes_one_of_version_2(
         assert torch.equal(old.read_volume(index), latents[name])
         assert "shape" not in old.metadata(index)
     with writer_for(store.path) as writer:
-        assert writer.upgrade("a")
-        assert not writer.upgrade("a")
+        assert writer.upgrade("a")[1]
+        assert not writer.upgrade("a")[1]
         half = LatentStore.open(store.path)
         for index, name in enumerate("ab"):
             assert torch.equal(half.read_volume(index), latents[name])
             assert torch.equal(old.read_volume(index), latents[name])  # opened before
-        assert writer.upgrade("b")
+        assert writer.upgrade("b")[1]
     assert (store.path / "index.jsonl").read_bytes() == index_before
     assert not (store.path / "index.json").exists()
     assert [(store.path / entry.file).stat().st_size for entry in store.entries] == sizes

@@ -34,7 +34,7 @@ from tests.conftest import rewrite_as_version_1
 
 KILLS, VOLUMES = 20, 8
 DIED = 9
-CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16))
+CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16), workers=0)
 
 
 class PoolingTokenizer(Tokenizer):
