@@ -12,7 +12,7 @@ from typing import Any
 
 from meduet_fast.errors import UserError
 
-from .folders import VOLUME_ENDINGS, LeftOut, ending_of, refusal, search
+from .folders import VOLUME_ENDINGS, LeftOut, ending_of, looks_like_volume, refusal, search
 from .intensity import IntensityRule, rule_of_modality
 
 _USUAL_LISTS = ("training", "validation", "test", "train", "val", "testing")
@@ -95,7 +95,7 @@ def read_description(path: Path) -> Description:
     return description
 
 
-def _channels(content: dict[str, Any], path: Path) -> dict[int, IntensityRule | None]:
+def _channels(content: dict[str, Any]) -> dict[int, IntensityRule | None]:
     """Return the rule of each channel by its number; empty where the modality is not stated."""
     key = "channel_names" if "channel_names" in content else "modality"
     stated = content.get(key)
@@ -103,10 +103,10 @@ def _channels(content: dict[str, Any], path: Path) -> dict[int, IntensityRule | 
         return {0: rule_of_modality(stated)}
     if isinstance(stated, list):
         return {number: rule_of_modality(text) for number, text in enumerate(stated)}
-    if isinstance(stated, dict) and stated and all(str(number).isdecimal() for number in stated):
-        return {int(number): rule_of_modality(text) for number, text in stated.items()}
-    if stated:
-        raise UserError(f"{path}: '{key}': found {stated!r}, expected an object such as {{'0': 'CT'}}")
+    if isinstance(stated, dict):
+        numbered = all(str(number).isdecimal() for number in stated)
+        keys = [int(number) for number in stated] if numbered else range(len(stated))
+        return {number: rule_of_modality(text) for number, text in zip(keys, stated.values(), strict=True)}
     return {}
 
 
@@ -127,7 +127,8 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
             f"{path}: found the keys {sorted(content)}, "
             "expected 'training' (Decathlon) or 'channel_names' (nnU-Net)"
         )
-    channels = _channels(content, path)
+    channels = _channels(content)
+    cases: list[list[Path]] = []
     for key, items in lists.items():
         if re.search("label|mask|segm", key.casefold()):
             description.left_out.append(LeftOut(path, f"'{key}' is a list of labels by its name"))
@@ -139,18 +140,21 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
                 reason = f"'{key}[{number}]': found {item!r:.200}, expected a path or {{'image': path}}"
                 description.left_out.append(LeftOut(path, reason, asked=True))
                 continue
-            located = [_located(path.parent, file) for file in files]
-            if len(located) > 1:
-                for index, file in enumerate(located):
-                    in_order = channels.get(index) if len(located) == len(channels) else _shared(channels)
-                    description.take(Channel(file, in_order))
-            elif numbered := _numbered_files(located[0], channels):
-                _take_numbered(path, numbered, channels, description)
-            elif len(channels) > 1 and content.get("tensorImageSize") != "3D":
-                for index, rule in channels.items():
-                    description.take(Channel(located[0], rule, index))
-            else:
-                description.take(Channel(located[0], _shared(channels)))
+            cases.append([_located(path.parent, file) for file in files])
+    version_1 = any(len(files) == 1 and _numbered_files(files[0], channels) for files in cases)
+    for files in cases:
+        if len(files) > 1:
+            in_order = len(files) == len(channels)
+            for index, file in enumerate(files):
+                description.take(Channel(file, channels.get(index) if in_order else _shared(channels)))
+        elif version_1 and not files[0].exists():
+            for index, file in (_numbered_files(files[0], channels) or _numbers(files[0], channels)).items():
+                description.take(Channel(file, channels.get(index)))
+        elif len(channels) > 1 and content.get("tensorImageSize") != "3D":
+            for index, rule in channels.items():
+                description.take(Channel(files[0], rule, index))
+        else:
+            description.take(Channel(files[0], _shared(channels)))
     _name_the_rest(path, description, "in none of the lists")
 
 
@@ -166,7 +170,7 @@ def _lists(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[Any
 def _is_image(item: Any) -> bool:
     if isinstance(item, dict):
         return any(_is_image(value) for value in item.values() if isinstance(value, str)) or "image" in item
-    return isinstance(item, str) and bool(ending_of(item))
+    return isinstance(item, str) and looks_like_volume(item)
 
 
 def _texts(value: Any) -> list[str]:
@@ -190,30 +194,20 @@ def _header_of(path: Path) -> Path:
 
 
 def _numbered_files(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:
-    """Return the channel files that nnU-Net version 1 means by a listed case, by number.
+    """Return the channel files that nnU-Net version 1 means by a case that it lists, by number.
 
     It lists ``case.nii.gz``, which is not there, and keeps ``case_0000.nii.gz``, ``case_0001.nii.gz``, ...
+    If some of the stated channels are there, all count.
     """
-    if path.exists():
-        return {}
+    files = _numbers(path, channels or dict.fromkeys(range(10)))
+    there = {number: file for number, file in files.items() if file.exists()}
+    return {} if path.exists() or not there else files if channels else there
+
+
+def _numbers(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:
     ending = ending_of(path.name)
     stem = path.name.removesuffix(ending)
-    files = {n: path.with_name(f"{stem}_{n:04d}{ending or '.nii.gz'}") for n in channels or range(10)}
-    return {number: file for number, file in files.items() if file.exists()}
-
-
-def _take_numbered(
-    path: Path, files: dict[int, Path], channels: dict[int, IntensityRule | None], description: Description
-) -> None:
-    """Add the channel files of one case; channels that are missing are left out."""
-    some = next(iter(files.values()))
-    for number in sorted({*files, *channels}):
-        if number not in files:
-            expected = re.sub(r"_\d{4}(?=\.)", f"_{number:04d}", some.name)
-            reason = f"not there, although {path.name} describes channel {number}"
-            description.left_out.append(LeftOut(some.with_name(expected), reason, asked=True))
-        else:
-            description.take(Channel(files[number], channels.get(number)))
+    return {n: path.with_name(f"{stem}_{n:04d}{ending or '.nii.gz'}") for n in channels or (0,)}
 
 
 def _read_nnunet(path: Path, content: dict[str, Any], description: Description) -> None:
@@ -223,7 +217,7 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
             f"{path}: 'channel_names': found {content['channel_names']!r}, "
             "expected an object such as {'0': 'CT'}"
         )
-    channels = _channels(content, path)
+    channels = _channels(content)
     ending = content.get("file_ending", ".nii.gz")
     if not isinstance(ending, str) or ending.casefold() not in VOLUME_ENDINGS:
         raise UserError(
@@ -257,8 +251,14 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
                 description.left_out.append(LeftOut(file, reason))
             else:
                 cases.setdefault((file.parent, match[1]), {})[int(match[2])] = file
-    for numbered in cases.values():
-        _take_numbered(path, numbered, channels, description)
+    for (folder, case), numbered in cases.items():
+        for number, rule in channels.items():
+            if number in numbered:
+                description.take(Channel(numbered[number], rule))
+            else:
+                reason = f"not there, although {path.name} describes channel {number}"
+                absent = folder / f"{case}_{number:04d}{ending}"
+                description.left_out.append(LeftOut(absent, reason, asked=True))
     if listed:
         _name_the_rest(path, description, "not in the key 'dataset'")
     stated = content.get("numTraining")

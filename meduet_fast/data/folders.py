@@ -16,7 +16,7 @@ from .itk_formats import ITK_ENDINGS
 # Read, in capitals too; of a scan in two forms the first. An .hdr has its .img beside it.
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", ".hdr.gz", *ITK_ENDINGS)
 ITK_MISSING = "needs ITK to be read: pip install 'meduet-fast[itk]'"
-NOT_READ = f"not a format that is read ({', '.join(VOLUME_ENDINGS)}, DICOM folders)"
+NOT_READ = "of a format that is not read"
 IS_LABEL = "by its name a mask or label map; if it is a scan, name it in a list or a manifest"
 HIDDEN = "hidden"
 
@@ -73,6 +73,12 @@ def ending_of(name: str) -> str:
     return next((name[-len(ending) :] for ending in VOLUME_ENDINGS if folded.endswith(ending)), "")
 
 
+def looks_like_volume(name: str) -> bool:
+    """Tell whether a file of this name may be a volume, of a format that is read or not."""
+    folded = name.casefold()
+    return bool(ending_of(name) or (_OTHER_FORMAT.fullmatch(folded) and not _SIDECAR.fullmatch(folded)))
+
+
 def refusal(path: Path) -> str | None:
     """Say why a file or folder is not read as a volume; None if it is (it may still be absent or damaged).
 
@@ -119,7 +125,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
             if not ending_of(name):
                 if _may_be_dicom(name) and path.is_file() and _is_dicom(path):
                     dicom = True
-                elif not hidden and _looks_like_a_volume(path):
+                elif not hidden and looks_like_volume(path.name) and not _is_part(path):
                     left_out.append(LeftOut(path, NOT_READ))
             elif hidden or name.startswith("."):
                 left_out.append(LeftOut(path, HIDDEN))
@@ -170,12 +176,10 @@ def _is_label(stem: str) -> bool:
     return any(map(_LABEL_WORD.fullmatch, words)) or (bool(words) and words[-1] in ("gt", "roi", "rois"))
 
 
-def _looks_like_a_volume(path: Path) -> bool:
-    name = path.name.casefold()
+def _is_part(path: Path) -> bool:
+    """Tell whether a file holds the voxels of a header beside it."""
     part = _PART.fullmatch(path.name)
-    if part and _beside(path, part[1], _HEADERS):
-        return False
-    return bool(_OTHER_FORMAT.fullmatch(name)) and not _SIDECAR.fullmatch(name)
+    return part is not None and _beside(path, part[1], _HEADERS)
 
 
 def _beside(path: Path, stem: str, endings: tuple[str, ...]) -> bool:
