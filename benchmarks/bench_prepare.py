@@ -3,7 +3,8 @@
 ``python -m benchmarks.bench_prepare [--data SCANS] [--workers 2] [--repeats 3] [--json PATH]``
 
 The tokenizer is a mean over 4^3 voxels. Starting the processes counts: it takes some seconds of a core each,
-so the scans should be many, or large. CPU seconds tell what a busy machine hides: this process's own, and all.
+so the scans should be many, or large. CPU seconds tell what a busy machine hides: this process's own,
+and all.
 """
 
 from __future__ import annotations

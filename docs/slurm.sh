@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# Two minutes before the time is up SLURM sends SIGTERM to what srun started. torchrun passes it on to its
+# Two minutes before the time is up SLURM sends SIGTERM to what srun started. The launcher passes it on to its
 # processes, which write a checkpoint and end; it kills those that take longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 # seconds (30 with torch 2.11, which does not know the variable).
 #SBATCH --signal=TERM@120
@@ -21,7 +21,7 @@ nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${nodes%%$'\n'*}
 
 # In SLURM 22.05 and 23.02 srun does not take over the number of CPUs by itself: all would share one of them.
-exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" meduet-fast launch \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:${MASTER_PORT:-29500}" \
-    -m meduet_fast pretrain --resume "$@"
+    pretrain --resume "$@"

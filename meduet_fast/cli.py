@@ -31,12 +31,12 @@ class Command:
 
     Attributes:
         summary: one line for the list of commands.
-        add_arguments: declares its arguments.
+        add_arguments: declares its arguments; None hands all of them on.
         run: does it; returns the exit code.
     """
 
     summary: str
-    add_arguments: Callable[[ArgumentParser], None]
+    add_arguments: Callable[[ArgumentParser], None] | None
     run: Run
 
 
@@ -240,6 +240,23 @@ def _train_tokenizer(arguments: Namespace) -> int:
     return _tell_end(result, arguments.output, config.steps)
 
 
+_LAUNCH_HELP = """usage: meduet-fast launch [OPTION OF TORCHRUN ...] COMMAND ...
+
+Run pretrain or train-tokenizer in several processes, one for each GPU: as torchrun does, with its options
+(`torchrun --help` lists them), but an error is one line of each process, and the exit code the command's own.
+
+  meduet-fast launch --nproc-per-node 8 pretrain --config vit_base --data store --output run"""
+
+
+def _launch(arguments: Namespace) -> int:
+    from .engine.launch import launch
+
+    if arguments.all[:1] in (["-h"], ["--help"], []):
+        print(_LAUNCH_HELP)
+        raise SystemExit(0 if arguments.all else EXIT_USAGE)
+    return launch(arguments.all)
+
+
 COMMANDS = {
     "sample-data": Command(
         "download three real volumes and make three acquisition variants of the CT",
@@ -251,6 +268,7 @@ COMMANDS = {
         "turn a cache of the published code into a store", _import_arguments, _import_cache
     ),
     "pretrain": Command("pretrain MeDUET on a store", _pretrain_arguments, _pretrain),
+    "launch": Command("run pretrain or train-tokenizer in several processes", None, _launch),
     "export": Command("write a run's weights for use elsewhere", _export_arguments, _export),
     "sizes": Command(
         "list the packaged configurations: parameters, FLOPs, memory", lambda parser: None, _sizes
@@ -269,6 +287,8 @@ def _parse(name: str, arguments: Sequence[str]) -> Namespace:
         UserError: for what does not parse, or settings that do not fit together.
     """
     command = COMMANDS[name]
+    if command.add_arguments is None:
+        return Namespace(all=list(arguments))
     parser = ArgumentParser(
         prog=f"meduet-fast {name}", description=command.summary, exit_on_error=False, default_env=False,
         allow_abbrev=False,

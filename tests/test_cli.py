@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -76,6 +79,63 @@ def test_bad_usage_is_one_line_and_exit_code_2(
         assert len(output.err.strip().splitlines()) == 1
         assert message in output.err
     assert list(tmp_path.iterdir()) == []
+
+
+PATHS = [
+    ["pretrain", "--config", "demo", "--data", "PATH", "--output", "run"],
+    ["pretrain", "--config", "demo", "--dry-run", "--output", "PATH"],
+    ["pretrain", "--config", "PATH"],
+    ["prepare", "--input", "PATH", "--output", "store"],
+    ["prepare", "--tokenizer", "PATH", "--input", "file.nii", "--output", "store", "--device", "cpu"],
+    ["import-cache", "PATH", "--output", "store"],
+    ["export", "PATH", "--output", "x"],
+    ["report", "PATH"],
+    ["train-tokenizer", "--input", "PATH", "--output", "x.safetensors"],
+    ["train-tokenizer", "--input", "file.nii", "--output", "PATH/x.safetensors"],
+    ["sample-data", "PATH"],
+]
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Be a user to whom closed folders are closed; modules must have been imported before."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("arguments", PATHS, ids=" ".join)
+def test_what_the_system_refuses_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that may not be searched, and a name too long."""
+    import meduet_fast.data.samples
+    import meduet_fast.prepare.import_cache
+    import meduet_fast.pretraining.dry_run
+    import meduet_fast.pretraining.export
+    import meduet_fast.report  # noqa: F401
+
+    with TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        Path(folder).chmod(0o777)
+        Path("closed").mkdir(mode=0o700)
+        if os.geteuid() != 0:
+            Path("closed").chmod(0)
+        Path("file.nii").touch()
+        for path, why in (("closed/x", "Permission denied"), ("n" * 300, "File name too long")):
+            with nobody():
+                given = [argument.replace("PATH", path) for argument in arguments]
+                assert main(given) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"meduet-fast {arguments[0]}: ")
+            assert path in error
+            assert why in error
+            assert error.count("\n") == 1
+        monkeypatch.undo()
 
 
 def test_a_wrong_key_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

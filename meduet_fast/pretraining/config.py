@@ -115,8 +115,8 @@ def doubts(
     kept = math.prod(cosine(teacher_momentum, final_teacher_momentum, step / last) for step in range(steps))
     if kept > MOST_OF_START:
         found.append(
-            f"the teacher keeps {100 * kept:.0f} % of what it began from (random weights, or --init) over the "
-            f"{steps} steps: lower optimizer.teacher_momentum ({teacher_momentum}) and "
+            f"the teacher keeps {100 * kept:.0f} % of what it began from (random weights, or --init) over "
+            f"the {steps} steps: lower optimizer.teacher_momentum ({teacher_momentum}) and "
             f"optimizer.final_teacher_momentum ({final_teacher_momentum}), or train longer"
         )
     return found

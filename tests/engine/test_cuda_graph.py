@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from meduet_fast.engine import cuda_graph
+from meduet_fast.engine import cuda_graph, loop
 from meduet_fast.engine.cuda_graph import WARM_UP, GraphedGradients, Replay
 from meduet_fast.engine.distributed import World
 from meduet_fast.engine.loop import backward_of
+from meduet_fast.engine.metrics import losses_in, read_metrics
 from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.engine.step import Backward, train_step
 from meduet_fast.errors import UserError
@@ -79,6 +82,29 @@ def test_replayed_steps_are_the_plain_ones(
     assert found == wanted
     for key, value in plain_teacher.state_dict().items():
         assert torch.equal(teacher.state_dict()[key], value), key
+
+
+def test_a_run_with_a_graph_goes_on_exactly(
+    tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients exist before the first step; the optimiser's moments must have been loaded by then."""
+    monkeypatch.setattr(cuda_graph, "capture", stand_in)
+    monkeypatch.setattr(loop, "refuse_graph", lambda *_: None)
+    config = replace(tiny_config, cuda_graph=True)
+    pretrain(tiny_store, tmp_path / "whole", config)
+    whole = read_metrics(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "6")
+    pretrain(tiny_store, tmp_path / "stopped", config, resume=True)
+    names = [*losses_in(whole[0]), "grad_norm"]
+    for wanted, found in zip(whole, read_metrics(tmp_path / "stopped"), strict=True):
+        assert [found[name] for name in names] == [wanted[name] for name in names]
+    for name in ("student", "teacher"):
+        first, second = (
+            load_file(tmp_path / run / "checkpoints/6" / f"{name}.safetensors")
+            for run in ("whole", "stopped")
+        )
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_graph_where_there_can_be_none_is_refused(

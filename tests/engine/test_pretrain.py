@@ -97,6 +97,16 @@ def test_a_finished_run_is_left_alone(whole_run: Path, tiny_store: Path, tiny_co
     assert (latest_checkpoint(whole_run) / "run.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("seed", [20251126, 2**64 - 1])
+def test_large_seeds(tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path, seed: int) -> None:
+    config = replace(tiny_config, seed=seed, steps=2, checkpoint_every=1, workers=1)
+    assert pretrain(tiny_store, tmp_path / "run", config).finished
+    first = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    assert pretrain(tiny_store, tmp_path / "run", config, resume=True).finished
+    assert losses(tmp_path / "run") == first
+
+
 def test_an_existing_run_needs_resume_and_the_same_settings(
     whole_run: Path, tiny_store: Path, tiny_config: PretrainConfig
 ) -> None:

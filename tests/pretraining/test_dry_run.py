@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.engine.parallel import shard_count
 from meduet_fast.errors import UserError
+from meduet_fast.lock import FolderLock
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.export import export_model
-from meduet_fast.pretraining import ObjectiveConfig, PretrainConfig, pretraining_losses, random_mix_mask
+from meduet_fast.pretraining import (
+    ObjectiveConfig,
+    PretrainConfig,
+    pretrain,
+    pretraining_losses,
+    random_mix_mask,
+)
+from meduet_fast.pretraining.config import doubts
 from meduet_fast.pretraining.cost import (
     activation_bytes,
     count_parameters,
@@ -25,6 +38,7 @@ from meduet_fast.pretraining.cost import (
     memory_estimate,
 )
 from meduet_fast.pretraining.dry_run import format_plan, format_sizes, print_plan
+from meduet_fast.pretraining.train import LatentCrops
 
 OBJECTIVES = [
     ObjectiveConfig(mftd=mftd, siqc=siqc) for mftd, siqc in ((True, True), (False, True), (True, False))
@@ -153,3 +167,79 @@ def test_the_table_of_sizes(tiny_config: PretrainConfig) -> None:
     lines = format_sizes({"larger": larger, "tiny": tiny_config}).splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| configuration", "| ---", "| `tiny`", "| `larger`"]
     assert {line.count("|") for line in lines} == {12}
+
+
+def made_run(folder: Path, config: PretrainConfig, data: str) -> None:
+    """What a run leaves behind that a plan looks at."""
+    checkpoint = folder / "checkpoints" / "4"
+    checkpoint.mkdir(parents=True)
+    record = {"step": 4, "config": config.identity(), "data": data}
+    (checkpoint / "run.json").write_text(json.dumps(record))
+
+
+def test_the_plan_refuses_what_the_run_would(
+    tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path
+) -> None:
+    """Each refusal is the run's own, which is tried beside it; nothing is written."""
+    held, old, other = tmp_path / "held", tmp_path / "old", tmp_path / "other"
+    identity = LatentCrops(LatentStore.open(tiny_store), tiny_config).identity
+    made_run(old, tiny_config, identity)
+    made_run(other, tiny_config, "others")
+    (tmp_path / "file").touch()
+    faster = replace(tiny_config, optimizer=replace(tiny_config.optimizer, learning_rate=1.0))
+    cases: list[tuple[PretrainConfig, Path, bool, str]] = [
+        (replace(tiny_config, device="tpu7"), tmp_path / "run", False, "device 'tpu7' can't be used"),
+        (replace(tiny_config, cuda_graph=True), tmp_path / "run", False, "cuda_graph is for one GPU"),
+        (replace(tiny_config, attention="xformers"), tmp_path / "run", False, "attention 'xformers'"),
+        (tiny_config, old, False, "holds a run already"),
+        (faster, old, True, "optimizer.learning_rate was 0.001, now 1.0"),
+        (replace(tiny_config, steps=3), old, True, "4 steps are done, --steps asks for 3"),
+        (tiny_config, other, True, "the data are not those"),
+        (tiny_config, tmp_path / "file", False, "file: cannot be written"),
+        (tiny_config, tmp_path / "file" / "run", False, "file/run: cannot be written"),
+        (tiny_config, tmp_path / ("n" * 300), False, "File name too long"),
+        (tiny_config, held, True, "held: in use by process"),
+    ]
+    with FolderLock(held):
+        before = sorted(tmp_path.rglob("*"))
+        for config, output, resume, message in cases:
+            with pytest.raises(UserError, match=re.escape(message)):
+                format_plan(config, tiny_store, output=output, resume=resume)
+            assert sorted(tmp_path.rglob("*")) == before
+            with pytest.raises(UserError, match=re.escape(message)):
+                pretrain(tiny_store, output, config, resume)
+            assert sorted(tmp_path.rglob("*")) == before
+        longer = replace(tiny_config, steps=9)
+        assert "9, 36 crops" in format_plan(longer, tiny_store, output=old, resume=True)
+        format_plan(tiny_config, tiny_store, output=tmp_path / "new" / "run")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_hardly_meant_is_said(
+    tiny_config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StoreWriter(tmp_path / "st", tokenizer="t", tokenizer_spec="t", channels=4, compression=4) as writer:
+        for name in "ab":
+            record = VolumeRecord(
+                name=name, domain="one", body_part="none", content_key=name, source=name,
+                latent=torch.randn(4, 20, 8, 8), affine=np.eye(4), spacing=(1.5, 1.5, 1.5), intensity={},
+            )  # fmt: skip
+            writer.add(record)
+    config = replace(tiny_config, steps=1)
+    plan = format_plan(config, tmp_path / "st")
+    pretrain(tmp_path / "st", tmp_path / "run", config)
+    said = capsys.readouterr().err
+    for words in ("the store has one domain", "the teacher keeps 100 % of its random start over the 1 steps"):
+        assert f"warning     {words}" in plan or f"            {words}" in plan
+        assert f"warning: {words}" in said
+
+
+def test_a_teacher_that_keeps_its_start() -> None:
+    """As the product of all momenta says; half of it is the limit."""
+    assert doubts(10, 0.9, 0.9, 2) == []  # 0.9^10 = 0.35
+    [kept] = doubts(6, 0.9, 0.9, 2)
+    assert kept.startswith("the teacher keeps 53 % of its random start over the 6 steps: lower")
+    assert doubts(7, 0.9, 0.9, 2) == []  # 0.48
+    assert doubts(100_000, 0.0, 1.0, None) == []
+    assert len(doubts(1, 0.99, 0.99, 1)) == 2
+    assert PretrainConfig().doubts(10) == []

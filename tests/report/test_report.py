@@ -72,6 +72,7 @@ def test_the_page_has_every_section_and_stands_alone(written: Path) -> None:
         f"#{s}" for s in SECTIONS
     }
     assert not re.search(r"https?:|url\(|@import|<script|<link", html)
+    assert "Warning: the teacher keeps 99 % of its random start over the 8 steps" in page.text
     for domain in ("sharp", "bright", "head"):
         assert domain in page.text
 
