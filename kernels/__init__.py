@@ -1,6 +1,6 @@
 """The fast operations, each with its eager reference; needs torch and triton alone, knows no trainer."""
 
-from .backend import kernel_backend, set_kernel_backend
+from .backend import kernel_backend, set_kernel_backend, transformed
 from .contrast import quadruplet_contrast, quadruplet_identities, supervised_contrast
 from .decoder_streams import assemble_streams
 from .dtypes import at_least_float32, autocast_dtype
@@ -38,5 +38,6 @@ __all__ = [
     "style_convolution",
     "supervised_contrast",
     "token_mean",
+    "transformed",
     "unpatchify_3d",
 ]

@@ -1,10 +1,12 @@
 """The fast operations as modules, and :func:`accelerate`, which puts them into models that exist already.
 
+:func:`restore` takes them out again.
+
 MeDUET itself is built of ``PatchEmbed3d``, ``sincos_positions_3d`` and the attention chosen here.
 ``TokenMixer`` and ``QuadrupletContrast`` are for models and losses of one's own.
 """
 
-from .accelerate import Swap, accelerate
+from .accelerate import Swap, accelerate, restore
 from .attention import set_attention_backend
 from .contrast import QuadrupletContrast
 from .patch_embed import PatchEmbed3d
@@ -17,6 +19,7 @@ __all__ = [
     "Swap",
     "TokenMixer",
     "accelerate",
+    "restore",
     "set_attention_backend",
     "sincos_positions_3d",
 ]

@@ -1,4 +1,4 @@
-"""Put the fast operations into a model that exists already."""
+"""Put the fast operations into a model that exists already, and take them out again."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ class Swap(NamedTuple):
     after: str
 
 
+def _rules() -> dict[type[nn.Module], type[fused.Fused]]:
+    """Return the fused class of every class that has one, MONAI's if the process uses it."""
+    if "monai" not in sys.modules:
+        return fused.RULES
+    from . import fused_monai
+
+    return {**fused.RULES, **fused_monai.RULES}
+
+
 def accelerate(model: nn.Module) -> list[Swap]:
     """Replace slow modules of MONAI and PyTorch by fused ones, in place.
 
@@ -35,7 +44,11 @@ def accelerate(model: nn.Module) -> list[Swap]:
 
     A module stays the object that it is and only changes its class: names in the state dict, hooks, mode,
     devices, optimizers that hold its parameters stay. A second call finds nothing to do. Call it before
-    ``torch.compile`` and ``fully_shard``.
+    ``torch.compile`` and ``fully_shard``. :func:`restore` undoes it, which ``torch.jit.script`` wants.
+
+    Within transforms of torch.func (jvp, vmap and so on) plain PyTorch runs. Second derivatives are right,
+    too; those of attention PyTorch refuses, unless its definition was chosen with
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
 
     Args:
         model: any module; MONAI is imported only if the process uses it.
@@ -43,11 +56,7 @@ def accelerate(model: nn.Module) -> list[Swap]:
     Returns:
         What was replaced, in the order of ``model.named_modules()``.
     """
-    rules: dict[type[nn.Module], type[fused.Fused]] = dict(fused.RULES)
-    if "monai" in sys.modules:
-        from . import fused_monai
-
-        rules.update(fused_monai.RULES)
+    rules = _rules()
     swaps: list[Swap] = []
     passed_over: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
@@ -60,3 +69,32 @@ def accelerate(model: nn.Module) -> list[Swap]:
         if isinstance(module, fused.Fused):
             passed_over.update(module.parts(module))
     return swaps
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo :func:`accelerate`, in place: every module computes as its own class does.
+
+    Parameters, hooks and all else stay; a model that was not accelerated, or was in part, is right, too. Call
+    it before ``fully_shard``.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Paths of the modules that changed, in the order of ``model.named_modules()``.
+
+    Raises:
+        ValueError: for a module of a class that was derived from a fused one, as ``fully_shard`` does;
+            nothing has changed then.
+    """
+    originals = {faster: original for original, faster in _rules().items()}
+    modules = [(path, item) for path, item in model.named_modules() if isinstance(item, fused.Fused)]
+    for path, module in modules:
+        if type(module) not in originals:
+            raise ValueError(
+                f"module {path!r} is a {type(module).__name__}, derived from an accelerated class; restore a "
+                "model before fully_shard"
+            )
+    for _, module in modules:
+        module.__class__ = originals[type(module)]  # type: ignore[assignment]
+    return [path for path, _ in modules]

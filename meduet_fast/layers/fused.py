@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from meduet_fast.kernels import autocast_dtype, group_norm_silu, kernel_backend, patch_embed_3d
+from meduet_fast.kernels import autocast_dtype, group_norm_silu, kernel_backend, patch_embed_3d, transformed
 
 
 class Fused:
@@ -38,6 +38,13 @@ class Fused:
         """Return modules inside that the fused forward does not call: it is no use to swap them too."""
         return []
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which asks every module."""
+        raise RuntimeError(
+            f"torch.jit.script can't compile {type(self).__name__}, a module that accelerate() changed; call "
+            "meduet_fast.layers.restore(model) first"
+        )
+
 
 def bare(*modules: nn.Module) -> bool:
     """Tell whether nobody would notice that modules are not called: no hooks, no forward of their own."""
@@ -61,8 +68,11 @@ def cut_to_patches(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 
 def pays(x: Tensor) -> bool:
-    """Tell whether a matrix product beats the convolution: not oneDNN's on the CPU, measured 3 to 8 times."""
-    return x.device.type != "cpu" or kernel_backend() == "triton"
+    """Tell whether a matrix product beats the convolution: not oneDNN's on the CPU, measured 3 to 8 times.
+
+    Within a transform of torch.func no kernel runs, and the convolution is as good.
+    """
+    return not transformed() and (x.device.type != "cpu" or kernel_backend() == "triton")
 
 
 class PatchConv3d(Fused, nn.Conv3d):

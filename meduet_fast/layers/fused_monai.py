@@ -15,7 +15,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor, nn
 
-from meduet_fast.kernels import autocast_dtype, group_norm_silu, patch_embed_3d
+from meduet_fast.kernels import autocast_dtype, group_norm_silu, patch_embed_3d, transformed
 
 from .fused import Fused, PatchConv3d, bare, cut_to_patches, norm_silu
 
@@ -96,7 +96,7 @@ def _attend(
 
 
 class FusedSABlock(Fused, SABlock):
-    """Self-attention without the N x N scores in memory.
+    """Self-attention without the N x N scores in memory; with them within transforms of torch.func.
 
     A row whose mask leaves nothing to attend to gives zeros, where the original gives NaN.
     """
@@ -109,7 +109,8 @@ class FusedSABlock(Fused, SABlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Attend among (B, N, C); ``attn_mask`` (B, N), where not causal, is 0 for tokens to leave out."""
-        if not self.fits(self) or (self.causal and attn_mask is not None):
+        # Fused attention has no forward-mode derivative.
+        if not self.fits(self) or transformed() or (self.causal and attn_mask is not None):
             return super().forward(x, attn_mask)
         if self.use_combined_linear:
             query, key, value = self.qkv(x).chunk(3, -1)
@@ -121,7 +122,7 @@ class FusedSABlock(Fused, SABlock):
 
 
 class FusedCrossAttentionBlock(Fused, CrossAttentionBlock):
-    """Cross-attention without the scores in memory."""
+    """Cross-attention without the scores in memory; with them within transforms of torch.func."""
 
     summary = "scaled_dot_product_attention"
 
@@ -131,7 +132,7 @@ class FusedCrossAttentionBlock(Fused, CrossAttentionBlock):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Attend from (B, N, C) to a context (B, M, D), or among themselves."""
-        if not self.fits(self):
+        if not self.fits(self) or transformed():
             return super().forward(x, context)
         seen = x if context is None else context
         y = _attend(self, self.to_q(x), self.to_k(seen), self.to_v(seen), None, causal=False)

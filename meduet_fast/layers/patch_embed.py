@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class PatchEmbed3d(nn.Module):
         hidden_size: D.
         patch_size: patch edge, or one for each axis.
         img_size: edge of the volume, or one for each axis. Positions need it, and refuse other sizes.
-        position: "none"; "learnable", a parameter ``position`` (L, D); "sincos", fixed and in no checkpoint.
+        position: "none"; "learnable", a parameter ``position`` (L, D); "sincos", fixed and in no checkpoint:
+            computed here, in ``load_state_dict``, and when ``to_empty`` takes the module off the meta device.
         bias: False leaves ``bias`` out.
         num_prefix_tokens: zero rows in front of the tokens, for the caller to fill (CLS).
 
@@ -50,24 +53,53 @@ class PatchEmbed3d(nn.Module):
             raise ValueError(f"position is {position!r}, expected 'none', 'learnable' or 'sincos'")
         self.patch_size = triple(patch_size)
         self.num_prefix_tokens = num_prefix_tokens
-        conv = nn.Conv3d(
-            in_channels, hidden_size, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype
-        )
-        self.weight, self.bias = conv.weight, conv.bias
-        if position == "none":
-            self.register_buffer("position", None)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(hidden_size, in_channels, *self.patch_size, **options))
+        self.bias = nn.Parameter(torch.empty(hidden_size, **options)) if bias else None
+        self.register_buffer("position", None, persistent=False)
+        self._fixed_grid: Triple | None = None  # of positions that are computed
+        if position != "none":
+            if img_size is None:
+                raise ValueError(f"img_size is None, expected the volume's size for position {position!r}")
+            grid = patch_grid(triple(img_size), self.patch_size)
+            table = torch.empty(math.prod(grid), hidden_size, **options)  # (L, D)
+            if position == "sincos":
+                self.position, self._fixed_grid = table, grid
+            else:
+                del self.position
+                self.position = nn.Parameter(table)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw first values as ``nn.Conv3d`` does, and positions; for memory that ``to_empty`` gave."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = self.weight[0].numel() ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+        if isinstance(self.position, nn.Parameter):
+            nn.init.trunc_normal_(self.position, std=0.02)
+        self._fill_positions()
+
+    def _fill_positions(self) -> None:
+        """Compute fixed positions on the device where the weight is."""
+        if self._fixed_grid is None:
             return
-        if img_size is None:
-            raise ValueError(f"img_size is None, expected the volume's size for position {position!r}")
-        grid = patch_grid(triple(img_size), self.patch_size)
-        if position == "sincos":
-            table = sincos_positions_3d(hidden_size, grid).to(
-                device=device, dtype=self.weight.dtype
-            )  # (L, D)
-            self.register_buffer("position", table, persistent=False)
-        else:
-            table = torch.empty(grid[0] * grid[1] * grid[2], hidden_size, device=device, dtype=dtype)
-            self.position = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        with torch.device("cpu"):  # whatever the default: "meta" would make no values
+            table = sincos_positions_3d(self.weight.shape[0], self._fixed_grid)  # (L, D)
+        self.position = table.to(self.weight.device, self.position.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchEmbed3d:
+        """Move or convert like any module; ``to_empty`` off the meta device gets its fixed positions."""
+        promised = self._fixed_grid is not None and self.position.is_meta
+        super()._apply(fn, recurse)
+        if promised and not self.weight.is_meta:
+            self._fill_positions()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load weights, and compute the fixed positions that no state dict has."""
+        super()._load_from_state_dict(*arguments)
+        self._fill_positions()
 
     def forward(self, x: Tensor, source_mask: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """Embed a volume.

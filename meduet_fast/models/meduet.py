@@ -135,10 +135,9 @@ class MeDUET(nn.Module):
         self.config = config = config or MeDUETConfig()
         self.num_tokens = config.num_tokens
         dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
-        grid = config.latent_size // config.patch_size
         self.embed_layer = PatchEmbedding(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, 1+L, D)
+        self.register_buffer("pos_embed", torch.empty(1, 1 + self.num_tokens, dim))  # (1, 1+L, D)
         self.blocks = nn.ModuleList(
             Block(dim, config.num_heads, config.mlp_ratio, config.layer_norm_eps) for _ in range(config.depth)
         )
@@ -148,7 +147,9 @@ class MeDUET(nn.Module):
         self.domain_classifier = DomainClassifiers(config)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, grid))  # (1, 1+L, E)
+        self.register_buffer(
+            "decoder_pos_embed", torch.empty(1, 1 + self.num_tokens, decoder_dim)
+        )  # (1, 1+L, E)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, config.decoder_num_heads, config.mlp_ratio, config.layer_norm_eps)
             for _ in range(config.decoder_depth)
@@ -157,11 +158,19 @@ class MeDUET(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, config.token_dim)
         # Log of the contrast's scale for content and style. The published loss module owned them and its
         # optimiser never saw them, so they are no part of a published checkpoint.
-        self.siqc_log_scale = nn.Parameter(torch.full((2,), math.log(1 / PUBLISHED_TEMPERATURE)))
-        self._initialise()
+        self.siqc_log_scale = nn.Parameter(torch.empty(2))
+        self.reset_parameters()
 
-    def _initialise(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw first values of all parameters, and compute positions; for memory that ``to_empty`` gave."""
+        grid = self.config.latent_size // self.config.patch_size
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            with torch.device("cpu"):  # whatever the default: "meta" would make no values
+                table.copy_(sincos_positions(table.shape[2], grid))  # (1, 1+L, D or E)
+        nn.init.constant_(self.siqc_log_scale, math.log(1 / PUBLISHED_TEMPERATURE))
         for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
             if isinstance(module, nn.Linear | nn.Conv1d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:

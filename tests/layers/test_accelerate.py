@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meduet_fast.layers import accelerate, fused
+from meduet_fast.layers import accelerate, fused, restore
 from meduet_fast.layers.fused import FusedSequential, PatchConv3d
 
 LAST = torch.channels_last_3d
@@ -156,6 +156,49 @@ def test_compiles_as_one_graph() -> None:
     expected = model(x)
     accelerate(model)
     assert torch.allclose(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("as_if_on_a_gpu")
+def test_restore_gives_the_model_back() -> None:
+    model = nn.Sequential(pair(), nn.ReLU(), nn.Sequential(nn.Conv3d(3, 2, 2, 2)))
+    calls: list[str] = []
+    model[1].register_forward_hook(lambda *_: calls.append("relu"))
+    x = torch.randn(1, 4, 4, 4, 4)
+    expected, objects, classes = model(x), list(model.modules()), [type(m) for m in model.modules()]
+    assert restore(model) == []
+    for part in (model, model[0], model):  # as a whole, in part, and once more
+        accelerate(part)
+        faster = pickle.loads(pickle.dumps(copy.deepcopy(part[2] if part is model else part)))
+        assert any(isinstance(module, fused.Fused) for module in faster.modules())
+        assert restore(model) == (["0", "2.0"] if part is model else ["0"])
+        assert restore(model) == []
+        assert [type(module) for module in model.modules()] == classes
+        assert all(a is b for a, b in zip(model.modules(), objects, strict=True))
+        assert torch.equal(model(x), expected)
+    assert calls == ["relu"] * 4
+
+    class Sharded(PatchConv3d):  # what fully_shard makes of a class
+        pass
+
+    accelerate(model)
+    model[2][0].__class__ = Sharded
+    with pytest.raises(ValueError, match=r"module '2.0' is a Sharded, .* before fully_shard"):
+        restore(model)
+    assert type(model[0]) is FusedSequential
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_asks_for_restore() -> None:
+    model = nn.Sequential(pair(), nn.Conv3d(3, 2, 2, 2))
+    x = torch.randn(1, 4, 4, 4, 4)
+    expected = torch.jit.script(model)(x)
+    accelerate(model)
+    with pytest.raises(RuntimeError, match=r"FusedSequential.*restore\(model\) first"):
+        torch.jit.script(model)
+    with pytest.raises(RuntimeError, match=r"PatchConv3d.*restore\(model\) first"):
+        torch.jit.script(nn.Sequential(model[1]))
+    restore(model)
+    assert torch.allclose(torch.jit.script(model)(x), expected)
 
 
 def test_monai_is_not_imported_for_models_without_it() -> None:

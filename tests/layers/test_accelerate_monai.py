@@ -18,7 +18,7 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
 from torch import nn
 
-from meduet_fast.layers import accelerate
+from meduet_fast.layers import accelerate, restore
 
 from .test_accelerate import outputs, require_same
 
@@ -194,3 +194,32 @@ def test_maisi_options_that_are_left_alone() -> None:
     for name in names:
         assert accelerate(MaisiGroupNorm3D(2, 4, **{name: True})) == []  # type: ignore[arg-type]
         assert accelerate(MaisiResBlock(3, 4, 2, 1e-6, 4, 1, 0, **{name: True})) == []  # type: ignore[arg-type]
+
+
+def test_forward_mode_and_vmap_through_attention() -> None:
+    options: dict[str, Any] = {
+        "spatial_dims": 3, "in_channels": 1, "out_channels": 1, "channels": (4, 8), "num_res_blocks": 1,
+        "attention_levels": (False, True), "num_head_channels": 4, "norm_num_groups": 4,
+        "with_conditioning": True, "cross_attention_dim": 6, "transformer_num_layers": 1,
+    }  # fmt: skip
+    model = fill_zeros(DiffusionModelUNet(**options)).double().eval()
+    faster = copy.deepcopy(model)
+    accelerate(faster)
+    x, tangent, context = randn(1, 1, 4, 4, 4), randn(1, 1, 4, 4, 4), randn(1, 2, 6)
+    found = []
+    for version in (model, faster):
+
+        def run(x: torch.Tensor, version: nn.Module = version) -> torch.Tensor:
+            return version(x, torch.tensor([5]), context)
+
+        def energy(x: torch.Tensor) -> torch.Tensor:
+            return run(x[None]).square().sum()
+
+        along = torch.func.jvp(run, (x,), (tangent,))[1]
+        found.append((along, torch.func.vmap(torch.func.grad(energy))(torch.cat([x, tangent]))))
+    for before, after in zip(*found, strict=True):
+        assert before.any()
+        assert torch.allclose(before, after)
+    restored = outputs(model, (x, torch.tensor([5]), context))
+    assert len(restore(faster)) > 4
+    assert all(map(torch.equal, restored, outputs(faster, (x, torch.tensor([5]), context))))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from meduet_fast.kernels import mix_tokens, quadruplet_contrast
 from meduet_fast.layers import PatchEmbed3d, QuadrupletContrast, TokenMixer, sincos_positions_3d
+from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.blocks import sincos_positions
 
 
@@ -44,6 +47,49 @@ def test_patch_embedding_adds_positions() -> None:
     assert torch.allclose(fixed(x, mask), mix_tokens(fixed(x), mask), atol=1e-6)
     with pytest.raises(ValueError, match="position"):
         fixed(torch.randn(2, 1, 4, 4, 6))
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign", "context", "reset", "moved", "again"])
+def test_positions_survive_the_meta_device(way: str) -> None:
+    options: dict[str, Any] = {"img_size": (4, 2, 6), "position": "sincos", "dtype": torch.float64}
+    real = PatchEmbed3d(1, 12, 2, **options)
+    with torch.device("meta" if way == "context" else "cpu"):
+        on = "cpu" if way == "again" else None if way == "context" else "meta"
+        late = nn.Sequential(PatchEmbed3d(1, 12, 2, **options, device=on))
+        if way == "moved":
+            late.half().double()
+        if way not in ("assign", "context"):
+            late.to_empty(device="cpu")
+        if way == "reset":
+            late[0].position.zero_()
+            late[0].reset_parameters()
+        state = {f"0.{key}": value for key, value in real.state_dict().items()}
+        late.load_state_dict(state, assign=way in ("assign", "context"))
+    x = torch.randn(1, 1, 4, 2, 6, dtype=torch.float64)
+    assert late[0].position.dtype == torch.float64
+    assert torch.equal(late(x), real(x))
+    assert torch.equal(copy.deepcopy(late).to(torch.float32)[0].position, real.position.float())
+
+
+def test_model_on_the_meta_device() -> None:
+    config = MeDUETConfig(
+        latent_size=4, patch_size=2, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=24,
+        decoder_depth=1, decoder_num_heads=2, num_domains=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    real = MeDUET(config)
+    with torch.device("meta"):
+        late = MeDUET(config)
+    late.to_empty(device="cpu")
+    for tensor in [*late.parameters(), *late.buffers()]:
+        tensor.detach().fill_(float("nan"))
+    late.reset_parameters()
+    assert torch.equal(late.pos_embed, real.pos_embed)
+    assert torch.equal(late.siqc_log_scale, real.siqc_log_scale)
+    assert all(tensor.isfinite().all() for tensor in [*late.parameters(), *late.buffers()])
+    late.load_state_dict(real.state_dict())
+    x = torch.randn(2, 4, 4, 4, 4)
+    assert all(map(torch.equal, late(x), real(x)))
 
 
 def test_positions_are_the_models() -> None:
