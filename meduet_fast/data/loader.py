@@ -96,8 +96,7 @@ def crop_loader(
 def lost_reader(store: Path, error: Exception) -> str | None:
     """Return what to say of an error if a killed reader is behind it, else None.
 
-    PyTorch raises when it finds a reader dead, wherever the main thread is then: in a checkpoint, too. A file
-    that is cut short while it is mapped kills its readers.
+    PyTorch raises when it finds a reader dead, wherever the main thread is then: in a checkpoint, too.
 
     Raises:
         UserError: the store has no readable index any more.
