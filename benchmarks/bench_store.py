@@ -42,6 +42,7 @@ from .results import Row
 from .tables import OURS
 
 LISTED = 100_000
+LOADED = 1500
 GRID = (60, 60, 56)  # latent voxels, of a chest CT
 CROP, BATCH = 24, 16
 VERSION_1, MAPPED = "version 1", "version 1, mapped"
@@ -231,19 +232,17 @@ def crop_rows(folder: Path, repeats: int) -> Iterator[Row]:
             yield row
 
 
-def loader_rows(folder: Path, many: int, repeats: int) -> list[Row]:
+def loader_rows(folder: Path, repeats: int) -> list[Row]:
     """Load batches of few and of many volumes."""
     latent = torch.randn(4, *GRID, generator=torch.Generator().manual_seed(0)).bfloat16()
     batches: dict[str, CropBatches] = {}
-    counts = {OURS: many, "8 volumes": 8}
+    counts = {OURS: LOADED, "8 volumes": 8}
     for name, count in counts.items():
         path = folder / f"loader-{count}"
         with new_writer(path) as writer:
             for number in range(count):
                 writer.add(volume(f"volume-{number}", f"domain-{number % 3}", latent))
         store = LatentStore.open(path)
-        for index in range(count):
-            store.read_volume(index)
         batches[name] = CropBatches(store, CROP, BATCH)
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     for number in range(repeats):
@@ -256,7 +255,7 @@ def loader_rows(folder: Path, many: int, repeats: int) -> list[Row]:
         fields = figures(seconds, name)
         fields["extra"] = {"samples_per_s": 1e6 / fields["median_us"]}
         shape = {"volumes": counts[name], "batch": BATCH, "edge": CROP}
-        rows.append(Row("store", f"loader, {many} volumes", name, "read", shape=shape, **fields))
+        rows.append(Row("store", f"loader, {LOADED} volumes", name, "read", shape=shape, **fields))
     return rows
 
 
@@ -268,10 +267,10 @@ def rows(device: torch.device, quick: bool) -> list[Row]:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            found += open_rows(folder, 3 if quick else 7)
+            found += open_rows(folder, 3)
             found += add_rows(folder, 50 if quick else 200)
             found += crop_rows(folder, 50 if quick else 200)
-            found += loader_rows(folder, 300 if quick else 1500, 200 if quick else 1000)
+            found += loader_rows(folder, 200 if quick else 1000)
     except AssertionError as error:
         found.append(Row("store", "all", OURS, unavailable=f"{WRONG}{error}"))
     finally:
