@@ -45,7 +45,8 @@ LISTED = 100_000
 LOADED = 1500
 GRID = (60, 60, 56)  # latent voxels, of a chest CT
 CROP, BATCH = 24, 16
-VERSION_1, MAPPED = "version 1", "version 1, mapped"
+VERSION_1, MAPPED = "ours, version 1", "version 1, mapped"
+ADDED_TO, LOADED_FROM = "ours, 10 volumes", "ours, 8 volumes"
 OPEN = """
 import json, sys, time
 from pathlib import Path
@@ -143,7 +144,7 @@ def add_rows(folder: Path, repeats: int) -> list[Row]:
     seconds: dict[str, list[float]] = {}
     with ExitStack() as stack:
         writers: dict[str, StoreWriter] = {}
-        for name, count in ((OURS, LISTED), ("10 volumes", 10)):
+        for name, count in ((OURS, LISTED), (ADDED_TO, 10)):
             path = folder / f"added-{count}"
             path.mkdir()
             with (path / INDEX_NAME).open("wb") as file:
@@ -161,7 +162,7 @@ def add_rows(folder: Path, repeats: int) -> list[Row]:
             "store", f"add a volume to {LISTED}", name, "write", shape={"volumes": count},
             **figures(seconds, name),
         )
-        for name, count in ((OURS, LISTED), ("10 volumes", 10))
+        for name, count in ((OURS, LISTED), (ADDED_TO, 10))
     ]  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def loader_rows(folder: Path, repeats: int) -> list[Row]:
     """Load batches of few and of many volumes."""
     latent = torch.randn(4, *GRID, generator=torch.Generator().manual_seed(0)).bfloat16()
     batches: dict[str, CropBatches] = {}
-    counts = {OURS: LOADED, "8 volumes": 8}
+    counts = {OURS: LOADED, LOADED_FROM: 8}
     for name, count in counts.items():
         path = folder / f"loader-{count}"
         with new_writer(path) as writer:
