@@ -34,7 +34,7 @@ class Row:
         bench: name of the benchmark, as in ``bench_<name>``.
         case: what was computed: the workload's name; equal for all variants that are compared.
         variant: who computed it; "ours" is the project's fastest form.
-        direction: "forward", "forward_backward", "step" (optimiser included) or "read" (data).
+        direction: "forward", "forward_backward", "step" (optimiser included), "read" or "write" (data).
         dtype: of the inputs, "bfloat16" or the like; "" where none is meant.
         shape: sizes by name (batch, rows, tokens, width, ...), numbers that plots can put on an axis.
         unavailable: why nothing was measured, for example "xformers is not installed"; empty if it was.

@@ -49,6 +49,7 @@ SETS = {
     "cpu": (
         Share("step"),
         Share("loader"),
+        Share("store"),
         Share("contrast_memory"),
         Share("contrast", 40),
         Share("patch_embed", 40),

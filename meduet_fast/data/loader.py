@@ -33,7 +33,6 @@ from meduet_fast.connections import close_inherited, descriptors
 from meduet_fast.errors import UserError
 
 from .crops import CropBatches
-from .store import check_file
 
 AHEAD = 2  # batches that every reader is asked for before they are wanted
 SPARE_DESCRIPTORS = 16  # left for latents, checkpoints and logs
@@ -175,7 +174,6 @@ def _stand_alone() -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGBUS, signal.SIG_DFL)
     faulthandler.register(signal.SIGQUIT, file=2)
     torch.set_num_threads(1)
     close_inherited()
@@ -281,17 +279,10 @@ class _ReadAhead(Iterator[dict[str, Tensor]]):
             raise kind(text)
 
     def _lost(self, reader: _Reader) -> str:
-        """Say what became of a reader; a file that is cut short while it is mapped kills its readers."""
+        """Say what became of a reader."""
         try:
             status = os.waitstatus_to_exitcode(os.waitpid(reader.pid, 0)[1])
         except ChildProcessError:  # somebody else asked
             status = 0
         how = f"was killed by signal {signal.strsignal(-status)}" if status < 0 else "ended without a word"
-        reason = "out of memory?"
-        for entry in self._batches.store.entries:
-            try:
-                check_file(self._batches.store.path, entry)
-            except UserError as damaged:
-                reason = str(damaged)
-                break
-        return f"a reader of latents {how} ({reason})"
+        return f"a reader of latents {how} (out of memory?)"

@@ -12,9 +12,11 @@ one that is being written: it does not count. Version 1 was one JSON object, ``i
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,7 +122,7 @@ def read_index(store: Path) -> StoreIndex:
     for name in (INDEX_NAME, INDEX_NAME_1, INDEX_NAME):
         path = store / name
         try:
-            with path.open("rb") as file:
+            with path.open("rb") as file, _no_collection():
                 index = _read_lines(path, file) if name == INDEX_NAME else _read_version_1(path, file)
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -143,6 +145,18 @@ def read_index(store: Path) -> StoreIndex:
     raise UserError(
         f"{store}: not a latent store ({INDEX_NAME} not found); make one with `meduet-fast prepare`"
     )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the collector from going through all of PyTorch's objects each time some more entries are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _read_lines(path: Path, file: BinaryIO) -> StoreIndex:
@@ -192,21 +206,28 @@ class _EntryParser:
     """Make entries that share what is equal: a store has few labels, shapes and spacings."""
 
     def __init__(self) -> None:
-        self._tuples: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, int, int, int]] = {}
+        self._spacings: dict[tuple[float, ...], tuple[float, float, float]] = {}
 
     def __call__(self, raw: dict[str, Any]) -> StoreEntry:
         name = str(raw["name"])
         if "/" in name or "\0" in name or name in ("", ".", ".."):
             raise ValueError(f"volume name {name!r} is not a file name")
-        shape, spacing = tuple(map(int, raw["shape"])), tuple(map(float, raw["spacing"]))
-        if len(shape) != 4 or min(shape) < 1 or len(spacing) != 3:
-            raise ValueError(f"volume {name}: shape {shape}, spacing {spacing}")
+        given, sizes = tuple(raw["shape"]), tuple(raw["spacing"])
+        if given not in self._shapes:
+            c, x, y, z = map(int, given)
+            if min(c, x, y, z) < 1:
+                raise ValueError(f"volume {name}: shape {given}")
+            self._shapes[given] = c, x, y, z
+        if sizes not in self._spacings:
+            dx, dy, dz = map(float, sizes)
+            self._spacings[sizes] = dx, dy, dz
         return StoreEntry(
             name,
             sys.intern(str(raw["domain"])),
             sys.intern(str(raw["body_part"])),
-            self._tuples.setdefault(shape, shape),
+            self._shapes[given],
             str(raw["content_key"]),
             str(raw["source"]),
-            self._tuples.setdefault(spacing, spacing),
+            self._spacings[sizes],
         )

@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -154,7 +155,9 @@ class CheckpointWriter:
             world.on_first(partial(_begin, temporary))
             with _one_process():
                 writer = IndexedWriter(temporary / "state")
-                dcp.save(state, storage_writer=writer, process_group=world.writing)
+                # What each process writes is the same every time: it is sent and compared once.
+                planner = DefaultSavePlanner(enable_plan_caching=True)
+                dcp.save(state, storage_writer=writer, planner=planner, process_group=world.writing)
             world.on_first(partial(self._complete, step, task, exports, temporary, target))
         except (OSError, CheckpointException, RuntimeError) as error:
             if world.rank == 0:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from meduet_fast.data.latent_file import CropReader, open_latents, read_header
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter
 from meduet_fast.errors import UserError
@@ -366,6 +368,61 @@ def test_a_damaged_latent_file_is_named_when_first_read(
     with pytest.raises(UserError, match=r"a\.safetensors: .*" + message):
         reopened.read_volume(0)
     assert torch.equal(reopened.read_volume(1), latents["b"])
+
+
+def _is_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_missing, "listed in the index but missing"),
+        (_truncated, "truncated or altered"),
+        (lambda path: os.truncate(path, 100), r"truncated \(100 bytes\)"),
+        (_other_key, "content key differs"),
+        (_is_a_folder, "cannot be read: Is a directory"),
+    ],
+)
+def test_a_file_that_is_harmed_after_it_was_read_is_named(
+    make_store: MakeStore,
+    as_version_1: Callable[[Path], LatentStore],
+    damage: Callable[[Path], object],
+    message: str,
+    version: int,
+) -> None:
+    store, latents = make_store(TWO)
+    if version == 1:
+        store = as_version_1(store.path)
+    store.read_volume(0)
+    damage(store.path / "latents" / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: .*" + message):
+        store.read_crops([1, 0], [(0, 0, 0), (1, 1, 1)], (2, 2, 2))
+    assert torch.equal(store.read_volume(1), latents["b"])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(make_store: MakeStore) -> None:
+    store, _ = make_store(TWO)
+    path = store.path / "latents" / "a.safetensors"
+    crop = np.empty((4, 2, 2, 2), dtype=np.int16)
+    with open_latents(path) as descriptor:
+        _, layout = read_header(descriptor, path, store.entries[0])
+        os.truncate(path, layout.first + 100)
+        with pytest.raises(UserError, match=r"a\.safetensors: ends before byte 8192: truncated or altered"):
+            CropReader().read(descriptor, path, layout, (0, 0, 0), crop)
+
+
+def test_names_and_labels_may_be_in_any_script(make_store: MakeStore) -> None:
+    store, latents = make_store({"a": ("ct", (2, 2, 2))})
+    name, source = "Müller.1 日本", "/scans/caf\udce9.nii"  # a file name that is not UTF-8
+    with writer_for(store.path) as writer:
+        writer.add(replace(record(name, "Größe", latents["a"]), source=source))
+        assert LatentStore.open(store.path).entries[0].source == source
+    opened = LatentStore.open(store.path)
+    assert [(entry.name, entry.domain) for entry in opened.entries] == [(name, "Größe"), ("a", "ct")]
+    assert torch.equal(opened.read_volume(0), latents["a"])
 
 
 def test_a_second_writer_is_refused_until_the_first_leaves(make_store: MakeStore) -> None:
