@@ -142,8 +142,8 @@ def fit(
                     writer.save(done, task, optimizer)
                     saved = done
                 world.look_at_store()
-                stopped, look = agreement.exchange(stop.signal, writer.failed())
-                if look:
+                stopped, finish = agreement.exchange(stop.signal, writer.failed(), writer.written())
+                if finish:
                     writer.finish()
             stop.at(f"the end after step {done - 1}, with its checkpoint,")
             agreement.receive()

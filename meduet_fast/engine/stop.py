@@ -126,7 +126,7 @@ class Agreement:
     def __init__(self, world: World) -> None:
         self._world = world
         # One tensor for all steps: gloo's threads may let go of it later than this one.
-        self._flags = torch.zeros(2, dtype=torch.int64)
+        self._flags = torch.tensor([0, 0, 1])
         self._under_way: dist.Work | None = None
 
     def receive(self) -> None:
@@ -135,22 +135,27 @@ class Agreement:
             self._under_way.wait()
             self._under_way = None
 
-    def exchange(self, stop: signal.Signals | None, look: bool) -> tuple[signal.Signals | None, bool]:
+    def exchange(
+        self, stop: signal.Signals | None, failed: bool, written: bool
+    ) -> tuple[signal.Signals | None, bool]:
         """Exchange requests, once a step in all processes.
 
         Args:
             stop: the signal that this process got.
-            look: whether this process wants all to look at their checkpoint's writer.
+            failed: whether a checkpoint that this process writes in the background has failed.
+            written: whether this process's part of it is done.
 
         Returns:
-            The same of any process.
+            The signal that any process got; whether all should finish the checkpoint, because it failed in
+            one or is written in all.
         """
         if not self._world.grouped:
-            return stop, look
+            return stop, failed or written
         self.receive()
-        heard, heard_look = self._flags.tolist()
-        if heard:  # this was the last step
-            return signal.Signals(heard), bool(heard_look)
-        self._flags.copy_(torch.tensor([int(stop or 0), int(look)]))
-        self._under_way = dist.all_reduce(self._flags, dist.ReduceOp.MAX, self._world.control, async_op=True)
-        return None, bool(heard_look)
+        heard, any_failed, any_writes = self._flags.tolist()
+        if not heard:  # else this was the last step
+            self._flags.copy_(torch.tensor([int(stop or 0), int(failed), int(not written)]))
+            self._under_way = dist.all_reduce(
+                self._flags, dist.ReduceOp.MAX, self._world.control, async_op=True
+            )
+        return signal.Signals(heard) if heard else None, bool(any_failed or not any_writes)
