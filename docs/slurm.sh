@@ -10,7 +10,8 @@
 #SBATCH --time=24:00:00
 # Two minutes before the time is up SLURM sends SIGTERM to what srun started. The launcher passes it on to its
 # processes, which write a checkpoint and end; it kills those that take longer than TORCH_ELASTIC_SHUTDOWN_TIMEOUT
-# seconds (30 with torch 2.11, which does not know the variable).
+# seconds (30 with torch 2.11, which does not know the variable). Those that hang end by themselves before: when the
+# step, or then the checkpoint, takes longer than --grace_s seconds.
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -24,4 +25,4 @@ first=${nodes%%$'\n'*}
 exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" meduet-fast launch \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:${MASTER_PORT:-29500}" \
-    pretrain --resume "$@"
+    pretrain --resume --grace_s "${GRACE_S:-45}" "$@"

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,8 +31,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor
 
 from meduet_fast.errors import UserError
@@ -98,8 +102,44 @@ def _whole(module: nn.Module, rank: int) -> dict[str, Tensor]:
     return parts
 
 
+class _Snapshot(DefaultSavePlanner):
+    """Plan who writes what; with ``copy``, hand out values as they were when the plan was made."""
+
+    def __init__(self, copy: bool) -> None:
+        # What each process writes is the same every time: it is sent and compared once.
+        super().__init__(enable_plan_caching=True)
+        self._copy, self._values = copy, dict[MetadataIndex, Any]()
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Take in this process's part of the plan."""
+        plan = super().finish_plan(new_plan)
+        if self._copy:
+            for item in plan.items:
+                value = super().resolve_data(item)
+                assert isinstance(value, Tensor), item.index
+                self._values[item.index] = value.to("cpu", copy=True)
+        return plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Return a value to write."""
+        return self._values[write_item.index] if self._copy else super().resolve_data(write_item)
+
+
+@dataclass
+class _Write:
+    """A checkpoint that is being written; ``results`` waits for this process's part."""
+
+    step: int
+    storage: IndexedWriter
+    metadata: Metadata | None  # on rank 0
+    results: Callable[[], list[WriteResult]]
+
+
 class CheckpointWriter:
     """Write checkpoints of one run, one after the other.
+
+    A thread that writes in the background sends nothing to other processes and has no part of the model: all
+    messages, and the copy, are the main thread's.
 
     Args:
         folder: ``RUN/checkpoints``.
@@ -114,7 +154,9 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._run, self._keep, self._world = folder, run, keep, world
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
-        self._running: Future[None] | None = None
+        self._running: Future[list[WriteResult]] | None = None
+        self._write: _Write | None = None
+        self._all = _DistWrapper(world.writing, world.grouped, 0)
 
     def save(self, step: int, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Write ``folder/<step>``, or begin to, and remove all but the last ``keep`` checkpoints.
@@ -125,57 +167,79 @@ class CheckpointWriter:
         """
         self.finish()
         exports = {name: _whole(item, self._world.rank) for name, item in task.exports().items()}
-        state = _state(task, optimizer)
+        state, first, temporary = _state(task, optimizer), self._world.rank == 0, self._temporary(step)
+        planner, metadata = _Snapshot(copy=self._thread is not None), None
+        with self._in_one_line(step):
+            self._world.on_first(partial(_begin, temporary))
+            storage = IndexedWriter(temporary / "state")
+
+            def plan_part() -> SavePlan:
+                planner.set_up_planner(state, storage.storage_meta(), first)
+                storage.set_up_storage_writer(first, rank=self._world.rank, use_collectives=True)
+                return storage.prepare_local_plan(planner.create_local_plan())
+
+            def plan_all(parts: list[SavePlan]) -> list[SavePlan]:
+                nonlocal metadata
+                parts, metadata = planner.create_global_plan(parts)
+                return storage.prepare_global_plan(parts)
+
+            plan = planner.finish_plan(self._all.reduce_scatter("plan", plan_part, plan_all))
+        write = partial(_write_part, storage, plan, planner, task, exports if first else {}, temporary)
         if self._thread is None:
-            self._write(step, task, state, exports)
+            self._write = _Write(step, storage, metadata, write)
+            self.finish()
         else:
-            state = BlockingAsyncStager().stage(state)
-            self._running = self._thread.submit(self._write, step, task, state, exports)
+            self._running = self._thread.submit(write)
+            self._write = _Write(step, storage, metadata, self._running.result)
 
     def failed(self) -> bool:
         """Tell whether a write in the background has failed; :meth:`finish` raises why."""
         running = self._running
         return running is not None and running.done() and running.exception() is not None
 
+    def written(self) -> bool:
+        """Tell whether this process's part of a write in the background is done; :meth:`finish` ends it."""
+        return self._running is not None and self._running.done()
+
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Wait for what is being written, and give it its name; all processes call this at the same place.
 
         Raises:
             UserError: as :meth:`save`.
         """
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        write, self._write, self._running = self._write, None, None
+        if write is None:
+            return
 
-    def _write(self, step: int, task: Task, state: dict[str, Any], exports: Exports) -> None:
-        target = self._folder / str(step)
-        temporary = self._folder / f".{step}.tmp"
-        world = self._world
+        def complete(results: list[list[WriteResult]]) -> None:
+            assert write.metadata is not None
+            write.storage.finish(write.metadata, results)
+            self._complete(write.step)
+
+        with self._in_one_line(write.step):
+            self._all.all_reduce("write", write.results, complete)
+
+    def _temporary(self, step: int) -> Path:
+        return self._folder / f".{step}.tmp"
+
+    @contextmanager
+    def _in_one_line(self, step: int) -> Iterator[None]:
+        """Turn what goes wrong while a checkpoint is written into a user's error that names it."""
         try:
-            world.on_first(partial(_begin, temporary))
-            with _one_process():
-                writer = IndexedWriter(temporary / "state")
-                # What each process writes is the same every time: it is sent and compared once.
-                planner = DefaultSavePlanner(enable_plan_caching=True)
-                dcp.save(state, storage_writer=writer, planner=planner, process_group=world.writing)
-            world.on_first(partial(self._complete, step, task, exports, temporary, target))
+            yield
         except (OSError, CheckpointException, RuntimeError) as error:
-            if world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if self._world.rank == 0:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
             if lost_contact(error):
                 raise
             raise UserError(
-                f"{target}: checkpoint not written: {_cause(error, world)}; {last_good(self._folder)}"
+                f"{self._folder / str(step)}: checkpoint not written: {_cause(error, self._world)}; "
+                f"{last_good(self._folder)}"
             ) from error
 
-    def _complete(self, step: int, task: Task, exports: Exports, temporary: Path, target: Path) -> None:
+    def _complete(self, step: int) -> None:
         """Add the rest to all processes' parts, and give the checkpoint its name: on rank 0."""
-        for name, parts in exports.items():
-            try:
-                with atomic_path(temporary / f"{name}.safetensors") as file:
-                    task.write_export(name, parts, file)
-            except SafetensorError as error:  # a full disk too
-                raise OSError(str(error)) from error
+        temporary, target = self._temporary(step), self._folder / str(step)
         text = json.dumps({"step": step, **self._run}, indent=1)
         with atomic_path(temporary / "run.json") as file:
             file.write_text(text, encoding="utf-8")
@@ -184,6 +248,25 @@ class CheckpointWriter:
         temporary.replace(target)
         for old in checkpoint_steps(self._folder)[: -self._keep]:
             _discard(self._folder / str(old))
+
+
+def _write_part(
+    storage: IndexedWriter,
+    plan: SavePlan,
+    planner: SavePlanner,
+    task: Task,
+    exports: Exports,
+    temporary: Path,
+) -> list[WriteResult]:
+    """Write this process's part, and on rank 0 the exports."""
+    results: list[WriteResult] = storage.write_data(plan, planner).wait()
+    for name, parts in exports.items():
+        try:
+            with atomic_path(temporary / f"{name}.safetensors") as file:
+                task.write_export(name, parts, file)
+        except SafetensorError as error:  # a full disk too
+            raise OSError(str(error)) from error
+    return results
 
 
 def _begin(temporary: Path) -> None:

@@ -18,7 +18,8 @@ BATCHES_OF_A_STEP = "accumulate x processes"
 # Settings that change how fast or where a run is, and not its result.
 _FREE = (
     "accumulate", "workers", "device", "attention", "parallel", "shard_size", "recompute", "compile",
-    "cuda_graph", "timeout_s", "log_every", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
+    "cuda_graph", "timeout_s", "grace_s", "log_every", "checkpoint_every", "keep_checkpoints",
+    "async_checkpoints",
 )  # fmt: skip
 
 
@@ -79,7 +80,9 @@ class EngineConfig:
         recompute: compute trained blocks again in backward, for a third more work and much less memory.
         compile: compile the transformer blocks, which takes a minute at the start.
         cuda_graph: launch losses and gradients as one CUDA graph; for one GPU, without torchrun.
-        timeout_s: seconds to wait for another process before the run is given up.
+        timeout_s: seconds to wait for another process, or for a batch, before the run is given up.
+        grace_s: seconds that a step, or a checkpoint, may take after SIGTERM or SIGINT before the process is
+            ended in the middle of it; less than whoever sends the signal waits before it kills.
         log_every: steps between two logged lines.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: checkpoints kept; older ones are removed.
@@ -100,6 +103,7 @@ class EngineConfig:
     compile: bool = False
     cuda_graph: bool = False
     timeout_s: int = 600
+    grace_s: int = 25
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
@@ -107,7 +111,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, FROM_1, "steps", "batch_size", "accumulate", "log_every", "checkpoint_every",
+            self, FROM_1, "steps", "batch_size", "accumulate", "grace_s", "log_every", "checkpoint_every",
             "keep_checkpoints",
         )  # fmt: skip
         check_numbers(self, FROM_0, "workers", "shard_size")

@@ -24,6 +24,8 @@ from meduet_fast.errors import UserError
 
 HEARTBEAT_S = 2.0  # between two looks at the store
 REPORT_S = 5.0  # how long processes that lost another wait for each other's word
+SLURM_NO_STEP = 2**32 - 6  # from here on SLURM numbers what srun did not start: batch scripts, shells
+MPI_SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,6 +102,11 @@ class World:
         if error is not None:
             raise error
 
+    def fail(self, why: str) -> None:
+        """Tell the other processes why this one ends."""
+        if self.store is not None:
+            self.store.set(f"failed/{self.rank}", why)
+
     def look_at_store(self) -> None:
         """Ask the store now and then: a run whose launcher is gone must end, since nobody could stop it.
 
@@ -114,6 +121,32 @@ class World:
 def launched() -> bool:
     """Tell whether this process is one of those that a launcher such as torchrun started."""
     return not {"RANK", "WORLD_SIZE"}.isdisjoint(os.environ)
+
+
+def refuse_lone_tasks() -> None:
+    """Refuse to be one of several tasks that do not know of each other: all would write the same run.
+
+    In a batch script of SLURM and in a shell of an allocation there is one process, whatever the number of
+    tasks that were asked for.
+
+    Raises:
+        UserError: if srun or an MPI launcher started several, and nothing says how they find each other.
+    """
+    set_to = {name: int(value) for name, value in os.environ.items() if value.isdecimal()}
+    task = set_to.get("SLURM_PROCID")
+    by_srun = task or "SLURM_STEP_NUM_TASKS" in set_to
+    by_srun = by_srun or set_to.get("SLURM_STEP_ID", SLURM_NO_STEP) < SLURM_NO_STEP
+    names = [*MPI_SIZES]
+    if task is not None and by_srun:
+        names.insert(0, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in set_to else "SLURM_NTASKS")
+    for name in names:
+        if set_to.get(name, 1) > 1:
+            raise UserError(
+                f"this is one of {set_to[name]} tasks ({name}) that do not know of each other: RANK and "
+                "WORLD_SIZE are not set. Start one torchrun on each node (srun --ntasks-per-node=1 torchrun "
+                f"--nnodes=... -m meduet_fast ..., as docs/slurm.sh does), or set {', '.join(VARIABLES)} in "
+                f"each task; for a run of a single process start one task, or unset {name}"
+            )
 
 
 def lost_contact(error: BaseException | None) -> bool:
@@ -142,7 +175,7 @@ def _explain(world: World, error: Exception) -> Exception:
     prefix = f"rank {world.rank} of {world.size}"
     if not lost_contact(error):
         with suppress(dist.DistError):  # gone as well: the others find out by themselves
-            store.set(f"failed/{world.rank}", _one_line(error))
+            world.fail(_one_line(error))
         return UserError(f"{prefix}: {error}") if isinstance(error, UserError) else error
     # Tells the others sooner than any time-out. Leaving the groups would not: much else keeps them alive.
     hang_up(int(os.environ["MASTER_PORT"]))
@@ -231,6 +264,7 @@ def join_world(device_name: str, timeout_s: int) -> Iterator[World]:
         UserError: if they can't be reached; if another one failed; as raised within.
     """
     if not launched():
+        refuse_lone_tasks()
         yield World(select_device(device_name))
         return
     world = _join(device_name, timeout_s)

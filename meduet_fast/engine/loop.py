@@ -62,8 +62,8 @@ def fit(
 ) -> FitResult:
     """Train a task.
 
-    SIGINT and SIGTERM write a checkpoint and end the run. All processes that torchrun started call this
-    alike.
+    SIGINT and SIGTERM write a checkpoint and end the run; one that hangs they end, too, see
+    :class:`StopRequest`. All processes that torchrun started call this alike.
 
     Args:
         make: builds the task, on the CPU, and opens its data; called once, with the random generator seeded.
@@ -79,11 +79,12 @@ def fit(
     """
     # The request first: a launcher that ends this process while it finds out what happened must not win.
     with (
-        StopRequest() as stop,
+        StopRequest(output, config.grace_s, config.timeout_s) as stop,
         join_world(config.device, config.timeout_s) as world,
         _in_one_line(output),
         FolderLock(output) if world.rank == 0 else nullcontext() as lock,
     ):
+        stop.tell = world.fail
         set_attention_backend(config.attention, world.device)
         torch.manual_seed(config.seed)
         task, data = make()
@@ -135,8 +136,10 @@ def fit(
                 bar.update(1, log.report(values.step, checked, values.waited, values.done_at))
 
             while done < config.steps and stopped is None:
+                stop.at(f"step {done}")
                 values = train_step(task, backward, optimizer, batches, done, config, world)
                 done += 1
+                agreement.receive()
                 # The previous step's values have arrived meanwhile: reading them costs no waiting.
                 if pending is not None:
                     report(pending)
@@ -144,15 +147,17 @@ def fit(
                 if done % config.checkpoint_every == 0:
                     report(pending)  # only a state after finite steps may be kept
                     pending = None
+                    stop.at(f"checkpoint {done}")
                     writer.save(done, task, optimizer)
                     saved = done
                 world.look_at_store()
                 if lock is not None:
                     lock.check()
-                stopped, look = agreement.exchange(stop.signal, writer.failed())
-                if look:
+                stopped, finish = agreement.exchange(stop.signal, writer.failed(), writer.written())
+                if finish:
                     writer.finish()
-            agreement.settle()
+            stop.at(f"the end after step {done - 1}, with its checkpoint,")
+            agreement.receive()
             if pending is not None:
                 report(pending)
             if done > saved:

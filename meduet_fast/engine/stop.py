@@ -1,15 +1,32 @@
-"""Requests to stop, from a terminal or a scheduler, and how all processes come to act on one together."""
+"""Requests to stop, from a terminal or a scheduler, and how all processes come to act on one together.
+
+A process may be where no request reaches it: in a message to another process that hangs, in a read or a write
+of a disk that does not answer. A thread of its own watches over that.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import select
 import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread, Timer
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from .checkpoint import last_good
 from .distributed import World, launched
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOOK_S = 0.5  # between two looks of the watching thread
+LAST_WORDS_S = 3.0  # a process that can't even say why it ends does so after that
 
 
 class StopRequest:
@@ -17,25 +34,86 @@ class StopRequest:
 
     Not so under a launcher: it passes on what its scheduler may have sent to all processes already, and kills
     those that take too long by itself.
+
+    A process that comes no further for ``grace_s`` seconds after a request is ended: it prints where each of
+    its threads is, and exits with 128 + the signal's number. One that comes no further for most of
+    ``timeout_s`` prints that too, before the others give it up. SIGQUIT prints it at any time.
+
+    Args:
+        output: the run's folder.
+        grace_s: seconds for a step, and for a checkpoint, after a request.
+        timeout_s: seconds after which other processes give this one up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, output: Path, grace_s: float, timeout_s: float) -> None:
         self.signal: signal.Signals | None = None
+        self.tell: Callable[[str], None] | None = None  # the other processes, why this one ends
+        self._output, self._grace_s, self._timeout_s = output, grace_s, timeout_s
+        self._doing, self._since, self._looked_at = "the start", time.monotonic(), ""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        faulthandler.register(signal.SIGQUIT, file=2)
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._request)
+        # Python's own handlers wait for the main thread; this pipe is written to by the system's.
+        self._received, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._watching = Thread(target=self._watch, name="watch", daemon=True)
+        self._watching.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.close(self._wakeup)
+        self._watching.join()
+        os.close(self._received)
+
+    def at(self, doing: str) -> None:
+        """Say what the run does from now on: it comes further."""
+        self._doing, self._since = doing, time.monotonic()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if not launched():
             signal.signal(number, self._previous[self.signal])
+
+    def _watch(self) -> None:
+        requests: list[tuple[int, float]] = []
+        while True:
+            if select.select([self._received], [], [], LOOK_S)[0]:
+                numbers = os.read(self._received, 100)
+                if not numbers:
+                    return
+                requests.extend((number, time.monotonic()) for number in numbers if number in SIGNALS)
+            doing, since, now = self._doing, self._since, time.monotonic()
+            if requests:
+                number, asked = requests[0]
+                insisted = len(requests) > 1 and not launched()
+                if insisted or now - max(asked, since) > self._grace_s:
+                    self._end(signal.Signals(number), doing)
+            if now - since > 0.9 * self._timeout_s and self._looked_at != doing:
+                self._looked_at = doing
+                _say(f"{self._output}: {doing} is not over after {now - since:.0f} s; where each thread is:")
+                faulthandler.dump_traceback(file=2)
+
+    def _end(self, number: signal.Signals, doing: str) -> None:
+        """End this process, whatever its main thread waits for."""
+        Timer(LAST_WORDS_S, os._exit, (128 + number,)).start()
+        faulthandler.dump_traceback(file=2)
+        why = f"{doing} was not over {self._grace_s:g} s after {number.name} (grace_s)"
+        _say(f"{self._output}: ended, because {why}; {last_good(self._output / 'checkpoints')}")
+        if self.tell is not None:
+            with suppress(dist.DistError):
+                self.tell(why)
+        os._exit(128 + number)
+
+
+def _say(line: str) -> None:
+    os.write(2, f"{line}\n".encode())  # whoever hangs may hold the lock of sys.stderr
 
 
 class Agreement:
@@ -47,34 +125,37 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._sent: tuple[torch.Tensor, dist.Work] | None = None
+        # One tensor for all steps: gloo's threads may let go of it later than this one.
+        self._flags = torch.tensor([0, 0, 1])
+        self._under_way: dist.Work | None = None
 
-    def exchange(self, stop: signal.Signals | None, look: bool) -> tuple[signal.Signals | None, bool]:
+    def receive(self) -> None:
+        """Take in what is on its way: before anything else is sent in group ``control``, and at the end."""
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+
+    def exchange(
+        self, stop: signal.Signals | None, failed: bool, written: bool
+    ) -> tuple[signal.Signals | None, bool]:
         """Exchange requests, once a step in all processes.
 
         Args:
             stop: the signal that this process got.
-            look: whether this process wants all to look at their checkpoint's writer.
+            failed: whether a checkpoint that this process writes in the background has failed.
+            written: whether this process's part of it is done.
 
         Returns:
-            The same of any process.
+            The signal that any process got; whether all should finish the checkpoint, because it failed in
+            one or is written in all.
         """
         if not self._world.grouped:
-            return stop, look
-        heard = [0, 0]
-        if self._sent is not None:
-            flags, work = self._sent
-            work.wait()
-            heard = flags.tolist()
-        self._sent = None
-        if not heard[0]:  # else this was the last step
-            flags = torch.tensor([int(stop or 0), int(look)])
-            sent = dist.all_reduce(flags, dist.ReduceOp.MAX, self._world.control, async_op=True)
-            self._sent = (flags, sent)
-        return signal.Signals(heard[0]) if heard[0] else None, bool(heard[1])
-
-    def settle(self) -> None:
-        """Take in what is still on its way, at the end of the run."""
-        if self._sent is not None:
-            self._sent[1].wait()
-            self._sent = None
+            return stop, failed or written
+        self.receive()
+        heard, any_failed, any_writes = self._flags.tolist()
+        if not heard:  # else this was the last step
+            self._flags.copy_(torch.tensor([int(stop or 0), int(failed), int(not written)]))
+            self._under_way = dist.all_reduce(
+                self._flags, dist.ReduceOp.MAX, self._world.control, async_op=True
+            )
+        return signal.Signals(heard) if heard else None, bool(any_failed or not any_writes)

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from meduet_fast.data.store_index import LATENTS
 from meduet_fast.engine.checkpoint import CheckpointWriter
 from meduet_fast.errors import UserError
 from meduet_fast.pretraining import PretrainConfig, pretrain
+
+HANGS = "hangs from here on"  # test_stop.py waits for it
 
 
 def before(owner: Any, name: str, count: int, act: Callable[[], None]) -> None:
@@ -40,6 +43,11 @@ def before(owner: Any, name: str, count: int, act: Callable[[], None]) -> None:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    print(HANGS, file=sys.stderr, flush=True)
+    time.sleep(1000)
 
 
 def crash() -> None:
@@ -85,6 +93,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], None]]] = {
     "latents cut": (LatentStore, "read_crops", partial(before_reads, cut_latents)),
     "a reader killed": (LatentStore, "read_crops", die),
     "a full disk": (CheckpointWriter, "save", fill_disk),
+    "hangs in a step": (torch.optim.AdamW, "step", hang),
+    "hangs in a checkpoint": (FileSystemWriter, "write_data", hang),
+    "hangs in a reader": (LatentStore, "read_crops", hang),
     "stopped": (torch.optim.AdamW, "step", lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 
@@ -97,6 +108,7 @@ def main(
     for stream in (1, 2):
         os.dup2(output, stream)
     faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, file=2)  # from the first moment on, and to the last
     multiprocessing.set_start_method("fork", force=True)  # readers start as they do under torchrun
     os.environ.update(env)
     torch.set_num_threads(1)

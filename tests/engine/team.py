@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import runpy
+import signal
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -78,19 +80,31 @@ class Team:
             process.join()
 
     def wait(self, *ranks: int) -> list[int | None]:
-        """Exit codes of all processes, or of some; None for one that hangs."""
+        """Exit codes of all processes, or of some; None for one that hangs, which then prints where."""
         deadline = time.monotonic() + PATIENCE_S
         chosen = [self.processes[rank] for rank in ranks] if ranks else self.processes
         for process in chosen:
             process.join(max(0.0, deadline - time.monotonic()))
+        self.print_stacks(chosen)
         return [process.exitcode for process in chosen]
 
     def wait_for_step(self, step: int) -> None:
         """Until that step was logged."""
         deadline = time.monotonic() + PATIENCE_S
         while steps_done(self.run) <= step:
-            assert time.monotonic() < deadline, self.said()
+            if time.monotonic() > deadline:
+                self.print_stacks(self.processes)
+                raise AssertionError(f"step {step} was not reached:\n{self.said()}")
             time.sleep(0.01)
+
+    def print_stacks(self, processes: list[ForkServerProcess]) -> None:
+        """Have those that are still there print where each of their threads is."""
+        hanging = [process for process in processes if process.is_alive()]
+        for process in hanging:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGQUIT)
+        if hanging:
+            time.sleep(1.0)
 
     def said(self, rank: int | None = None) -> str:
         """What a process, or all of them, printed."""
