@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.bench_prepare [--data SCANS] [--workers 2] [--repeats 3] [--json PATH]``
 
-The tokenizer is a mean over 4^3 voxels. Starting the processes counts: it takes some seconds of a core each, so
-the scans should be many, or large. CPU seconds tell what a busy machine hides: this process's own, and all.
+The tokenizer is a mean over 4^3 voxels. Starting the processes counts: it takes some seconds of a core each,
+so the scans should be many, or large. CPU seconds tell what a busy machine hides: own ones, and all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make_scans(folder: Path) -> list[VolumeEntry]:
 
 
 def measure_rows(data: Path | None, workers: int, repeats: int) -> list[Row]:
-    """A row for reading ahead and one for reading in this process, which take turns; times are of one scan."""
+    """A row for reading ahead, and one for reading in this process; times are of one scan."""
     times: dict[str, list[float]] = {OURS: [], "read in one process": []}
     own: dict[str, list[float]] = {name: [] for name in times}
     everyone: dict[str, list[float]] = {name: [] for name in times}
