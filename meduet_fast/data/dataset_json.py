@@ -135,12 +135,12 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
             continue
         for number, item in enumerate(items):
             image = item.get("image") if isinstance(item, dict) else item
-            files = _texts(image if isinstance(image, list) else [image])
-            if not files:
+            texts = _texts(image if isinstance(image, list) else [image])
+            if not texts:
                 reason = f"'{key}[{number}]': found {item!r:.200}, expected a path or {{'image': path}}"
                 description.left_out.append(LeftOut(path, reason, asked=True))
                 continue
-            cases.append([_located(path.parent, file) for file in files])
+            cases.append([_located(path.parent, text) for text in texts])
     version_1 = any(len(files) == 1 and _numbered_files(files[0], channels) for files in cases)
     for files in cases:
         if len(files) > 1:

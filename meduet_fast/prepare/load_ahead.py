@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -97,25 +97,26 @@ def load_ahead(
     busy: dict[Connection, tuple[_Process, VolumeEntry]] = {}
     try:
         while waiting and len(busy) < processes:
-            process = _Process(loader)
-            busy[process.connection] = process, waiting.popleft()
-            process.connection.send(busy[process.connection][1])
+            process, volume = _Process(loader), waiting.popleft()
+            busy[process.connection] = process, volume
+            process.send(volume)
         while busy:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
-                process, volume = busy.pop(connection)
+                process, volume = busy[connection]
                 outcome: Loaded | VolumeError
+                killed = False
                 try:
                     outcome = _receive(connection)
                 except (EOFError, OSError):
-                    outcome = VolumeError(volume.path, process.last_words())
+                    outcome, killed = VolumeError(volume.path, process.last_words()), True
+                del busy[connection]
+                if killed or not waiting:
                     process.end()
-                    process = _Process(loader)
                 if waiting:  # before the encoder has its turn
-                    busy[process.connection] = process, waiting.popleft()
-                    process.connection.send(busy[process.connection][1])
-                else:
-                    process.end()
+                    process, following = _Process(loader) if killed else process, waiting.popleft()
+                    busy[process.connection] = process, following
+                    process.send(following)
                 yield volume, outcome
     finally:
         for process, _ in busy.values():
@@ -136,7 +137,12 @@ class _Process:
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends them
         )
         theirs.close()
-        self.connection.send(loader)
+        self.send(loader)
+
+    def send(self, item: Loader | VolumeEntry) -> None:
+        """Send the loader, then one volume after another."""
+        with suppress(OSError):  # it has ended; who receives from it is told
+            self.connection.send(item)
 
     def last_words(self) -> str:
         """Say how the process ended, which it has.

@@ -18,7 +18,7 @@ import torch
 
 from meduet_fast.data.sources import IntensityRule, VolumeEntry
 from meduet_fast.data.transforms import TransformConfig
-from meduet_fast.errors import VolumeError
+from meduet_fast.errors import UserError, VolumeError
 from meduet_fast.prepare import load_ahead as load_ahead_module
 from meduet_fast.prepare.load_ahead import Loader, load_ahead
 from meduet_fast.prepare.update import one_by_one
@@ -117,6 +117,14 @@ def test_processes_end_with_the_iterator(tmp_path: Path, started: list[subproces
         assert isinstance(outcome, VolumeError)
         assert [process.poll() for process in started] == [None]
     assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_processes_that_cannot_work_end_the_run(
+    volumes: list[VolumeEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_ahead_module, "PROGRAM", "raise SystemExit(3)")
+    with pytest.raises(UserError, match=r"ended with exit code 3 \(see above\); try --workers 0"):
+        list(load_ahead(volumes, LOADER, 2))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import nibabel as nib
@@ -339,6 +340,23 @@ def test_latents_that_are_not_finite_are_refused(
     summary = run(volumes, store)
     assert [reason for _, reason in summary.failed] == ["its latents are not finite (NaN or Inf)"] * 3
     assert "The store is empty" in format_summary(summary)
+
+
+def test_a_volume_too_large_for_the_device_is_named_and_the_rest_goes_on(
+    volumes: list[VolumeEntry], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = PoolingTokenizer.encode, []
+
+    def fill(self: PoolingTokenizer, volume: Tensor, *arguments: Any) -> Tensor:
+        calls.append(volume)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+        return encode(self, volume, *arguments)
+
+    monkeypatch.setattr(PoolingTokenizer, "encode", fill)
+    summary = run(volumes, store)
+    assert outcome(summary) == ("ac", "", "", 1)
+    assert "does not fit into the memory of cpu: tried to allocate 3 GiB" in summary.failed[0][1]
 
 
 def test_the_grid_must_fit_the_tokenizer(volumes: list[VolumeEntry], store: Path) -> None:
