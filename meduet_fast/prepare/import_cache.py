@@ -26,7 +26,7 @@ from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 
-from .update import PrepareSummary, locate, update_store
+from .update import PrepareSummary, locate, one_by_one, update_store
 
 TOKENIZER = "reference-cache"
 CHANNELS, COMPRESSION = 4, 4
@@ -82,8 +82,8 @@ def import_reference_cache(
         output, tokenizer=TOKENIZER, tokenizer_spec=TOKENIZER, channels=CHANNELS, compression=COMPRESSION
     ) as writer:
         summary = update_store(
-            writer, volumes, _content_key,
-            lambda volume, key: _read_latents(volume, key, spacings[volume.name]),
+            writer, volumes, one_by_one(_content_key),
+            one_by_one(lambda volume: _read_latents(volume, _content_key(volume), spacings[volume.name])),
         )  # fmt: skip
     summary.failed[:0] = failed
     return summary

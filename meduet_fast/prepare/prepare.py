@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,11 +16,15 @@ from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry, find_volumes
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
-from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
+from meduet_fast.data.transforms import PreparedVolume, TransformConfig
 from meduet_fast.devices import select_device
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, VolumeError
 
-from .update import PrepareSummary, locate, update_store
+from .load_ahead import Loader, load_ahead
+from .update import Outcomes, PrepareSummary, locate, one_by_one, update_store
+
+MAX_WORKERS = 8  # by default; more wait for one encoder and one disk
+FEW = 8  # volumes, for which starting processes, some seconds each, does not pay
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,13 @@ class PrepareConfig:
         sample: draw latents from the tokenizer's posterior instead of taking its mean.
         seed: seed of that draw; every volume has a stream of its own.
         device: where the tokenizer works; "auto" takes CUDA where there is one.
+        workers: processes that read and transform volumes ahead of the tokenizer, each with one volume (some
+            GB for a large CT) at a time; 0: it is done in this process. By default one for each core, at most
+            8, and none for fewer than 8 volumes. The store is the same.
         domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
+
+    Raises:
+        UserError: if ``workers`` is negative.
     """
 
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -39,9 +52,14 @@ class PrepareConfig:
     sample: bool = False
     seed: int = 0
     device: str = "auto"
+    workers: int | None = None
     domain: str | None = None
     intensity: IntensityRule | None = None
     body_part: str = "unknown"
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"workers: found {self.workers}, expected 0 or more")
 
 
 def prepare(input_path: Path, output: Path, config: PrepareConfig) -> PrepareSummary:
@@ -78,14 +96,18 @@ def prepare_volumes(
     identity = f"{tokenizer.identity}+sample{config.seed}" if config.sample else tokenizer.identity
     device = select_device(config.device)
 
+    loader = Loader(config.transform, identity)
+    cores = len(os.sched_getaffinity(0))
+
     @torch.inference_mode()
-    def encode(entry: VolumeEntry, key: str) -> VolumeRecord:
-        volume = load_volume(entry, config.transform)
+    def encode(entry: VolumeEntry, key: str, volume: PreparedVolume) -> VolumeRecord:
         generator = None
         if config.sample:
             digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
         latents = tokenizer.encode(volume.image[None].to(device), config.sample, generator)  # (1, C, x, y, z)
+        looked = {} if entry.intensity else {"intensity_from": "values"}
+        channel = {} if entry.channel is None else {"channel": str(entry.channel)}
         return VolumeRecord(
             name=entry.name,
             domain=entry.domain,
@@ -97,13 +119,42 @@ def prepare_volumes(
             spacing=volume.spacing,
             intensity=asdict(volume.intensity),
             image=volume.image[0],
-            notes={} if entry.intensity else {"intensity_from": "values"},
+            notes={"scan": volume.scan.to_json(), **looked, **channel},
         )
+
+    def content_keys(volumes: Sequence[VolumeEntry]) -> Outcomes[str]:
+        if config.workers == 0:
+            yield from one_by_one(loader.key)(volumes)
+            return
+        # Threads will do: hashing and reading let others run.
+        with ThreadPoolExecutor(config.workers or min(cores, MAX_WORKERS)) as threads:
+            futures = {threads.submit(loader.key, volume): volume for volume in volumes}
+            try:
+                for future in as_completed(futures):
+                    error = future.exception()
+                    if error is not None and not isinstance(error, VolumeError):
+                        raise error
+                    yield futures[future], error or future.result()
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def records(volumes: Sequence[VolumeEntry]) -> Outcomes[VolumeRecord]:
+        workers = config.workers
+        if workers is None:
+            workers = 0 if cores == 1 or len(volumes) < FEW else min(cores, MAX_WORKERS)
+        loaded = load_ahead(volumes, loader, workers) if workers else one_by_one(loader.load)(volumes)
+        with closing(loaded):  # type: ignore[type-var]
+            for entry, outcome in loaded:
+                if isinstance(outcome, VolumeError):
+                    yield entry, outcome
+                    continue
+                try:
+                    yield entry, encode(entry, *outcome)
+                except torch.OutOfMemoryError as error:
+                    yield entry, VolumeError(entry.path, f"does not fit into the memory of {device}: {error}")
 
     with StoreWriter(
         output, tokenizer=tokenizer.identity, tokenizer_spec=config.tokenizer,
         channels=tokenizer.channels, compression=tokenizer.compression,
     ) as writer:  # fmt: skip
-        return update_store(
-            writer, entries, lambda entry: content_key(entry, config.transform, identity), encode
-        )
+        return update_store(writer, entries, content_keys, records)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from meduet_fast.data.folders import LeftOut, format_left_out
 from meduet_fast.data.sources import VolumeEntry
-from meduet_fast.data.store import LatentStore, StoreEntry, check_file
+from meduet_fast.data.store import LatentStore, check_file
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError, printable
-from meduet_fast.progress import track
+from meduet_fast.progress import ProgressBar
 
-_KINDS = {"ct_window": "CT", "mr_percentile": "MR or PET"}
+from .describe import VolumeFacts, describe
+
+T = TypeVar("T")
+# What became of each volume, as soon as it is known and in any order.
+Outcomes = Iterator[tuple[VolumeEntry, T | VolumeError]]
 
 
 @dataclass
@@ -29,7 +35,7 @@ class PrepareSummary:
         written, up_to_date, removed: names of volumes.
         failed: input file and reason of each volume that could not be used.
         left_out: what looks like a volume and was not tried.
-        chosen: of the volumes written, how many got an intensity rule by their values, by (data set, kind).
+        facts: what the store knows of the scans of its volumes.
     """
 
     store: Path
@@ -38,7 +44,7 @@ class PrepareSummary:
     removed: list[str] = field(default_factory=list)
     failed: list[tuple[Path, str]] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    chosen: Counter[tuple[str, str]] = field(default_factory=Counter)
+    facts: list[VolumeFacts] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -47,7 +53,7 @@ class PrepareSummary:
 
 
 def format_summary(summary: PrepareSummary) -> str:
-    """Format a summary for a person: one line of counts, then what a person must know of single volumes."""
+    """Format a summary for a person: counts, what failed or was left out, what the data sets are like."""
     entries = LatentStore.open(summary.store).entries
     domains = len({entry.domain for entry in entries})
     counts = (
@@ -57,24 +63,12 @@ def format_summary(summary: PrepareSummary) -> str:
     )
     lines = [f"{summary.store}: {len(entries)} volumes of {domains} domains ({counts})"]
     lines += [f"  removed, no longer in the input: {name}" for name in summary.removed]
-    lines += [
-        f"  {_KINDS[kind]} by its values: {count} volume{'s' * (count > 1)} of {domain}"
-        for (domain, kind), count in sorted(summary.chosen.items())
-    ]
-    lines += [f"  the same scan: {', '.join(names)}" for names in _same_scans(entries)]
     lines += [f"  failed: {printable(path)}: {printable(reason)}" for path, reason in summary.failed]
     lines += [f"  {line}" for line in format_left_out(summary.left_out)]
+    lines += [f"  {line}" for line in describe(summary.facts)]
     if not entries:
         lines.append("  The store is empty: not one volume could be prepared.")
     return "\n".join(lines)
-
-
-def _same_scans(entries: Sequence[StoreEntry], shown: int = 5) -> list[list[str]]:
-    """Return the names of the first few scans that are in the store more than once."""
-    names: dict[str, list[str]] = {}
-    for entry in entries:
-        names.setdefault(entry.content_key, []).append(entry.name)
-    return [found for found in names.values() if len(found) > 1][:shown]
 
 
 def locate(path: Path) -> str:
@@ -82,11 +76,25 @@ def locate(path: Path) -> str:
     return printable(Path(os.path.realpath(path.parent), path.name))
 
 
+def one_by_one(make: Callable[[VolumeEntry], T]) -> Callable[[Sequence[VolumeEntry]], Outcomes[T]]:
+    """Return a function that makes something of each volume in turn; a VolumeError is an outcome."""
+
+    def outcomes(volumes: Sequence[VolumeEntry]) -> Outcomes[T]:
+        for volume in volumes:
+            try:
+                outcome: T | VolumeError = make(volume)
+            except VolumeError as error:
+                outcome = error
+            yield volume, outcome
+
+    return outcomes
+
+
 def update_store(
     writer: StoreWriter,
     volumes: Sequence[VolumeEntry],
-    content_key: Callable[[VolumeEntry], str],
-    make: Callable[[VolumeEntry, str], VolumeRecord],
+    content_keys: Callable[[Sequence[VolumeEntry]], Outcomes[str]],
+    records: Callable[[Sequence[VolumeEntry]], Outcomes[VolumeRecord]],
 ) -> PrepareSummary:
     """Make the store hold exactly ``volumes``.
 
@@ -98,8 +106,8 @@ def update_store(
     Args:
         writer: entered writer of the store.
         volumes: the whole input.
-        content_key: computes the SHA-256 of all that a volume's latents depend on; may raise VolumeError.
-        make: makes what is stored of a volume with this content key; may raise VolumeError.
+        content_keys: computes the SHA-256 of all that the latents of each of these volumes depend on.
+        records: makes what is stored of each of these volumes.
 
     Raises:
         UserError: the store cannot be written.
@@ -108,37 +116,58 @@ def update_store(
     names = {volume.name for volume in volumes}
     summary.removed = [name for name in writer.entries if name not in names]
     writer.drop(summary.removed)
+    failed: dict[str, VolumeError] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
 
     listed = [volume for volume in volumes if volume.name in writer.entries]
-    stale = []
-    for volume in track(listed, "Checking the store", unit="volume"):
+    labels = {name: (entry.domain, entry.body_part) for name, entry in writer.entries.items()}
+    same = [volume for volume in listed if labels[volume.name] == (volume.domain, volume.body_part)]
+    stale = [volume.name for volume in listed if labels[volume.name] != (volume.domain, volume.body_part)]
+    for volume, key in _track(content_keys(same), len(same), "Checking the store"):
         entry = writer.entries[volume.name]
-        same_labels = (entry.domain, entry.body_part) == (volume.domain, volume.body_part)
         try:
-            if not same_labels or entry.content_key != content_key(volume):
+            if isinstance(key, VolumeError):
+                raise key
+            if entry.content_key != key:
                 stale.append(volume.name)
                 continue
-            check_file(writer.path, entry)
+            metadata[volume.name], _ = check_file(writer.path, entry)
         except VolumeError as error:
-            summary.failed.append((error.path, error.reason))
+            failed[volume.name] = error
         except UserError:
             stale.append(volume.name)  # its file is missing or damaged: made anew
         else:
-            writer.entries[volume.name] = replace(entry, source=locate(volume.path))  # it may have been moved
-            summary.up_to_date.append(volume.name)
+            # It may have been moved.
+            writer.entries[volume.name] = replace(entry, source=locate(volume.path))
     writer.drop(stale)
+    up_to_date = set(metadata)
 
     missing = [volume for volume in volumes if volume.name not in writer.entries]
-    for volume in track(missing, "Preparing volumes", unit="volume"):
-        try:
-            record = make(volume, content_key(volume))
-            if not torch.isfinite(record.latent).all():
-                raise VolumeError(volume.path, "its latents are not finite (NaN or Inf)")
-        except VolumeError as error:
-            summary.failed.append((error.path, error.reason))
+    for volume, record in _track(records(missing), len(missing), "Preparing volumes"):
+        if isinstance(record, VolumeError):
+            failed[volume.name] = record
+        elif not torch.isfinite(record.latent).all():
+            failed[volume.name] = VolumeError(volume.path, "its latents are not finite (NaN or Inf)")
         else:
             writer.add(record)
+            metadata[volume.name] = {**record.notes, "intensity": json.dumps(dict(record.intensity))}
+    for volume in volumes:  # in their order, whichever was ready first
+        if volume.name in failed:
+            summary.failed.append((failed[volume.name].path, failed[volume.name].reason))
+        elif volume.name in up_to_date:
+            summary.up_to_date.append(volume.name)
+        else:
             summary.written.append(volume.name)
-            if volume.intensity is None:
-                summary.chosen[volume.domain, record.intensity["kind"]] += 1
+        if volume.name in metadata:
+            summary.facts.append(VolumeFacts.of(volume.name, volume.domain, metadata[volume.name]))
     return summary
+
+
+def _track(outcomes: Outcomes[T], total: int, title: str) -> Outcomes[T]:
+    """Hand outcomes on with a progress display, and close them if they are not wanted to their end."""
+    with closing(outcomes):  # type: ignore[type-var]
+        if total:
+            with ProgressBar(title, total, "volume") as bar:
+                for outcome in outcomes:
+                    yield outcome
+                    bar.update()

@@ -123,7 +123,8 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
         metadata = store.metadata(index)
         looked = metadata.get("intensity_from") == "values"
         rule = None if looked else IntensityRule(**json.loads(metadata["intensity"]))
-        source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name)
+        channel = int(metadata["channel"]) if "channel" in metadata else None
+        source = VolumeEntry(Path(entry.source), entry.domain, entry.body_part, rule, entry.name, channel)
         if content_key(source, TransformConfig(), store.index.tokenizer) != entry.content_key:
             return None
         return load_volume(source, TransformConfig()).image[0]

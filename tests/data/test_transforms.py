@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -418,3 +420,54 @@ def test_the_content_key_changes_with_all_that_decides_the_latents_and_nothing_e
     patch(moved, 400, "f", 0.25)
     keys.add(content_key(replace(entry, path=moved), SMALL, "tokenizer"))
     assert len(keys) == 9
+
+
+def test_what_was_prepared_of_sound_headers_is_up_to_date_and_of_others_is_not(tmp_path: Path) -> None:
+    def key_without_headers(entry: VolumeEntry) -> str:
+        settings = {
+            "version": 1, "intensity": asdict(UNIT), "transform": asdict(SMALL), "tokenizer": "tokenizer",
+        }  # fmt: skip
+        return hashlib.sha256(
+            json.dumps(settings, sort_keys=True).encode() + entry.path.read_bytes()
+        ).hexdigest()
+
+    entry = write(tmp_path / "a.nii", noise(24, 24, 24), grid_affine("LAS", (0.7, 0.7, 2.5), 10))
+    assert content_key(entry, SMALL, "tokenizer") == key_without_headers(entry)
+    patch(entry.path, 254, "h", 0)  # no form: the axes are taken as before, which is only said
+    assert load_volume(entry, SMALL).scan.notes
+    assert content_key(entry, SMALL, "tokenizer") == key_without_headers(entry)
+    patch(entry.path, 123, "B", 3)  # micrometres
+    assert content_key(entry, SMALL, "tokenizer") != key_without_headers(entry)
+    write(entry.path, noise(24, 24, 24))
+    patch(entry.path, 80, "f", 2.0)  # pixdim beside another sform: refused
+    assert content_key(entry, SMALL, "tokenizer") != key_without_headers(entry)
+
+
+def test_the_content_key_is_that_of_all_files_and_of_the_channel(tmp_path: Path) -> None:
+    nib.Nifti1Pair(noise(24, 24, 24), np.eye(4)).to_filename(tmp_path / "a.img")
+    entry = entry_of(tmp_path / "a.hdr")
+    keys = [
+        content_key(entry, SMALL, "tokenizer"),
+        content_key(replace(entry, channel=0), SMALL, "tokenizer"),
+    ]
+    assert content_key(entry_of(tmp_path / "a.img"), SMALL, "tokenizer") == keys[0]
+    patch(tmp_path / "a.img", 100, "f", 0.25)
+    keys.append(content_key(entry, SMALL, "tokenizer"))
+    patch(tmp_path / "a.hdr", 148, "B", 65)  # a letter of the description
+    keys.append(content_key(entry, SMALL, "tokenizer"))
+    assert len(set(keys)) == 4
+
+
+def test_a_channel_of_a_file_of_several_volumes_is_prepared(tmp_path: Path) -> None:
+    voxels = noise(30, 30, 30, 2)
+    entry = write(tmp_path / "a.nii.gz", voxels, np.diag([1.5, 1.5, 1.5, 1]))
+    alone = write(tmp_path / "b.nii.gz", voxels[..., 1], np.diag([1.5, 1.5, 1.5, 1]))
+    image = load_volume(replace(entry, channel=1), SMALL).image
+    assert torch.equal(image, load_volume(alone, SMALL).image)
+
+
+def test_a_body_of_the_wrong_scale_is_refused_with_its_spacing(tmp_path: Path) -> None:
+    with pytest.raises(
+        VolumeError, match=r"too small: .* the scan has \(40, 40, 40\) voxels of 0.001 x 0.001"
+    ):
+        load_volume(write(tmp_path / "a.nii", noise(40, 40, 40), np.diag([1e-3, 1e-3, 1e-3, 1])), SMALL)

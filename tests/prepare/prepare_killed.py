@@ -31,7 +31,7 @@ from meduet_fast.prepare.prepare import PrepareConfig, prepare_volumes
 
 KILLS, VOLUMES = 20, 8
 DIED = 9
-CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16))
+CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16), workers=0)
 
 
 class PoolingTokenizer(Tokenizer):

@@ -204,6 +204,65 @@ def test_a_moved_input_is_recognised(volumes: list[VolumeEntry], store: Path, tm
     assert LatentStore.open(store).entries[0].source == str(moved[0].path)
 
 
+def test_it_does_not_matter_how_a_path_is_typed(
+    volumes: list[VolumeEntry], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(volumes, store)
+    before = files_with_times(store)
+    monkeypatch.chdir(tmp_path)
+    typed = [replace(volume, path=Path("input", volume.path.name)) for volume in volumes]
+    assert outcome(run(typed, store)) == ("", "abc", "", 0)
+    assert files_with_times(store) == before
+
+
+def test_facts_of_the_scans_are_kept_and_shown(volumes: list[VolumeEntry], store: Path) -> None:
+    volumes[2].path.write_bytes(volumes[0].path.read_bytes())
+    header = nib.load(volumes[1].path).header
+    header.set_sform(None, 0)
+    nib.save(nib.Nifti1Image(nib.load(volumes[1].path).dataobj, None, header), volumes[1].path)
+    made = run(volumes, store)
+    scan = json.loads(LatentStore.open(store).metadata(0)["scan"])
+    assert (scan["size"], scan["spacing"], scan["notes"]) == ([20, 22, 24], [1.5, 1.5, 1.5], [])
+    assert len(scan["values"]) == 4
+    text = format_summary(made)
+    assert "  ct: 2 volumes, ct_window [0, 1000]" in text
+    assert "    spacing  1.5 x 1.5 x 1.5 mm" in text
+    assert "    note: b: no orientation in the header" in text
+    assert "  THE SAME SCAN IN SEVERAL DATA SETS: a (ct), c (mr)" in text
+    again = run(volumes, store)
+    assert again.facts == made.facts
+    assert format_summary(again).splitlines()[1:] == text.splitlines()[1:]
+
+
+def test_the_summary_has_the_order_of_the_input(volumes: list[VolumeEntry], store: Path) -> None:
+    volumes[1].path.write_bytes(b"not a volume")
+    assert run(volumes[::-1], store).written == ["c", "a"]
+    write_volume(volumes[1].path, seed=1)
+    volumes[0].path.unlink()
+    summary = run(volumes, store)
+    assert (summary.written, summary.up_to_date) == (["b"], ["c"])
+    assert [path for path, _ in summary.failed] == [volumes[0].path]
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    with pytest.raises(UserError, match="workers: found -1, expected 0 or more"):
+        replace(CONFIG, workers=-1)
+
+
+@pytest.mark.slow
+def test_the_store_is_the_same_with_workers(volumes: list[VolumeEntry], tmp_path: Path) -> None:
+    volumes[1].path.write_bytes(b"not a volume")
+    summaries = [run(volumes, tmp_path / str(n), replace(CONFIG, workers=n, sample=True)) for n in (0, 2)]
+    assert summaries[0] == replace(summaries[1], store=summaries[0].store)
+    stores = [LatentStore.open(tmp_path / name) for name in ("0", "2")]
+    assert stores[0].index == stores[1].index
+    for index, item in enumerate(stores[0].entries):
+        assert torch.equal(stores[0].read_volume(index), stores[1].read_volume(index))
+        assert stores[0].metadata(index) == stores[1].metadata(index)
+        preview = Path("previews", f"{item.name}.png")
+        assert (tmp_path / "0" / preview).read_bytes() == (tmp_path / "2" / preview).read_bytes()
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
 def test_missing_and_damaged_latent_files_are_made_again(
     volumes: list[VolumeEntry], store: Path, damage: Callable[[Path], object]

@@ -1,0 +1,201 @@
+"""Read and transform volumes in processes of their own, ahead of the encoder.
+
+A process has one volume at a time and keeps it until it is asked for, which bounds memory. The processes are
+programs of their own, and no forks of this one, which may have threads and a GPU; images come back through a
+socket and need no shared memory. Of a process that is killed its volume alone is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import torch
+
+from meduet_fast.data.scans import ScanFacts
+from meduet_fast.data.sources import VolumeEntry
+from meduet_fast.data.transforms import PreparedVolume, TransformConfig, content_key, load_volume
+from meduet_fast.errors import UserError, VolumeError
+
+# With the same paths as here: a working directory may hold other modules of the same names.
+PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from meduet_fast.prepare.load_ahead import serve; serve()"
+THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
+)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Load volumes with their content keys, all with the same settings.
+
+    Attributes:
+        transform: grid of the prepared images.
+        tokenizer: identity of what will encode them.
+    """
+
+    transform: TransformConfig
+    tokenizer: str
+
+    def key(self, volume: VolumeEntry) -> str:
+        """Compute a volume's content key.
+
+        Raises:
+            VolumeError: whatever goes wrong; what nobody foresaw is told with its type and place.
+        """
+        with _failures_of(volume.path):
+            return content_key(volume, self.transform, self.tokenizer)
+
+    def load(self, volume: VolumeEntry) -> tuple[str, PreparedVolume]:
+        """Compute a volume's content key and load it; raises as :meth:`key` does."""
+        with _failures_of(volume.path):
+            return content_key(volume, self.transform, self.tokenizer), load_volume(volume, self.transform)
+
+
+Loaded = tuple[str, PreparedVolume]  # content key and image
+
+
+@contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    """Turn what libraries raise on a strange file into the failure of this one volume."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise VolumeError(path, "does not fit into memory") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"unexpected {type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {error}"
+        raise VolumeError(path, " ".join(reason.split())) from error
+
+
+def load_ahead(
+    volumes: Sequence[VolumeEntry], loader: Loader, processes: int
+) -> Iterator[tuple[VolumeEntry, Loaded | VolumeError]]:
+    """Load volumes in ``processes`` processes of one thread each, and yield them as they become ready.
+
+    Closing the iterator ends the processes; they end with this one, too, however it ends.
+
+    Raises:
+        UserError: a process ended by itself, for a reason that it printed.
+    """
+    waiting = deque(volumes)
+    busy: dict[Connection, tuple[_Process, VolumeEntry]] = {}
+    try:
+        while waiting and len(busy) < processes:
+            process = _Process(loader)
+            busy[process.connection] = process, waiting.popleft()
+            process.connection.send(busy[process.connection][1])
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                process, volume = busy.pop(connection)
+                outcome: Loaded | VolumeError
+                try:
+                    outcome = _receive(connection)
+                except (EOFError, OSError):
+                    outcome = VolumeError(volume.path, process.last_words())
+                    process.end()
+                    process = _Process(loader)
+                if waiting:  # before the encoder has its turn
+                    busy[process.connection] = process, waiting.popleft()
+                    process.connection.send(busy[process.connection][1])
+                else:
+                    process.end()
+                yield volume, outcome
+    finally:
+        for process, _ in busy.values():
+            process.end()
+
+
+class _Process:
+    """A program that loads one volume after another, see :func:`serve`."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.connection, theirs = Pipe()
+        environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(theirs.fileno()), *sys.path],
+            stdin=subprocess.PIPE,  # never written to; it closes when this process ends
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which then ends them
+        )
+        theirs.close()
+        self.connection.send(loader)
+
+    def last_words(self) -> str:
+        """Say how the process ended, which it has.
+
+        Raises:
+            UserError: it was not killed.
+        """
+        code = self._process.wait()
+        if code >= 0:
+            raise UserError(
+                f"a process that reads volumes ended with exit code {code} (see above); try --workers 0"
+            )
+        name = signal.Signals(-code).name
+        memory = " (out of memory? fewer --workers need less)" if name == "SIGKILL" else ""
+        return f"the process that read it was killed by {name}{memory}"
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+def _receive(connection: Connection) -> Loaded | VolumeError:
+    """Receive what :func:`serve` sent: what is small, then the image, which is not copied on its way."""
+    answer = connection.recv()
+    if len(answer) == 2:
+        return VolumeError(*answer)
+    key, shape, affine, spacing, rule, scan = answer
+    image = np.empty(shape, dtype=np.float32)  # (1, X, Y, Z)
+    connection.recv_bytes_into(image.data.cast("B"))
+    return key, PreparedVolume(torch.from_numpy(image), affine, spacing, rule, scan)
+
+
+def serve() -> None:
+    """Load the volumes that come through the connection numbered by the first argument, until it closes."""
+    connection = Connection(int(sys.argv[1]))
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        loader = connection.recv()
+        while True:
+            volume = connection.recv()
+            try:
+                key, loaded = loader.load(volume)
+            except VolumeError as error:
+                connection.send((str(error.path), error.reason))
+                continue
+            scan: ScanFacts = loaded.scan
+            shape, rule = tuple(loaded.image.shape), loaded.intensity
+            connection.send((key, shape, loaded.affine, loaded.spacing, rule, scan))
+            connection.send_bytes(loaded.image.numpy().data.cast("B"))
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
