@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
-from meduet_fast.data.sources import CT, VolumeEntry, find_volumes
+from meduet_fast.data.intensity import CT
+from meduet_fast.data.sources import VolumeEntry, find_volumes
 from meduet_fast.prepare.prepare import PrepareConfig, prepare_volumes
 
 from .command import command

@@ -136,11 +136,11 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
         for number, item in enumerate(items):
             image = item.get("image") if isinstance(item, dict) else item
             texts = _texts(image if isinstance(image, list) else [image])
-            if not texts:
+            if texts:
+                cases.append([_located(path.parent, text) for text in texts])
+            else:
                 reason = f"'{key}[{number}]': found {item!r:.200}, expected a path or {{'image': path}}"
                 description.left_out.append(LeftOut(path, reason, asked=True))
-                continue
-            cases.append([_located(path.parent, text) for text in texts])
     version_1 = any(len(files) == 1 and _numbered_files(files[0], channels) for files in cases)
     for files in cases:
         if len(files) > 1:
@@ -148,7 +148,8 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
             for index, file in enumerate(files):
                 description.take(Channel(file, channels.get(index) if in_order else _shared(channels)))
         elif version_1 and not files[0].exists():
-            for index, file in (_numbered_files(files[0], channels) or _numbers(files[0], channels)).items():
+            numbered = _numbered_files(files[0], channels) or _numbers(files[0], channels)
+            for index, file in numbered.items():
                 description.take(Channel(file, channels.get(index)))
         elif len(channels) > 1 and content.get("tensorImageSize") != "3D":
             for index, rule in channels.items():

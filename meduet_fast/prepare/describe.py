@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.scans import ScanFacts
 
 SHOWN = 20  # lines of a kind
@@ -17,7 +18,6 @@ ENOUGH = 5  # volumes, below which nothing can be told from their spread
 DEVIATIONS = 6.0  # of the others, by the median of their distances
 FACTOR = 1.5  # of spacing and size
 SHIFT = 0.5  # of values, over the width of their range
-_KINDS = {"ct_window": "CT", "mr_percentile": "MR or PET"}
 NORMAL = 1.4826  # standard deviation over median distance of a normal distribution
 
 
@@ -39,10 +39,9 @@ class VolumeFacts:
     @classmethod
     def of(cls, name: str, domain: str, metadata: Mapping[str, str]) -> VolumeFacts:
         """Take the facts from the metadata of a latent file."""
-        rule = json.loads(metadata["intensity"])
-        text = f"{rule['kind']} [{rule['low']:g}, {rule['high']:g}]"
-        if metadata.get("intensity_from") == "values":
-            text = f"{_KINDS[rule['kind']]} by its values: {text}"
+        rule = IntensityRule(**json.loads(metadata["intensity"]))
+        looked = f"{'CT' if rule.kind == 'ct_window' else 'MR or PET'} by its values, "
+        text = f"{looked if metadata.get('intensity_from') == 'values' else ''}{rule}"
         return cls(name, domain, text, ScanFacts.from_json(metadata["scan"]) if "scan" in metadata else None)
 
 
@@ -69,8 +68,9 @@ def describe(volumes: Sequence[VolumeFacts]) -> list[str]:
 
 
 def _describe_domain(name: str, volumes: Sequence[VolumeFacts]) -> list[str]:
-    rules = sorted({volume.rule for volume in volumes})
-    lines = [f"{name}: {len(volumes)} volumes, {', '.join(_bounded(rules))}"]
+    rules = sorted(Counter(volume.rule for volume in volumes).items())
+    several = [f"{rule}: {count} volumes" for rule, count in rules] if len(rules) > 1 else [rules[0][0]]
+    lines = [f"{name}: {len(volumes)} volumes, {'; '.join(_bounded(several))}"]
     known = [(volume, volume.scan) for volume in volumes if volume.scan is not None]
     if len(known) < len(volumes):
         lines.append(f"  scans    not recorded of {len(volumes) - len(known)} (stored by an older version)")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meduet_fast.data.folders import LeftOut, format_left_out
 from meduet_fast.data.intensity import CT, MR, IntensityRule
-from meduet_fast.data.sources import VolumeEntry, find_volumes
-from meduet_fast.errors import UserError
+from meduet_fast.data.sources import Listing, VolumeEntry, find_volumes
+from meduet_fast.errors import UserError, VolumeError
 
 Touch = Callable[..., None]
 
@@ -321,3 +325,278 @@ def test_a_manifest_takes_no_domain_or_rule_from_outside(tmp_path: Path, touch: 
     for given in ({"domain": "x"}, {"intensity": CT}):
         with pytest.raises(UserError, match=r"manifest\.yaml: a manifest states domains and intensity rules"):
             find_volumes(path, **given)  # type: ignore[arg-type]
+
+
+# --- what is left out, and named -------------------------------------------------------------------
+
+
+def left_out(listing: Listing) -> dict[str, str]:
+    return {item.path.name: item.reason for item in listing.left_out}
+
+
+@pytest.mark.parametrize("name", ["B.NII.GZ", "b.Nii", "b.nii.Gz", "PAIR.HDR", "b.hdr.gz"])
+def test_endings_in_capitals_and_pairs_are_read(tmp_path: Path, touch: Touch, name: str) -> None:
+    touch(f"set/{name}", "set/pair.img", "set/PAIR.IMG", "set/b.img.gz", "set/a.nii.gz")
+    listing = find_volumes(tmp_path / "set")
+    assert name in [entry.path.name for entry in listing.volumes]
+    assert len(listing.volumes) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "b.mgz",
+        "b.npy",
+        "b.npz",
+        "b.mnc",
+        "B.MINC",
+        "b.nii.bz2",
+        "b.nii.gz.part",
+        "b.nii~",
+        "b.dcm",
+        "b.nhdr",
+        "b.img",
+        "b.h5",
+        "b.tar.gz",
+        "b.zarr",
+        "b.hdr",
+        "._b.nii.gz",
+        ".b.nii",
+        ".hidden/b.nii",
+    ],
+)
+def test_what_looks_like_a_volume_and_is_not_read_is_named(tmp_path: Path, touch: Touch, name: str) -> None:
+    touch("set/a.nii.gz", f"set/{name}", "set/notes.txt", "set/b.nii.gz.md5", "set/a.json", "set/README")
+    listing = find_volumes(tmp_path / "set")
+    assert names(listing.volumes) == ["set-a"]
+    assert [item.path for item in listing.left_out] == [tmp_path / "set" / name]
+    assert not listing.left_out[0].asked
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "segmentations/liver.nii.gz",
+        "labelsTr/a.nii.gz",
+        "labels/a.nii",
+        "masks/1.nii",
+        "gtFine/1.nii",
+        "Organ_Masks/a.nii",
+        "x_seg.nii.gz",
+        "x-label.nii",
+        "x_labels.NII.GZ",
+        "brainMask.nii.gz",
+        "liver_mask.nii",
+        "segmentation-0.nii",
+        "label0001.nii.gz",
+        "sub-1_dseg.nii",
+        "x_gt.nii.gz",
+    ],
+)
+def test_masks_and_label_maps_are_left_out_by_name_unless_they_are_asked_for(
+    tmp_path: Path, touch: Touch, name: str
+) -> None:
+    touch("set/ct.nii.gz", f"set/{name}")
+    listing = find_volumes(tmp_path / "set")
+    assert names(listing.volumes) == ["set-ct"]
+    assert "by its name a mask or label map" in left_out(listing)[Path(name).name]
+    assert len(find_volumes(tmp_path / "set" / name).volumes) == 1
+    path = write_json(tmp_path / "list.json", {"training": ["set/ct.nii.gz", f"set/{name}"]})
+    assert len(find_volumes(path).volumes) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "segmented_case/ct.nii",
+        "masked_t1.nii.gz",
+        "ct/label_free/1.nii",
+        "regimen.nii",
+        "MSD_Segmentation/a.nii",
+    ],
+)
+def test_scans_with_names_like_those_of_labels_are_kept(tmp_path: Path, touch: Touch, name: str) -> None:
+    touch(f"set/{name}")
+    assert len(find_volumes(tmp_path / "set").volumes) == 1
+
+
+def test_one_scan_in_two_forms_is_one_volume(tmp_path: Path, touch: Touch) -> None:
+    touch("set/a.nii", "set/a.nii.gz", "set/a.hdr", "set/a.img", "set/b.nii", "set/B.nii.gz")
+    listing = find_volumes(tmp_path / "set")
+    assert [entry.path.name for entry in listing.volumes] == ["B.nii.gz", "a.nii.gz", "b.nii"]
+    reason = "the file of the same name beside it is taken"
+    assert left_out(listing) == {"a.nii": reason, "a.hdr": reason}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_itk_formats_and_dicom_folders_need_itk(
+    tmp_path: Path, touch: Touch, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch("set/a.mha", "set/b.mhd", "set/b.raw", "set/C.NRRD", "set/d.nii", "set/dicom/DICOMDIR")
+    for number in range(3):
+        (tmp_path / f"set/dicom/1.2.840.{number}").write_bytes(bytes(128) + b"DICM")
+    found = ModuleSpec("SimpleITK", None) if there else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    listing = find_volumes(tmp_path / "set")
+    files = {entry.path.name for entry in listing.volumes}
+    if there:
+        assert files == {"a.mha", "b.mhd", "C.NRRD", "d.nii", "dicom"}
+        assert not listing.left_out
+        assert names(find_volumes(tmp_path / "set/dicom").volumes) == ["dicom"]
+    else:
+        assert files == {"d.nii"}
+        assert set(left_out(listing)) == {"a.mha", "b.mhd", "C.NRRD", "dicom"}
+        assert all("pip install 'meduet-fast[itk]'" in item.reason for item in listing.left_out)
+        path = write_json(tmp_path / "set/list.json", {"training": ["a.mha", "d.nii"]})
+        assert [item.asked for item in find_volumes(path).left_out] == [True]
+
+
+def test_a_named_pipe_does_not_hang(tmp_path: Path, touch: Touch) -> None:
+    touch("set/a.nii")
+    os.mkfifo(tmp_path / "set/b.nii")
+    os.mkfifo(tmp_path / "set/README")
+    assert left_out(find_volumes(tmp_path / "set")) == {"b.nii": "not a regular file"}
+
+
+def test_only_the_first_of_a_kind_are_shown() -> None:
+    items = [LeftOut(Path(f"{number}\n.nii"), "hidden") for number in range(9)]
+    lines = format_left_out(items)
+    assert len(lines) == 6
+    assert lines[0] == "left out: 0\\n.nii: hidden"
+    assert lines[-1] == "left out: and 4 more: hidden"
+
+
+# --- lists of all kinds ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_every_list_of_a_file_is_read_or_named(tmp_path: Path, touch: Touch, encoding: str) -> None:
+    touch("a.nii", "b.nii", "c.nii", "d.nii", "sub/e.nii")
+    content = {
+        "train": [{"image": "a.nii", "fold": 0}],
+        "val": ["./b.nii", str(tmp_path / "a.nii")],
+        "testing": [{"image": "sub\\e.nii"}],
+        "folds": {"0": [{"image": "c.nii"}]},
+        "other": [{"img": "d.nii"}, "x.npy"],
+        "training_labels": ["l.nii"],
+        "labels": {"0": "background"},
+        "authors": ["A", "B"],
+    }
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(content), encoding=encoding)
+    listing = find_volumes(path, domain="x")
+    assert names(listing.volumes) == ["x-a", "x-b", "x-c", "x-sub-e"]
+    assert [(item.path.name, item.asked) for item in listing.left_out] == [
+        ("list.json", True), ("list.json", False), ("x.npy", True),
+    ]  # fmt: skip
+    assert "'other[0]': found {'img': 'd.nii'}" in listing.left_out[0].reason
+    assert "'training_labels' is a list of labels" in listing.left_out[1].reason
+
+
+def version_1(tmp_path: Path, modality: Any) -> Path:
+    items = [{"image": f"./imagesTr/{case}.nii.gz"} for case in ("p1", "p2", "p3")]
+    content = {"name": "X", "modality": modality, "training": items, "test": []}
+    return write_json(tmp_path / "Task501/dataset.json", content).parent
+
+
+def test_an_nnunet_version_1_folder_is_read_channel_by_channel(tmp_path: Path, touch: Touch) -> None:
+    touch("Task501/imagesTr/p1_0000.nii.gz", "Task501/imagesTr/p1_0001.nii.gz")
+    touch("Task501/imagesTr/p2_0000.nii.gz", "Task501/imagesTr/p9_0000.nii.gz", "Task501/labelsTr/p1.nii.gz")
+    listing = find_volumes(version_1(tmp_path, {"0": "Computed Tomography", "1": "PET"}))
+    # p2_0001 and p3 are not there: reading will say so.
+    assert [(entry.name.removeprefix("X-imagesTr-"), entry.intensity) for entry in listing.volumes] == [
+        ("p1_0000", CT), ("p1_0001", MR), ("p2_0000", CT), ("p2_0001", MR), ("p3_0000", CT), ("p3_0001", MR),
+    ]  # fmt: skip
+    assert left_out(listing) == {"p9_0000.nii.gz": "in none of the lists"}
+
+
+@pytest.mark.parametrize(
+    ("modality", "rule"),
+    [
+        *((text, CT) for text in ({"0": "ct "}, "CTA", ["CT"])),
+        ({0: "MRI"}, MR),
+        *((text, None) for text in ({"0": "noNorm"}, None, "CT/PET", 3)),
+    ],
+)
+def test_modalities_in_all_their_forms(
+    tmp_path: Path, touch: Touch, modality: Any, rule: IntensityRule | None
+) -> None:
+    touch("Task501/imagesTr/p1_0000.nii.gz")
+    assert find_volumes(version_1(tmp_path, modality)).volumes[0].intensity == rule
+
+
+def test_a_channel_of_a_4d_file_is_a_volume(tmp_path: Path, touch: Touch) -> None:
+    touch("b.nii.gz")
+    path = write_json(
+        tmp_path / "l.json", {"name": "B", "modality": {"0": "CT", "1": "T1w"}, "training": ["b.nii.gz"]}
+    )
+    assert [(entry.name, entry.channel, entry.intensity) for entry in find_volumes(path).volumes] == [
+        ("B-b_0000", 0, CT), ("B-b_0001", 1, MR),
+    ]  # fmt: skip
+
+
+def test_the_key_dataset_of_an_nnunet_folder_is_followed(tmp_path: Path, touch: Touch) -> None:
+    touch("elsewhere/x.nii.gz", "elsewhere/y.nii.gz")
+    absolute, relative = str(tmp_path / "elsewhere/x.nii.gz"), "../elsewhere/y.nii.gz"
+    cases = {"c": {"images": [absolute, relative], "label": "l.nii.gz"}, "d": {"label": "l.nii.gz"}}
+    listing = find_volumes(nnunet(tmp_path, touch, dataset=cases))
+    assert [(entry.path.name, entry.intensity) for entry in listing.volumes] == [
+        ("x.nii.gz", CT), ("y.nii.gz", MR), ("p2_0000.nii.gz", CT),
+    ]  # fmt: skip
+    assert {item.path.name for item in listing.left_out if item.asked} == {"dataset.json", "p2_0001.nii.gz"}
+    assert {item.path.name for item in listing.left_out if not item.asked} == {
+        "p1_0000.nii.gz",
+        "p1_0001.nii.gz",
+    }
+
+
+def test_cases_that_are_missing_from_an_nnunet_folder_are_counted(tmp_path: Path, touch: Touch) -> None:
+    missing = [item for item in find_volumes(nnunet(tmp_path, touch, numTraining=4)).left_out if item.asked]
+    assert missing[-1].reason == "'numTraining' states 4 cases, found 1"
+
+
+def test_the_images_folder_of_a_data_set_is_read_by_its_description(tmp_path: Path, touch: Touch) -> None:
+    whole = find_volumes(nnunet(tmp_path, touch)).volumes
+    part = find_volumes(tmp_path / "Dataset001/imagesTr").volumes
+    assert part == [entry for entry in whole if entry.path.parent.name == "imagesTr"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_manifests_with_a_byte_order_mark_are_read(tmp_path: Path, touch: Touch, encoding: str) -> None:
+    touch("liver/a.nii")
+    path = tmp_path / "m.yaml"
+    path.write_text("datasets: [{name: liver, path: liver}]", encoding=encoding)
+    assert names(find_volumes(path).volumes) == ["liver-a"]
+
+
+# --- names and paths -------------------------------------------------------------------------------
+
+
+def test_names_that_are_no_utf8_or_hold_control_characters_are_printable(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"K\xf6ln")
+    folder.mkdir()
+    for name in (b"M\xfc.nii", b"M\xf6.nii", b"x\n\x1b[31m.nii", b"seg_\xe4.nii.bz2"):
+        (folder / os.fsdecode(name)).touch()
+    listing = find_volumes(folder)
+    assert {entry.domain for entry in listing.volumes} == {r"K\xf6ln"}
+    assert len(set(names(listing.volumes))) == 3
+    text = "".join(names(listing.volumes) + format_left_out(listing.left_out))
+    text += "".join(str(VolumeError(entry.path, "bad")) for entry in listing.volumes)
+    assert text.isprintable()
+    assert r"K\xf6ln/seg_\xe4.nii.bz2" in text
+
+
+def test_names_do_not_depend_on_how_the_path_is_written(
+    tmp_path: Path, touch: Touch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch("data/set/x/y.nii", "data/set/x-y.nii", "data/outside/z.nii", "data/set/z.nii")
+    content = {"training": [str(tmp_path / "data/set/x/y.nii"), "x-y.nii", "../outside/z.nii"]}
+    write_json(tmp_path / "data/set/list.json", content)
+    (tmp_path / "link").symlink_to(tmp_path / "data/set")
+    monkeypatch.chdir(tmp_path / "data")
+    for file in ("", "list.json"):
+        ways = [f"{tmp_path}/data/set/{file}", f"set/{file}", f"./set/../set/{file}", f"../link/{file}"]
+        found = [find_volumes(Path(way)).volumes for way in ways]
+        assert len(found[0]) == 3
+        assert all(names(entries) == names(found[0]) for entries in found)
+        assert all({entry.domain for entry in entries} == {"set"} for entries in found)

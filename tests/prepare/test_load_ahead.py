@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from meduet_fast.data.sources import IntensityRule, VolumeEntry
+from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.transforms import TransformConfig
 from meduet_fast.errors import UserError, VolumeError
 from meduet_fast.prepare import load_ahead as load_ahead_module
