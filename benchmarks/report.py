@@ -51,6 +51,8 @@ How to read the tables:
   every variant. *Of measured peak* is the larger of the two shares of what this machine was measured to
   reach in the same run.
 - *Memory* is what a call allocates above its inputs at its worst moment.
+- *store*: "version 1" is how latents were kept before they lay in chunks, "mapped" how they were read then.
+  Adding to many volumes and loading from many stand beside the same with few.
 - No row was timed before its result agreed with the operation's definition.
 """
 

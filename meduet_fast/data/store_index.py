@@ -28,7 +28,7 @@ VERSION = 2
 INDEX_NAME = "index.jsonl"
 INDEX_NAME_1 = "index.json"  # of version 1
 LATENTS = "latents"
-_BLOCK = 2**20  # bytes of lines that are parsed at once
+_BLOCK = 2**16  # bytes of lines that are parsed at once
 
 
 @dataclass(frozen=True, slots=True)
