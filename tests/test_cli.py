@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,21 +95,12 @@ PATHS = [
 ]
 
 
-@contextmanager
-def nobody() -> Iterator[None]:
-    """Be a user to whom closed folders are closed; modules must have been imported before."""
-    before = os.geteuid()
-    if before == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(before)
-
-
 @pytest.mark.parametrize("arguments", PATHS, ids=" ".join)
 def test_what_the_system_refuses_is_one_line(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_nobody: AbstractContextManager[None],
 ) -> None:
     """A folder that may not be searched, and a name too long."""
     import meduet_fast.data.samples
@@ -122,19 +112,16 @@ def test_what_the_system_refuses_is_one_line(
     with TemporaryDirectory() as folder:
         monkeypatch.chdir(folder)
         Path(folder).chmod(0o777)
-        Path("closed").mkdir(mode=0o700)
-        if os.geteuid() != 0:
-            Path("closed").chmod(0)
+        Path("closed").mkdir(mode=0)
         Path("file.nii").touch()
-        for path, why in (("closed/x", "Permission denied"), ("n" * 300, "File name too long")):
-            with nobody():
-                given = [argument.replace("PATH", path) for argument in arguments]
-                assert main(given) == 2
-            error = capsys.readouterr().err
-            assert error.startswith(f"meduet-fast {arguments[0]}: ")
-            assert path in error
-            assert why in error
-            assert error.count("\n") == 1
+        with as_nobody:
+            for path, why in (("closed/x", "Permission denied"), ("n" * 300, "File name too long")):
+                assert main([argument.replace("PATH", path) for argument in arguments]) == 2
+                error = capsys.readouterr().err
+                assert error.startswith(f"meduet-fast {arguments[0]}: ")
+                assert path in error
+                assert why in error
+                assert error.count("\n") == 1
         monkeypatch.undo()
 
 

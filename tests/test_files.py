@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -86,17 +87,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o500, 0o000], ids=oct)
-def test_a_closed_folder_is_refused(mode: int) -> None:
+def test_a_closed_folder_is_refused(mode: int, as_nobody: AbstractContextManager[None]) -> None:
     with TemporaryDirectory() as open_to_all:
         Path(open_to_all).chmod(0o755)
         closed = Path(open_to_all) / "closed"
         closed.mkdir(mode=mode)
-        before = os.geteuid()
-        try:
-            if before == 0:
-                os.seteuid(65534)
-            with pytest.raises(UserError, match=r"closed/run: cannot be written: .*closed"):
-                refuse_unwritable(closed / "run")
-        finally:
-            os.seteuid(before)
-            closed.chmod(0o700)
+        with as_nobody, pytest.raises(UserError, match=r"closed/run: cannot be written: .*closed"):
+            refuse_unwritable(closed / "run")
+        closed.chmod(0o700)

@@ -10,10 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Barrier, Thread
 
 import pytest
@@ -177,11 +178,11 @@ def test_waiting_for_the_folder(tmp_path: Path, quick: None) -> None:
     thread.join()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="run: cannot be written: Permission denied"):
-        FolderLock(tmp_path / "run").__enter__()
+def test_a_folder_that_cannot_be_written(as_nobody: AbstractContextManager[None]) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        with as_nobody, pytest.raises(UserError, match="run: cannot be written: Permission denied"):
+            FolderLock(Path(folder) / "run").__enter__()
 
 
 def test_a_file_in_its_place(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_crops_keep_to_their_side_of_the_volume() -> None:
         ({"batch_size": 0}, "batch_size: found 0"),
         ({"crop_size": 18}, "crop_size: found 18, expected a multiple of 4"),
         ({"crop_size": 0}, "crop_size: found 0"),
-        ({"held_out_fraction": 1.0}, "held_out_fraction: found 1.0"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: found 1, expected 0 < value < 1"),
         ({"learning_rate": math.inf}, "learning_rate: found inf"),
         ({"num_channels": (4, 4, 4)}, "6 channels in every normalised group"),
         ({"num_channels": (8, 8)}, "num_res_blocks"),
