@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .backend import interpreted, transformed, triton, use_triton
-from .dtypes import accumulator, at_least_float32, without_autocast
+from .dtypes import accumulator, at_least_float32, check_float, without_autocast
 from .launch import config, launch
 from .registration import Derivatives, register
 
@@ -402,6 +402,8 @@ def _check(queries: Tensor, keys: Tensor, log_scale: Tensor) -> None:
             f"queries has shape {tuple(queries.shape)} and keys {tuple(keys.shape)}, "
             "expected both two-dimensional and equally wide"
         )
+    check_float("queries", queries)
+    check_float("keys", keys)
     if log_scale.device != queries.device:
         raise ValueError(f"log_scale is on {log_scale.device}, expected {queries.device} like the queries")
     if log_scale.numel() != 1:
@@ -471,7 +473,7 @@ def quadruplet_contrast(
 
     Raises:
         ValueError: if shapes do not make four blocks, B* is no multiple of B, key_offset is none of 0, B,
-            2B, .. below B*, or the identity is unknown.
+            2B, .. below B*, queries or keys are not of a float dtype, or the identity is unknown.
     """
     _check(queries, keys, log_scale)
     rows, key_rows = queries.shape[0], keys.shape[0]

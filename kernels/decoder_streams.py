@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton, use_triton
-from .dtypes import accumulator
+from .dtypes import accumulator, check_float
 from .launch import launch
 from .mix_index import MixIndex, check_index, packed, take_rows
 from .registration import Derivatives, register
@@ -304,6 +304,7 @@ def assemble_streams(
         raise ValueError("assemble_streams: ask for straight or swapped streams")
     if content.dim() != 3:
         raise ValueError(f"content has shape {tuple(content.shape)}, expected (B, L, E)")
+    check_float("content", content)
     batch, length, width = content.shape
     if style.shape != content.shape or style.dtype != content.dtype:
         raise ValueError(

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def check_float(name: str, x: Tensor) -> None:
+    """Refuse complex numbers, whose imaginary part would be lost, and integers, with a ValueError."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, expected a float dtype")
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert to float32 what is narrower; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

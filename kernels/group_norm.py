@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import transformed, triton, use_triton
-from .dtypes import accumulator, at_least_float32, without_autocast
+from .dtypes import accumulator, at_least_float32, check_float, without_autocast
 from .launch import Options, config, launch
 from .registration import Derivatives, register
 
@@ -225,10 +225,11 @@ def group_norm_silu(
         (B, C, X, Y, Z) in the dtype and memory format of ``x``.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or x is not of a float dtype.
     """
     if x.dim() != 5:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, C, X, Y, Z)")
+    check_float("x", x)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, expected a divisor of the {channels} channels")

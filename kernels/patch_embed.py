@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import interpreted, triton, use_triton
-from .dtypes import accumulator, autocast_dtype
+from .dtypes import accumulator, autocast_dtype, check_float
 from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import patch_grid, patchify_3d
@@ -366,6 +366,7 @@ def _check(
 
 def _product_dtype(name: str, x: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype in which F.linear would multiply: autocast's, else the inputs' common one."""
+    check_float(name, x)
     narrow, dtypes = autocast_dtype(x), [x.dtype, weight.dtype]
     if narrow is not None:
         dtypes = [item if item == torch.float64 else narrow for item in dtypes]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton, use_triton
-from .dtypes import accumulator, at_least_float32
+from .dtypes import accumulator, at_least_float32, check_float
 from .launch import config, launch
 from .mix_index import packed
 from .registration import Derivatives, register
@@ -280,9 +280,10 @@ def pooled_layer_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) 
         The pooled LayerNorm and the plain mean, both (S, B, D), computed and returned in at least float32.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or x is not of a float dtype.
     """
     _check(x, mask)
+    check_float("x", x)
     if not use_triton(x) or x.numel() == 0:
         return pooled_layer_norm_reference(x, mask, eps)
     normed, plain, _ = _pool(x, None if mask is None else packed(mask), eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton, use_triton
-from .dtypes import accumulator, at_least_float32
+from .dtypes import accumulator, at_least_float32, check_float
 from .launch import Options, config, launch
 from .mix_index import packed
 from .patchify import Triple, patch_grid, patchify_3d, triple
@@ -249,10 +249,11 @@ def dual_reconstruction_loss(
         Scalar: squared errors summed over the supervised tokens, divided by B*L*p^3*C. At least float32.
 
     Raises:
-        ValueError: if a shape does not fit, or for an unknown pairing.
+        ValueError: if a shape or the prediction's dtype does not fit, or for an unknown pairing.
     """
     if target.dim() != 5:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected (B, C, X, Y, Z)")
+    check_float("prediction", prediction)
     patch = list(triple(patch_size))
     batch, length = target.shape[0], math.prod(patch_grid(target.shape, patch_size))
     expected = (2 * batch, length, target.shape[1] * math.prod(patch))

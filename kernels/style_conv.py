@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import triton, use_triton
-from .dtypes import accumulator
+from .dtypes import accumulator, check_float
 from .launch import launch
 from .mix_index import MixIndex, check_index, take_rows
 from .registration import Derivatives, register
@@ -201,10 +201,11 @@ def style_convolution(style: Tensor, weight: Tensor, index: MixIndex | None = No
         (B, L, Ds), in the dtype of ``style``.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or style is not of a float dtype.
     """
     if style.dim() != 3:
         raise ValueError(f"style has shape {tuple(style.shape)}, expected (B, L, Ds)")
+    check_float("style", style)
     if weight.shape != (style.shape[2], 1, 3):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected {(style.shape[2], 1, 3)}")
     if index is not None:

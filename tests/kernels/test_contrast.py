@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,22 @@ def test_refusals_name_the_argument() -> None:
         supervised_contrast(queries, queries, labels, labels, scale, labels[:7])
     with pytest.raises(ValueError, match="keys has no rows"):
         supervised_contrast(queries, queries[:0], labels, labels[:0], scale)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_have_all_derivatives_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, tangent = (torch.randn(16, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    scale = torch.tensor(1.0, dtype=torch.float64).requires_grad_()
+
+    def second(function: Callable[..., Tensor]) -> list[Tensor]:
+        values = (queries.clone().requires_grad_(), scale)
+        first = torch.autograd.grad(function(values[0], keys, scale, "style"), values, create_graph=True)
+        total = first[0].square().sum() + first[1].square()
+        along = torch.func.jvp(lambda q: function(q, keys, scale, "style"), (queries,), (tangent,))[1]
+        return [*first, *torch.autograd.grad(total, values), along]
+
+    found, expected = second(quadruplet_contrast), second(contrast.quadruplet_contrast_reference)
+    for value, true in zip(found, expected, strict=True):
+        assert true.any()
+        assert torch.allclose(value, true, atol=1e-12)

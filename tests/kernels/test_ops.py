@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from meduet_fast.kernels import (
     build_mix_index,
     check_mask,
     dual_reconstruction_loss,
+    group_norm_silu,
     patch_embed_3d,
     patch_embed_tokens,
     patchify_3d,
@@ -223,3 +227,27 @@ def test_refusals_name_the_argument() -> None:
         quadruplet_contrast(torch.zeros(8, 3), torch.zeros(4, 3), torch.zeros(()), "style")
     with pytest.raises(ValueError, match="identity is 'organ'"):
         quadruplet_identities(2, "organ")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_only_floats(dtype: torch.dtype) -> None:
+    x, tokens = torch.ones(2, 2, 2, 2, 2).to(dtype), torch.ones(2, 4, 6).to(dtype)
+    index, rows = build_mix_index(torch.eye(2).repeat(1, 2)), torch.ones(8, 6).to(dtype)
+    prediction, target = torch.ones(4, 8, 2).to(dtype), torch.ones(2, 2, 2, 2, 2)
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("x", lambda: group_norm_silu(x, 2)),
+        ("x", lambda: patch_embed_3d(x, x)),
+        ("x", lambda: pooled_layer_norm(tokens)),
+        ("tokens", lambda: patch_embed_tokens(tokens, torch.ones(1, 6, 1, 1, 1))),
+        ("style", lambda: style_convolution(tokens, torch.ones(6, 1, 3))),
+        (
+            "content",
+            lambda: assemble_streams(tokens, tokens, tokens[:, :1], rows[0], torch.ones(5, 6), index),
+        ),
+        ("prediction", lambda: dual_reconstruction_loss(prediction, target, torch.ones(2, 8), 1)),
+        ("queries", lambda: quadruplet_contrast(rows, rows, torch.zeros(()), "style")),
+        ("keys", lambda: quadruplet_contrast(torch.ones(8, 6), rows, torch.zeros(()), "style")),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"^{name} is {dtype}, expected a float dtype"):
+            call()

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from meduet_fast.kernels import set_kernel_backend, workloads
+from meduet_fast.kernels import set_kernel_backend, supervised_contrast, workloads
+from meduet_fast.layers import accelerate
 
 WORKLOADS = [
     workloads.quadruplet_workload(8, 16, 3, "style"),
@@ -126,7 +127,7 @@ CASES = [
     # The backward pass of PyTorch's own group norm has no tangents.
     if (workload.op, kind) != ("group_norm_silu", tangents_of_the_backward_pass)
 ]
-CASES += [(WORKLOADS[4], kind) for kind in (compiled_forward_mode, compiled_gradients_of_samples)]
+CASES += [(WORKLOADS[5], kind) for kind in (compiled_forward_mode, compiled_gradients_of_samples)]
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +170,33 @@ def test_as_by_the_definition(workload: workloads.Workload, kind: Callable[[Func
     if workload.op == "group_norm_silu":
         inputs["num_groups"] = 2
     require_equal(kind, workload.run, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4] + KINDS[6:7], ids=lambda kind: kind.__name__)
+def test_accelerated_modules(kind: Callable[[Function, Values], Any]) -> None:
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv3d(4, 2, 2, 2)).double()
+    assert len(accelerate(norm)) == 2
+    parameters = {name: item.detach().requires_grad_() for name, item in norm.named_parameters()}
+    inputs = {"x": torch.randn(1, 4, 2, 2, 4, dtype=torch.float64).requires_grad_(), **parameters}
+
+    def run(x: Tensor, **values: Tensor) -> Tensor:
+        return functional_call(norm, values, (x,))
+
+    require_equal(kind, run, inputs)
+
+
+def test_memory_of_keys_may_change_before_the_first_derivative_only() -> None:
+    torch.manual_seed(0)
+    memory, labels = torch.randn(8, 3), torch.arange(8) % 4
+    queries = torch.randn(4, 3).requires_grad_()
+    loss = supervised_contrast(queries, memory, labels[:4], labels, torch.tensor(1.0))
+    expected = torch.autograd.grad(loss, queries, retain_graph=True)[0]
+    memory.zero_()
+    assert torch.equal(torch.autograd.grad(loss, queries, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match=r"keys or labels were changed in place .* pass a copy"):
+        torch.autograd.grad(loss, queries, create_graph=True)
+    with torch.inference_mode():
+        keys = torch.randn(8, 3)
+    loss = supervised_contrast(queries, keys, labels[:4], labels, torch.tensor(1.0))
+    assert torch.autograd.grad(loss, queries, create_graph=True)[0].requires_grad
