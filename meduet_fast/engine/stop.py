@@ -26,6 +26,7 @@ from .distributed import World, launched
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOOK_S = 0.5  # between two looks of the watching thread
+OVER = b"\0"  # no signal's number: tells the thread to end
 LAST_WORDS_S = 3.0  # a process that can't even say why it ends does so after that
 
 
@@ -68,8 +69,9 @@ class StopRequest:
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.close(self._wakeup)
+        os.write(self._wakeup, OVER)  # to close it would not do: forked readers have it, too
         self._watching.join()
+        os.close(self._wakeup)
         os.close(self._received)
 
     def at(self, doing: str) -> None:
@@ -86,7 +88,7 @@ class StopRequest:
         while True:
             if select.select([self._received], [], [], LOOK_S)[0]:
                 numbers = os.read(self._received, 100)
-                if not numbers:
+                if OVER in numbers:
                     return
                 requests.extend((number, time.monotonic()) for number in numbers if number in SIGNALS)
             doing, since, now = self._doing, self._since, time.monotonic()

@@ -82,6 +82,19 @@ def test_one_that_comes_further_is_left_alone(tmp_path: Path, capfd: pytest.Capt
     assert in_child(tmp_path, act, capfd, signal.SIGTERM, grace_s=0.6) == (0, "ready")
 
 
+def test_it_is_over_while_forked_processes_are_still_there(tmp_path: Path) -> None:
+    """They have whatever was open when they were forked: readers."""
+    began = time.monotonic()
+    with StopRequest(tmp_path, 25.0, 60.0):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+    assert time.monotonic() - began < 10
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def test_a_second_request_ends_one_that_hangs_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
