@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
+from meduet_fast.data.folders import LeftOut
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
@@ -25,7 +26,7 @@ from meduet_fast.data.transforms import TransformConfig, load_volume
 from meduet_fast.errors import UserError
 from meduet_fast.prepare import prepare as prepare_module
 from meduet_fast.prepare.prepare import PrepareConfig, prepare, prepare_volumes
-from meduet_fast.prepare.update import PrepareSummary, format_summary
+from meduet_fast.prepare.update import PrepareSummary, format_summary, locate
 
 RULE = IntensityRule("ct_window", 0.0, 1000.0)
 CONFIG = PrepareConfig(transform=TransformConfig(spacing=1.5, max_size=(64, 64, 64), min_size=16))
@@ -402,3 +403,32 @@ def test_twenty_kills_never_leave_a_broken_store(tmp_path: Path) -> None:
     assert seen["upgrades"] >= 1 + 3  # the index, the latents
     assert len(set(seen["entries"])) >= 3, "the kills were not spread over the work"
     assert seen["final"] == seen["volumes"]
+
+
+def test_a_rule_by_the_values_is_kept_and_told(store: Path, tmp_path: Path) -> None:
+    voxels = np.full((24, 24, 24), -1000, np.int16)
+    voxels[3:-3, 3:-3, 3:-3] = np.random.default_rng(0).integers(-100, 200, (18, 18, 18))
+    nib.save(nib.Nifti1Image(voxels, np.diag([1.5, 1.5, 1.5, 1.0])), tmp_path / "a.nii.gz")
+    looked = [replace(entry(tmp_path / "a.nii.gz"), intensity=None)]
+    for state in (("a", "", "", 0), ("", "a", "", 0)):
+        summary = run(looked, store)
+        assert outcome(summary) == state
+        assert "CT by its values, ct_window [-175, 250]" in format_summary(summary)
+    metadata = LatentStore.open(store).metadata(0)
+    assert json.loads(metadata["intensity"]) == {"kind": "ct_window", "low": -175, "high": 250}
+
+
+def test_only_what_was_asked_for_makes_a_summary_incomplete(store: Path) -> None:
+    summary = run([], store)
+    summary.left_out = [LeftOut(Path("a.mgz"), "of a format that is not read")]
+    assert summary.complete
+    assert "1 left out" in format_summary(summary)
+    assert "left out: a.mgz: of a format that is not read" in format_summary(summary)
+    summary.left_out.append(LeftOut(Path("b.mgz"), "of a format that is not read", asked=True))
+    assert not summary.complete
+
+
+def test_the_source_of_a_volume_can_be_written_and_does_not_depend_on_how_it_is_typed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert locate(tmp_path / "link/a.nii") == locate(tmp_path / "a.nii") == str(tmp_path / "a.nii")
+    assert locate(tmp_path / os.fsdecode(b"K\xf6ln\n.nii")) == str(tmp_path / r"K\xf6ln\n.nii")
