@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import locale
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,16 @@ def _simple_itk(path: Path) -> ModuleType:
     return SimpleITK
 
 
+@contextmanager
+def _locale_kept() -> Iterator[None]:
+    """Put the process's locale back: GDCM leaves it at C, in which Python opens text files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
 def _reason(error: Exception) -> str:
     """Return the last words of ITK, which come behind its own file and line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -58,6 +70,7 @@ def itk_files(path: Path) -> tuple[Path, ...]:
     return (path,) if named[1] == "LOCAL" else (path, path.parent / named[1])
 
 
+@_locale_kept()
 def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read one 3D volume of a file.
 
@@ -121,6 +134,7 @@ def _nrrd_header(path: Path) -> dict[str, str]:
     return fields
 
 
+@_locale_kept()
 def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read the one series of slices in a folder; what is no image in it (reports, contours) is left out.
 

@@ -13,7 +13,7 @@ from meduet_fast.settings import FROM_0, SHARE, Range, check_numbers
 
 from .losses import ObjectiveConfig
 
-MOST_OF_START = 0.5  # of its random start may be left in a teacher that is of use
+MOST_OF_START = 0.5  # of what it began with may be left in a teacher that is of use
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def doubts(
     kept = math.prod(cosine(teacher_momentum, final_teacher_momentum, step / last) for step in range(steps))
     if kept > MOST_OF_START:
         found.append(
-            f"the teacher keeps {100 * kept:.0f} % of what it began from (random weights, or --init) over "
-            f"the {steps} steps: lower optimizer.teacher_momentum ({teacher_momentum}) and "
+            f"the teacher keeps {100 * kept:.0f} % of what it began with over the {steps} steps (without "
+            f"--init, random weights): lower optimizer.teacher_momentum ({teacher_momentum}) and "
             f"optimizer.final_teacher_momentum ({final_teacher_momentum}), or train longer"
         )
     return found

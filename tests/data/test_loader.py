@@ -6,7 +6,6 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,29 +154,17 @@ def test_a_reader_that_hangs_is_named_after_the_time_out(
     assert list(stream) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
-def test_a_killed_reader_is_told_and_damaged_latents_are_named(
-    batches: CropBatches, number: signal.Signals
-) -> None:
-    path, before = batches.store.path, children()
-
-    def lose(workers: int, damage: Callable[[], object] = lambda: None) -> str:
-        stream = iter(crop_loader(batches, total_steps=50, workers=workers, timeout_s=20))
-        for _ in range(workers):  # all are at work
-            next(stream)
-        for reader in children() - before:
-            os.kill(int(reader), number)
-        damage()
-        with pytest.raises(UserError) as raised:
-            list(stream)
-        return str(raised.value)
-
-    killed = rf"^{re.escape(str(path))}: a reader of latents was killed by signal {signal.strsignal(number)} "
-    for workers in (1, 3):
-        assert re.search(killed + r"\(out of memory\?\)$", lose(workers))
-    damaged = path / batches.store.entries[0].file
-    cut = partial(os.truncate, damaged, damaged.stat().st_size - 1)
-    assert re.search(killed + rf"\({re.escape(str(damaged))}: .*truncated", lose(2, cut))
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_reader_is_told(batches: CropBatches, workers: int) -> None:
+    before = children()
+    stream = iter(crop_loader(batches, total_steps=50, workers=workers, timeout_s=20))
+    for _ in range(workers):  # all are at work
+        next(stream)
+    for reader in children() - before:
+        os.kill(int(reader), signal.SIGKILL)
+    killed = f"{batches.store.path}: a reader of latents was killed by signal Killed (out of memory?)"
+    with pytest.raises(UserError, match=f"^{re.escape(killed)}$"):
+        list(stream)
 
 
 def test_what_goes_wrong_in_a_reader_is_raised_here(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import locale
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,10 @@ def test_an_offset_inside_the_header_of_a_file_of_odd_length_is_refused(
 
 
 @pytest.fixture
-def sitk() -> Any:
-    return pytest.importorskip("SimpleITK")
+def sitk() -> Iterator[Any]:
+    before = locale.setlocale(locale.LC_ALL)
+    yield pytest.importorskip("SimpleITK")
+    locale.setlocale(locale.LC_ALL, before)  # which DICOM's writer changes
 
 
 def itk_image(sitk: Any, voxels: np.ndarray = VOXELS) -> Any:
@@ -277,7 +280,9 @@ def along_z(*heights: float) -> list[tuple[float, float, float]]:
 def test_a_dicom_series(tmp_path: Path, sitk: Any) -> None:
     dicom(sitk, tmp_path / "s", along_z(4.5, 0.0, 3.0, 1.5))
     (tmp_path / "s" / "notes.txt").write_text("not an image", encoding="utf-8")
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
     scan = read_scan(tmp_path / "s")
+    assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"  # in C Python would open files as ASCII
     assert scan.voxels.shape == (6, 5, 4)
     first = scan.voxels[0, 0, 0]
     np.testing.assert_array_equal(scan.voxels[0, 0] - first, [0, 200, 100, -100])  # by height, not by number

@@ -56,7 +56,7 @@ def test_an_error_is_one_line_of_each_process(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
-    said = "nowhere: not a latent store (index.json not found); make one with `meduet-fast prepare`"
+    said = "nowhere: not a latent store (index.jsonl not found); make one with `meduet-fast prepare`"
     wanted = {f"meduet-fast pretrain: rank {rank} of 2: {said}" for rank in range(2)}
     lines = ended.stderr.splitlines()
     assert 1 <= len(lines) <= 2  # the launcher may end the second before it has spoken

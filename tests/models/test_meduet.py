@@ -61,7 +61,7 @@ def test_sizes_that_do_not_fit() -> None:
         ({"latent_size": 12}, "27 tokens, expected an even number"),
         ({"num_heads": 7}, "embed_dim 768 is not a multiple of num_heads 7"),
         ({"embed_dim": 32, "num_heads": 4}, "embed_dim 32 is not a multiple of 6"),
-        ({"depth": 0}, "depth is 0, expected a positive number"),
+        ({"depth": 0}, "depth: found 0, expected more than 0"),
         ({"style_ratio": 1e-9}, "leaves no style"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -134,7 +134,7 @@ def test_the_published_widths_have_the_published_heads() -> None:
 @pytest.mark.parametrize(
     ("beside", "given", "message"),
     [
-        ({}, {"num_heads": 0, "decoder_num_heads": 1}, "num_heads is 0, expected a positive number"),
+        ({}, {"num_heads": 0, "decoder_num_heads": 1}, "num_heads: found 0, expected more than 0"),
         ({"config": asdict(SMALL)}, {"num_heads": 4}, "num_heads is 4, the weights were made with 2"),
         (
             {"config": asdict(SMALL)},

@@ -229,7 +229,10 @@ def test_what_is_hardly_meant_is_said(
     plan = format_plan(config, tmp_path / "st")
     pretrain(tmp_path / "st", tmp_path / "run", config)
     said = capsys.readouterr().err
-    for words in ("the store has one domain", "the teacher keeps 100 % of its random start over the 1 steps"):
+    for words in (
+        "the store has one domain",
+        "the teacher keeps 100 % of what it began with over the 1 steps",
+    ):
         assert f"warning     {words}" in plan or f"            {words}" in plan
         assert f"warning: {words}" in said
 
@@ -238,7 +241,9 @@ def test_a_teacher_that_keeps_its_start() -> None:
     """As the product of all momenta says; half of it is the limit."""
     assert doubts(10, 0.9, 0.9, 2) == []  # 0.9^10 = 0.35
     [kept] = doubts(6, 0.9, 0.9, 2)
-    assert kept.startswith("the teacher keeps 53 % of its random start over the 6 steps: lower")
+    assert kept.startswith(
+        "the teacher keeps 53 % of what it began with over the 6 steps (without --init, random weights): lower"
+    )
     assert doubts(7, 0.9, 0.9, 2) == []  # 0.48
     assert doubts(100_000, 0.0, 1.0, None) == []
     assert len(doubts(1, 0.99, 0.99, 1)) == 2
