@@ -125,6 +125,7 @@ def update_store(
     writer.drop(summary.removed)
     failed: dict[str, VolumeError] = {}
     metadata: dict[str, Mapping[str, str]] = {}
+    upgraded: dict[str, bool] = {}
 
     listed = [volume for volume in volumes if volume.name in writer.entries]
     labels = {name: (entry.domain, entry.body_part) for name, entry in writer.entries.items()}
@@ -138,8 +139,7 @@ def update_store(
             if entry.content_key != key:
                 stale.append(volume.name)
                 continue
-            metadata[volume.name], upgraded = writer.upgrade(volume.name)
-            summary.upgraded += [volume.name] * upgraded
+            metadata[volume.name], upgraded[volume.name] = writer.upgrade(volume.name)
         except VolumeError as error:
             failed[volume.name] = error
         except UserError:
@@ -163,6 +163,7 @@ def update_store(
             summary.failed.append((failed[volume.name].path, failed[volume.name].reason))
         elif volume.name in up_to_date:
             summary.up_to_date.append(volume.name)
+            summary.upgraded += [volume.name] * upgraded[volume.name]
         else:
             summary.written.append(volume.name)
         if volume.name in metadata:

@@ -74,9 +74,9 @@ def format_plan(
 
     with torch.device("meta"):
         task = MeDUETPretraining(config)
+    check_start(task, config, output, identity, resume, processes)
     rows += find_beginning(init, task.student, output, resume).rows
     rows += describe_run(task, config, processes, local, losses)
-    check_start(task, config, output, identity, resume, processes)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
     listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
     total = si(estimate.total, "B")

@@ -70,6 +70,9 @@ class ObjectiveConfig:
         check_numbers(self, FROM_0, "lambda_domain", "lambda_mftd", "lambda_siqc", "lambda_content")
 
 
+PUBLISHED = ObjectiveConfig()  # made here: torch.compile can't trace the checks of a configuration
+
+
 def _check_inputs(latents: Tensor, domain: Tensor, mask: Tensor, model: MeDUET, check_values: bool) -> None:
     batch = latents.shape[0]
     if batch == 0 or batch % 2:
@@ -116,7 +119,7 @@ def pretraining_losses(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    config = config or ObjectiveConfig()
+    config = config or PUBLISHED
     _check_inputs(latents, domain, mask, student, check_values)
     index = build_mix_index(mask, check_values)
     domains = torch.cat([domain, domain.flip(0)])  # (2B,)

@@ -32,8 +32,9 @@ def config(tiny_config: PretrainConfig) -> PretrainConfig:
     return replace(tiny_config, siqc_start_step=2, mftd_start_step=4, steps=10, checkpoint_every=10)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("recompute", "backend"), [(False, "aot_eager"), pytest.param(True, "inductor", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_give_the_same_losses_and_are_compiled_once(
     tiny_store: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     recompute: bool, backend: str,

@@ -59,11 +59,13 @@ FAULTS = [
     ("a bad batch", 4, 4, r"at step 5: reconstruction is nan.*checkpoint is .*/[24]", r"rank [02] of 3: "),
     ("a full disk", 1, 2, r"File too large; the last good checkpoint is .*/2", r"rank 1: .*File too large"),
 ]  # fmt: skip
+AT_A_CHECKPOINT = ("killed in a checkpoint", "a full disk")
 
 
-@pytest.mark.parametrize(("fault", "at", "last", "own", "others"), FAULTS, ids=[item[0] for item in FAULTS])
 @pytest.mark.parametrize(
-    "background", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "writing in background"]
+    ("fault", "at", "last", "own", "others", "background"),
+    [(*fault, False) for fault in FAULTS]
+    + [pytest.param(*fault, True, marks=pytest.mark.slow) for fault in FAULTS if fault[0] in AT_A_CHECKPOINT],
 )
 def test_one_fails_all_end_and_say_why(
     tiny_store: Path, config: PretrainConfig, whole: Path, tmp_path: Path,

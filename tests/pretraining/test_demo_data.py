@@ -54,8 +54,7 @@ def alone(store: Path, config: PretrainConfig, tmp_path_factory: pytest.TempPath
     return train_alone(store, tmp_path_factory.mktemp("demo") / "alone", config)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("parallel", "size"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4)])
 def test_many_give_the_losses_of_one(
     alone: Path, store: Path, config: PretrainConfig, tmp_path: Path, parallel: str, size: int
 ) -> None:
