@@ -231,6 +231,8 @@ def _join(device_name: str, timeout_s: int) -> World:
         device = select_device(f"cuda:{local_rank}")
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
+    # Connects two processes when they first talk: not all with all, three times, on a machine of many.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         dist.init_process_group(
@@ -241,6 +243,7 @@ def _join(device_name: str, timeout_s: int) -> World:
             timeout=timeout,
         )
         control, writing = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        dist.barrier(control)  # who is absent is found out here
         return World(device, rank, size, local_size, dist.PrefixStore("run", store), control, writing)
     except (RuntimeError, ValueError) as error:
         raise UserError(
