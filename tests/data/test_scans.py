@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import locale
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -198,27 +199,104 @@ def test_itk_voxels_are_those_of_the_same_nifti(tmp_path: Path, sitk: Any) -> No
     check(read_scan(tmp_path / "a.nii.gz"))
 
 
-def test_an_nrrd_in_ras_coordinates(tmp_path: Path) -> None:
+COLUMNS = " ".join(f"({','.join(map(str, column))})" for column in AFFINE[:3, :3].T)
+ORIGIN = f"space origin: ({','.join(map(str, AFFINE[:3, 3]))})\n"
+DIRECTIONS = f"space directions: {COLUMNS}\n{ORIGIN}"
+RAS = "space: right-anterior-superior\n"
+
+
+def nrrd(path: Path, fields: str) -> Path:
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nendian: little\nencoding: raw\n{fields}\n"
+    path.write_bytes(header.encode() + VOXELS.tobytes(order="F"))
+    return path
+
+
+@pytest.mark.parametrize("space", ["right-anterior-superior", "Right Anterior Superior", "RAS", "ras"])
+@pytest.mark.parametrize("more", ["kinds: domain domain domain\n", 'space units: "mm" "mm" "mm"\n'])
+def test_an_nrrd_in_ras_coordinates(tmp_path: Path, space: str, more: str) -> None:
     pytest.importorskip("SimpleITK")
-    columns = " ".join(f"({','.join(map(str, column))})" for column in AFFINE[:3, :3].T)
-    header = (
-        "NRRD0004\ntype: short\ndimension: 3\nspace: right-anterior-superior\nsizes: 7 6 5\n"
-        f"space directions: {columns}\nkinds: domain domain domain\nendian: little\nencoding: raw\n"
-        f"space origin: ({','.join(map(str, AFFINE[:3, 3]))})\n"
-    )
-    path = tmp_path / "a.nrrd"
-    path.write_bytes(header.encode() + b"\n" + VOXELS.tobytes(order="F"))
-    check(read_scan(path))
-    path.write_bytes(header.encode() + b'space units: "um" "um" "um"\n\n' + VOXELS.tobytes(order="F"))
-    with pytest.raises(VolumeError, match="found the unit of length um, expected mm"):
-        read_scan(path)
-    spaceless = header.replace("space: right-anterior-superior", "space dimension: 3")
-    path.write_bytes(spaceless.encode() + b"\n" + VOXELS.tobytes(order="F"))
-    assert "no orientation" in read_scan(path).notes[0]
-    path.write_bytes(header.encode() + b"data file: a.raw\n\n")
-    (tmp_path / "a.raw").write_bytes(VOXELS.tobytes(order="F"))
+    check(read_scan(nrrd(tmp_path / "a.nrrd", f"space: {space}\n{DIRECTIONS}{more}")))
+
+
+def test_an_nrrd_without_a_space_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    for fields in (f"space dimension: 3\n{DIRECTIONS}", 'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n'):
+        assert "no orientation" in read_scan(nrrd(tmp_path / "a.nrrd", fields)).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (RAS + DIRECTIONS + 'space units: "um" "um" "um"\n', "found the unit of length um, expected mm"),
+        (RAS + DIRECTIONS + 'space units: "mm" "mm" "um"\n', "found the unit of length um, expected mm"),
+        ('spacings: 2 2 2\nunits: "um" "um" "um"\n', "found the unit of length um, expected mm"),
+        ('spacings: 2 2 2\nunits: "" "" "um"\nkinds: space space space\n', "unit of length um"),
+        ("", "found no spacing in the header, expected positive numbers of mm"),
+        ("spacings: -2 2 2\n", "found the spacing -2 2 2 in the header"),
+        ("spacings: nan nan nan\n", "found the spacing nan nan nan in the header"),
+        (RAS, "found no spacing in the header"),
+        (RAS + "space directions: none none none\n", "found the space directions none none none"),
+        ("space: 3D-right-handed\n" + DIRECTIONS, "found the space 3D-right-handed, expected right-ant"),
+        ("space: scanner-xyz\n" + DIRECTIONS, "found the space scanner-xyz, expected right-anterior-sup"),
+    ],
+)
+def test_an_nrrd_that_does_not_state_its_geometry_is_refused(
+    tmp_path: Path, fields: str, reason: str
+) -> None:
+    pytest.importorskip("SimpleITK")
+    with pytest.raises(VolumeError, match=reason):
+        read_scan(nrrd(tmp_path / "a.nrrd", fields))
+
+
+def test_an_nrrd_header_without_voxels_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    nrrd(tmp_path / "a.raw", "").write_bytes(VOXELS.tobytes(order="F"))
     with pytest.raises(VolumeError, match="an NRRD header without voxels"):
-        read_scan(path)
+        read_scan(nrrd(tmp_path / "a.nrrd", f"{RAS}{DIRECTIONS}data file: a.raw\n"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ("ElementSpacing = 2 3 4", None),
+        ("ElementSize = 2 3 4", None),
+        ("ElementSpacing: 2 3 4", None),
+        ("ElementSize = 1 1 1\nElementSpacing = 2 3 4", None),
+        ("Comment = none", "no spacing"),
+        ("elementspacing = 2 3 4", "no spacing"),
+        ("ElementSpacing = -2 3 4", "the spacing -2 3 4"),
+        ("ElementSize = 2 3 -4", "the spacing 2 3 -4"),
+    ],
+)
+def test_a_metaimage_states_its_spacing(tmp_path: Path, fields: str, found: str | None) -> None:
+    pytest.importorskip("SimpleITK")
+    path = tmp_path / "a.mha"
+    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}\n"
+    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    if found is None:
+        np.testing.assert_array_equal(read_scan(path).affine, np.diag([-2, -3, 4, 1]))
+    else:
+        with pytest.raises(VolumeError, match=f"found {found} in the header, expected positive numbers of"):
+            read_scan(path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_itk_ends_the_process(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    odd = os.fsdecode(b"K\xf6ln")
+    nrrd(tmp_path / f"{odd}.nrrd", RAS + DIRECTIONS)
+    (tmp_path / "a.mhd").write_bytes(b"NDims = 3\nElementDataFile = K\xf6ln.raw\n")
+    for folder in (odd, "slices"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "slices" / f"{odd}.dcm").touch()
+    for name, said in (
+        (f"{odd}.nrrd", ""),
+        (odd, ""),
+        ("a.mhd", f"{odd}.raw: "),
+        ("slices", f"{odd}.dcm: "),
+    ):
+        with pytest.raises(VolumeError) as caught:
+            read_scan(tmp_path / name)
+        assert caught.value.reason == f"{said}the name is not UTF-8, which ITK cannot open: rename it"
 
 
 def test_a_channel_of_an_itk_file(tmp_path: Path, sitk: Any) -> None:
