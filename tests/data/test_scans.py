@@ -164,6 +164,39 @@ def test_an_offset_inside_the_header_of_a_file_of_odd_length_is_refused(
         read_scan(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "code", "value", "reason"),
+    [
+        (70, "h", 16, r"found 16 bits per voxel, but voxels of type float32"),
+        (70, "h", 2, r"found 16 bits per voxel, but voxels of type uint8"),
+        (72, "h", 32, r"found 32 bits per voxel, but voxels of type int16"),
+        (46, "h", 4, r"found 84 bytes behind the voxels, more than a slice: the shape \(7, 6, 4\)"),
+        (42, "h", 3, r"found 240 bytes behind the voxels"),
+        (70, "2h", (2, 8), r"found 210 bytes behind the voxels.* or the voxel type uint8"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_of_another_type_or_shape_than_the_voxels_is_refused(
+    tmp_path: Path, field: int, code: str, value: Any, reason: str, packed: bool
+) -> None:
+    content = bytearray(save(tmp_path / "a.nii").read_bytes())
+    struct.pack_into(f"<{code}", content, field, *np.ravel(value).tolist())
+    path = tmp_path / ("b.nii.gz" if packed else "b.nii")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(VolumeError, match=reason):
+        read_scan(path)
+
+
+def test_a_few_bytes_behind_the_voxels_are_noted_and_absent_bits_are_not(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<h", content, 72, 0)
+    path.write_bytes(content)
+    check(read_scan(path))
+    path.write_bytes(content + bytes(83))
+    assert read_scan(path).notes == ("83 bytes behind the voxels, less than a slice, were ignored",)
+
+
 # --- ITK -------------------------------------------------------------------------------------------
 
 
