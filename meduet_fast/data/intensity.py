@@ -23,7 +23,8 @@ MIN_INSIDE = 0.005  # strictly inside the CT window
 MAX_SATURATED = 0.8  # at the upper end, of those above the lower end
 MAX_LABELS = 1024  # different values of a label map
 EQUAL_NEIGHBOURS = 0.75  # of a label map, background apart
-FEW_VALUES = 16  # whole numbers from 0 that are taken for labels whatever their pattern
+FEW_VALUES = 16  # different values that are taken for labels whatever their pattern
+MAX_CLIPPED = 0.003  # at the maximum of a magnitude image
 SAMPLE = 1 << 21  # voxels, on a regular grid, that are looked at
 
 
@@ -105,7 +106,7 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
     """
     step = math.ceil((voxels.size / SAMPLE) ** (1 / 3))
     sample = voxels[::step, ::step, ::step].ravel()  # (N,)
-    _refuse_labels(path, voxels, sample)
+    _refuse_labels(path, voxels, sample, stated)
     rule = stated or _choose_rule(path, sample, float(voxels.max()))
     if rule.kind == "ct_window" and rule.low < 0 < rule.high and _looks_stored(sample):
         raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample)}")
@@ -139,13 +140,22 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
     return rule
 
 
-def _refuse_labels(path: Path, voxels: np.ndarray, sample: np.ndarray) -> None:
-    """Refuse two-valued images, and label maps: few whole numbers from 0 on, in patches."""
+def _refuse_labels(path: Path, voxels: np.ndarray, sample: np.ndarray, stated: IntensityRule | None) -> None:
+    """Refuse two-valued images, and label maps: few values, or whole numbers from 0 on in patches.
+
+    Few values that are not such numbers may be a drawn scan if a window is stated, which fits or does not.
+    """
     values, counts = np.unique(sample, return_counts=True)
     first, last = voxels.min(), voxels.max()
     if len(values) <= 2 and np.all((voxels == first) | (voxels == last)):
         raise VolumeError(path, f"a mask, not a scan: every voxel is {first:g} or {last:g}")
-    if len(values) > MAX_LABELS or first < -1 or not np.array_equal(values, np.rint(values)):
+    if first < -1 or not np.array_equal(values, np.rint(values)):
+        if 1 < len(values) <= FEW_VALUES and (stated is None or stated.kind == "mr_percentile"):
+            raise VolumeError(
+                path, f"a label map, not a scan: {len(values)} different values from {first:g} to {last:g}"
+            )
+        return
+    if len(values) > MAX_LABELS:
         return
     background = values[counts.argmax()]
     planes = voxels[:, :, :: math.ceil(voxels.size / SAMPLE)]  # (X, Y, some of Z)
@@ -204,11 +214,10 @@ def _looks_hounsfield(sample: np.ndarray) -> bool:
 def _looks_magnitude(sample: np.ndarray, last: float) -> bool:
     """Tell whether the values grow from a dark background at 0, as a magnitude image's or a PET's do.
 
-    What was scaled to [0, 1], to 8 bits, or clipped, may have been anything before.
+    What was scaled to [0, 1], to 8 bits, or clipped at the top, may have been anything before.
     """
     first, high = sample.min(), np.percentile(sample, 99.5)
-    byte = first == 0 and last == 255 and np.array_equal(sample, np.rint(sample))
-    scaled = last <= 1.5 or byte or np.mean(sample == last) > 0.01
+    scaled = last <= 1.5 or (first == 0 and last == 255) or np.mean(sample == last) > MAX_CLIPPED
     undershoot = np.mean(sample < 0) < 0.02 and first > -0.2 * last  # of a resampling
     return bool(not scaled and undershoot and np.mean(sample <= 0.05 * high) > 0.01)
 

@@ -6,6 +6,7 @@ import locale
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,11 @@ ROWS, COLUMNS, FRAMES = "0028|0010", "0028|0011", "0028|0008"
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
 SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
 META_UNIT = "ITK_VoxelUnits"  # of a MetaImage, as ITK calls it
+# Of an NRRD, where ITK turns the axes as they say; others (with time, of the scanner) it takes for the last.
+SPACES = re.compile("(ra|la|lp)s|(rightanterior|leftanterior|leftposterior)superior")
+SPATIAL_KINDS = ("", "domain", "space", "???")  # of an NRRD's axes
+QUOTED = '"([^"]*)"'  # a unit of an NRRD
+MILLIMETRES = ("mm", "", "???")
 SLICE_STEP = 0.02  # relative: steps between slices that differ by more are a gap
 TILT = np.cos(np.deg2rad(1.0))  # cosine between the slices' normal and the way from slice to slice
 
@@ -60,14 +66,22 @@ def itk_files(path: Path) -> tuple[Path, ...]:
     if not path.name.lower().endswith(".mhd"):
         return (path,)
     try:
-        header = path.read_text(encoding="latin-1")
+        named = _read_header(path).get("ElementDataFile")
     except OSError as error:
         raise VolumeError(path, f"cannot be read: {error.strerror or error}") from error
-    named = re.search(r"^\s*ElementDataFile\s*=\s*(.+?)\s*$", header, re.MULTILINE)
-    if named is None or named[1].split()[0] == "LIST" or "%" in named[1]:
-        found = "none" if named is None else repr(named[1])
+    if not named or named.split()[0] == "LIST" or "%" in named:
+        found = repr(named) if named else "none"
         raise VolumeError(path, f"found {found} for ElementDataFile, expected the name of one file")
-    return (path,) if named[1] == "LOCAL" else (path, path.parent / named[1])
+    return (path,) if named == "LOCAL" else (path, path.parent / named)
+
+
+def _check_name(path: Path, file: Path) -> None:
+    """Refuse a name that ends the process when ITK is given it."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        inside = f"{file.name}: " if file != path else ""
+        raise VolumeError(path, f"{inside}the name is not UTF-8, which ITK cannot open: rename it") from None
 
 
 @_locale_kept()
@@ -78,10 +92,12 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
         Voxels (X, Y, Z) float32, the affine (4, 4) float64 from voxel index to RAS position in mm, and notes.
 
     Raises:
-        VolumeError: ITK can't read it, or it holds no single volume of real numbers, or its unit is not mm.
+        VolumeError: ITK can't read it, or it holds no single volume of real numbers, or its header states no
+            spacing in mm, or axes that are not anatomical.
     """
     sitk = _simple_itk(path)
     for file in itk_files(path):
+        _check_name(path, file)
         try:
             with file.open("rb"):
                 pass
@@ -94,19 +110,13 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
         image = reader.Execute()
     except RuntimeError as error:
         raise VolumeError(path, f"ITK cannot read it: {_reason(error)}") from error
-    notes: tuple[str, ...] = ()
+    header = _read_header(path)
     if path.suffix.lower() == ".nrrd":
-        header = _nrrd_header(path)
-        unit = header.get("space units", "mm").split()[0].strip('"')
-        if header.get("data file") or header.get("datafile"):
-            raise VolumeError(path, "an NRRD header without voxels; join them in one file")
-        if "space" not in header:
-            notes = ("no orientation in the header (no space): x is taken to run from right to left, y to "
-                     "the back, z to the head",)  # fmt: skip
+        notes = _check_nrrd(path, {key.lower(): value for key, value in header.items()})
     else:
-        unit = image.GetMetaData(META_UNIT) if image.HasMetaDataKey(META_UNIT) else "mm"
-    if unit not in ("mm", "", "???"):
-        raise VolumeError(path, f"found the unit of length {unit}, expected mm")
+        notes = ()
+        _check_spacing(path, header.get("ElementSpacing", header.get("ElementSize")))
+        _check_units(path, [image.GetMetaData(META_UNIT)] if image.HasMetaDataKey(META_UNIT) else [])
     voxels = sitk.GetArrayViewFromImage(
         image
     )  # axes backwards: (T, Z, Y, X) or (Z, Y, X), and components behind
@@ -124,14 +134,64 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
     return _real(path, voxels), _affine(image), notes
 
 
-def _nrrd_header(path: Path) -> dict[str, str]:
-    """Read the fields of an NRRD's header, which ends with an empty line; ITK does not tell them all."""
+def _read_header(path: Path) -> dict[str, str]:
+    """Read the fields of a text header, of which ITK does not tell all.
+
+    A MetaImage's ends with ElementDataFile, an NRRD's with an empty line.
+    """
     fields: dict[str, str] = {}
     with path.open("rb") as stream:
-        while (line := stream.readline(1 << 16).decode("latin-1").strip()) and len(fields) < 1000:
-            key, _, value = line.partition(":")
-            fields[key.strip().lower()] = value.strip()
+        while (line := stream.readline(1 << 16)) and len(fields) < 1000 and "ElementDataFile" not in fields:
+            key, *value = re.split("[:=]", line.decode("utf-8", "surrogateescape").strip(), maxsplit=1)
+            if not key and path.suffix.lower() == ".nrrd":
+                break
+            fields[key.strip()] = "".join(value).strip()
     return fields
+
+
+def _check_nrrd(path: Path, header: dict[str, str]) -> tuple[str, ...]:
+    """Refuse an NRRD's header that ITK takes for more than it says; returns notes."""
+    if header.get("data file") or header.get("datafile"):
+        raise VolumeError(path, "an NRRD header without voxels; join them in one file")
+    space = header.get("space")
+    if space is not None and not SPACES.fullmatch(re.sub("[-_ ]", "", space.lower())):
+        raise VolumeError(
+            path,
+            f"found the space {space}, expected right-anterior-superior, left-anterior-superior or "
+            "left-posterior-superior",
+        )
+    directions = header.get("space directions")
+    if directions is None:
+        _check_spacing(path, header.get("spacings"))
+    elif directions.count("(") < 3:
+        raise VolumeError(path, f"found the space directions {directions}, expected three vectors")
+    _check_units(path, re.findall(QUOTED, header.get("space units", "")))
+    axes = zip_longest(
+        re.findall(QUOTED, header.get("units", "")), header.get("kinds", "").split(), fillvalue=""
+    )
+    _check_units(path, [unit for unit, kind in axes if kind.lower() in SPATIAL_KINDS])
+    if space is not None:
+        return ()
+    return ("no orientation in the header (no space): x is taken to run from right to left, y to the back, "
+            "z to the head",)  # fmt: skip
+
+
+def _check_spacing(path: Path, stated: str | None) -> None:
+    """Refuse a spacing that is missing, which ITK takes for 1, or negative, which mirrors an axis."""
+    try:
+        numbers = np.array([float(word) for word in (stated or "").split()])
+    except ValueError:
+        numbers = np.empty(0)
+    positive = np.isfinite(numbers) & (numbers > 0)  # an axis of channels has NaN
+    if positive.sum() < 3 or (numbers <= 0).any():
+        found = "no spacing" if stated is None else f"the spacing {stated}"
+        raise VolumeError(path, f"found {found} in the header, expected positive numbers of mm")
+
+
+def _check_units(path: Path, units: Sequence[str]) -> None:
+    for unit in units:
+        if unit not in MILLIMETRES:
+            raise VolumeError(path, f"found the unit of length {unit}, expected mm")
 
 
 @_locale_kept()
@@ -143,10 +203,17 @@ def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         voxel index to RAS position in mm.
 
     Raises:
-        VolumeError: no series or several; slices that are missing, doubled, unevenly spaced, of several sizes
-            or orientations, or shifted against each other (a tilted gantry).
+        VolumeError: a name that is not UTF-8; no series or several; slices that are missing, doubled,
+            unevenly spaced, of several sizes or orientations, or shifted against each other (a tilted
+            gantry).
     """
     sitk = _simple_itk(folder)
+    _check_name(folder, folder)
+    try:
+        for file in folder.iterdir():
+            _check_name(folder, file)
+    except OSError as error:
+        raise VolumeError(folder, f"cannot be read: {error.strerror}") from error
     sitk_reader = sitk.ImageSeriesReader()
     found: dict[str, list[tuple[str, dict[str, str]]]] = {}
     for series in sitk_reader.GetGDCMSeriesIDs(str(folder)):

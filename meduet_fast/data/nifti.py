@@ -49,7 +49,7 @@ def nifti_files(path: Path) -> tuple[Path, ...]:
     return (path, found[0]) if ending.startswith(".hdr") else (found[0], path)
 
 
-def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, Geometry]:
+def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read one 3D volume: NIfTI-1 or -2, one file or a pair, plain or packed.
 
     Args:
@@ -57,13 +57,15 @@ def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, Geom
         channel: position on the fourth axis; may be left out where that is 1 long.
 
     Returns:
-        Voxels, (X, Y, Z) float32 with the header's scaling applied; and where they lie.
+        Voxels (X, Y, Z) float32 with the header's scaling applied, the affine (4, 4) float64 from voxel index
+        to RAS position in mm, and notes.
 
     Raises:
         VolumeError: if the file cannot be read, is no NIfTI, is truncated or damaged, or is not 3D (a fourth
-            axis of one is fine); if its voxels are no real numbers; if its geometry is not certain.
+            axis of one is fine); if its voxels are no real numbers; if its geometry is not certain; if a
+            slice's worth of bytes or more follows the voxels.
     """
-    file, header, shape = _read_header(path)
+    file, header, shape, dtype = _read_header(path)
     geometry = decide_geometry(path, header)
     channels = shape[3] if len(shape) > 3 else 1
     if channel is None and channels > 1:
@@ -71,19 +73,13 @@ def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, Geom
     if channel is not None and not 0 <= channel < channels:
         raise VolumeError(path, f"found the shape {shape}, expected a channel {channel} on the fourth axis")
     try:
-        dtype = header.get_data_dtype()
-    except KeyError as error:
-        raise VolumeError(path, f"damaged NIfTI header: voxel type {error} is unknown") from error
-    if dtype.kind not in "iuf":
-        raise VolumeError(path, f"found voxels of type {dtype}, expected integers or floats")
-    try:
         slope, intercept = (default if value is None else value for value, default in
                             zip(header.get_slope_inter(), (1.0, 0.0), strict=True))  # fmt: skip
     except HeaderDataError as error:
         raise VolumeError(path, f"damaged NIfTI header: {error}") from error
     size = math.prod(shape) * dtype.itemsize
     with _reading(path), _open(file) as stream:
-        offset = _voxel_offset(path, header, stream, size, bytes(header["magic"])[:2] == b"n+")
+        offset = _voxel_offset(path, header, stream, size)
         capacity = file.stat().st_size * (MAX_PACKING if _is_packed(file) else 1)
         if offset + size > capacity:
             raise VolumeError(
@@ -93,18 +89,33 @@ def read_nifti(path: Path, channel: int | None = None) -> tuple[np.ndarray, Geom
         stored = ArrayProxy(stream, (shape[:3], dtype, first, slope, intercept), mmap=False)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite
             voxels = np.asanyarray(stored, dtype=np.float32)  # (X, Y, Z)
-        while stream.read(1 << 20):  # gzip compares its checksum at the end only
-            pass
-    return voxels, geometry
+        stream.seek(offset + size)
+        behind = 0
+        while more := stream.read(1 << 20):  # to the end: gzip compares its checksum there only
+            behind += len(more)
+    if behind >= shape[0] * shape[1] * dtype.itemsize:
+        raise VolumeError(
+            path,
+            f"found {behind} bytes behind the voxels, more than a slice: the shape {shape} or the voxel type "
+            f"{dtype} in the header is wrong",
+        )
+    notes = (f"{behind} bytes behind the voxels, less than a slice, were ignored",) if behind else ()
+    return voxels, geometry.affine, (*geometry.notes, *notes)
 
 
-def nifti_geometry(path: Path) -> Geometry:
+def read_corrections(path: Path) -> tuple[Geometry, int | None]:
     """Read where the voxels lie, and no voxel.
+
+    Returns:
+        The geometry; and the byte where the voxels begin, if the header states another one.
 
     Raises:
         VolumeError: as :func:`read_nifti` does for a header.
     """
-    return decide_geometry(path, _read_header(path)[1])
+    file, header, shape, dtype = _read_header(path)
+    with _reading(path), _open(file) as stream:
+        offset = _voxel_offset(path, header, stream, math.prod(shape) * dtype.itemsize)
+    return decide_geometry(path, header), None if offset == float(header["vox_offset"]) else offset
 
 
 def _is_packed(file: Path) -> bool:
@@ -132,8 +143,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise VolumeError(path, reason) from error
 
 
-def _read_header(path: Path) -> tuple[Path, nib.Nifti1Header, tuple[int, ...]]:
-    """Return the file of the voxels, the header as it is in the file, and the shape.
+def _read_header(path: Path) -> tuple[Path, nib.Nifti1Header, tuple[int, ...], np.dtype]:
+    """Return the file of the voxels, the header as it is in the file, and the voxels' shape and type.
 
     nibabel mends odd headers silently when it loads a file; the raw one tells what is really in it.
     """
@@ -159,17 +170,28 @@ def _read_header(path: Path) -> tuple[Path, nib.Nifti1Header, tuple[int, ...]]:
     shape = tuple(int(size) for size in header["dim"][1 : 1 + axes])
     if len(shape) < 3 or min(shape) < 1 or any(size > 1 for size in shape[4:]):
         raise VolumeError(path, f"found the shape {shape}, expected 3 axes (one volume, one channel)")
-    return voxels, header, shape
+    try:
+        dtype = header.get_data_dtype()
+    except KeyError as error:
+        raise VolumeError(path, f"damaged NIfTI header: voxel type {error} is unknown") from error
+    if dtype.kind not in "iuf":
+        raise VolumeError(path, f"found voxels of type {dtype}, expected integers or floats")
+    bits = int(header["bitpix"])
+    if bits not in (0, 8 * dtype.itemsize):  # 0: not filled in
+        raise VolumeError(
+            path, f"damaged NIfTI header: found {bits} bits per voxel, but voxels of type {dtype}"
+        )
+    return voxels, header, shape, dtype
 
 
-def _voxel_offset(path: Path, header: nib.Nifti1Header, stream: BinaryIO, size: int, single: bool) -> int:
+def _voxel_offset(path: Path, header: nib.Nifti1Header, stream: BinaryIO, size: int) -> int:
     """Return the byte where ``size`` bytes of voxels begin.
 
     Where the header names a byte inside of itself or of its extensions, the length of the file decides: the
     voxels are its last bytes, and begin where the header or an extension ends.
     """
     stated = float(header["vox_offset"])
-    if not single:
+    if bytes(header["magic"])[:2] != b"n+":
         if not (stated.is_integer() and stated >= 0):
             raise VolumeError(path, f"damaged NIfTI header: vox_offset is {stated:g}")
         return int(stated)

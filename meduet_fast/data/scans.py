@@ -15,7 +15,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from meduet_fast.errors import VolumeError
 
 from .itk_formats import ITK_ENDINGS, itk_files, read_dicom, read_itk
-from .nifti import PAIR_ENDINGS, nifti_files, nifti_geometry, read_nifti
+from .nifti import PAIR_ENDINGS, nifti_files, read_corrections, read_nifti
 from .nifti_geometry import affine_fault
 
 NIFTI_ENDINGS = (".nii", ".nii.gz", *PAIR_ENDINGS)
@@ -113,8 +113,7 @@ def read_scan(path: Path, channel: int | None = None) -> Scan:
     name = path.name.lower()
     notes: tuple[str, ...] = ()
     if name.endswith(NIFTI_ENDINGS):
-        voxels, geometry = read_nifti(path, channel)
-        affine, notes = geometry.affine, geometry.notes
+        voxels, affine, notes = read_nifti(path, channel)
     elif name.endswith(ITK_ENDINGS):
         voxels, affine, notes = read_itk(path, channel)
     elif path.is_dir():
@@ -157,16 +156,19 @@ def scan_files(path: Path) -> tuple[Path, ...]:
         raise VolumeError(path, f"cannot be read: {error.strerror}") from error
 
 
-def corrected_affine(path: Path) -> np.ndarray | str | None:
-    """Return what a header was corrected to: an affine (4, 4), or the reason for which it is refused.
+def header_corrections(path: Path) -> dict[str, Any]:
+    """Return what a header was corrected to, for JSON.
 
-    None for a scan whose header is taken at its face value: what was prepared of it before headers were
-    checked is still right.
+    Returns:
+        ``geometry``: an affine (4, 4), or the reason for which the header is refused; ``offset``: the byte
+        where the voxels begin. Only what is not taken at its face value: what was prepared of other scans
+        before headers were checked is still right.
     """
     if not path.name.lower().endswith(NIFTI_ENDINGS):
-        return None
+        return {}
     try:
-        geometry = nifti_geometry(path)
+        geometry, offset = read_corrections(path)
     except VolumeError as error:
-        return error.reason
-    return None if geometry.at_face_value else geometry.affine
+        return {"geometry": error.reason}
+    corrections = {} if geometry.at_face_value else {"geometry": geometry.affine.tolist()}
+    return corrections if offset is None else {**corrections, "offset": offset}

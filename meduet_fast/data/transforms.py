@@ -26,7 +26,7 @@ from meduet_fast.errors import UserError, VolumeError
 
 from .intensity import LOOK_VERSION, IntensityRule, map_to_unit
 from .nifti_geometry import format_spacing
-from .scans import ScanFacts, corrected_affine, read_scan, scan_files
+from .scans import ScanFacts, header_corrections, read_scan, scan_files
 from .sources import VolumeEntry
 
 # Raised when the code below gives other voxels than before, so that prepared volumes count as stale.
@@ -157,9 +157,7 @@ def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity:
     }
     if entry.channel is not None:
         settings["channel"] = entry.channel
-    corrected = corrected_affine(entry.path)
-    if corrected is not None:  # before headers were checked, these voxels lay elsewhere
-        settings["geometry"] = corrected if isinstance(corrected, str) else corrected.tolist()
+    settings.update(header_corrections(entry.path))  # before headers were checked, other voxels were taken
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     try:
         for file in scan_files(entry.path):

@@ -100,6 +100,8 @@ def test_magnitude_images_are_known(voxels: np.ndarray) -> None:
         pytest.param(np.pad(ct() + 1024, 8, constant_values=-2000), "[849, 1274]}", id="stored-and-padded"),
         pytest.param(scaled(ct(), 1), "{ct_window: [0, 0.86", id="unit"),
         pytest.param(np.rint(scaled(ct() * 1.3, 255)), "{ct_window: [0, 25", id="bytes"),
+        pytest.param(scaled(ct() * 1.3, 255), "{ct_window: [0, 25", id="bytes-as-floats"),
+        pytest.param(np.clip(ct(), 0, 190), "{ct_window: [0, 19", id="clipped-at-both-ends"),
         pytest.param(mr() / mr().max(), "{mr_percentile: [0.5, 99.5]}", id="mr-as-unit"),
         pytest.param((mr() - mr().mean()) / mr().std(), "{mr_percentile: [0.5, 99.5]}", id="z-scores"),
         pytest.param(RANDOM.integers(-4096, 4096, (40, 40, 40)), "{ct_window: [-4", id="phase"),
@@ -164,6 +166,21 @@ def test_masks_and_label_maps_are_refused(
     voxels: np.ndarray, what: str, stated: IntensityRule | None
 ) -> None:
     assert what in refusal(voxels, stated)
+
+
+@pytest.mark.parametrize("stated", [None, MR])
+@pytest.mark.parametrize(
+    ("voxels", "what"),
+    [
+        (blocks([1, 2, 3]) / 3, "a label map, not a scan: 4 different values from 0 to 1"),
+        (blocks([-2, 5]), "a label map, not a scan: 3 different values from -2 to 5"),
+    ],
+)
+def test_few_values_are_labels_whatever_they_are(
+    voxels: np.ndarray, what: str, stated: IntensityRule | None
+) -> None:
+    assert what in refusal(voxels, stated)
+    assert "flat image" in refusal(voxels, CT)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import locale
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -163,6 +164,39 @@ def test_an_offset_inside_the_header_of_a_file_of_odd_length_is_refused(
         read_scan(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "code", "value", "reason"),
+    [
+        (70, "h", 16, r"found 16 bits per voxel, but voxels of type float32"),
+        (70, "h", 2, r"found 16 bits per voxel, but voxels of type uint8"),
+        (72, "h", 32, r"found 32 bits per voxel, but voxels of type int16"),
+        (46, "h", 4, r"found 84 bytes behind the voxels, more than a slice: the shape \(7, 6, 4\)"),
+        (42, "h", 3, r"found 240 bytes behind the voxels"),
+        (70, "2h", (2, 8), r"found 210 bytes behind the voxels.* or the voxel type uint8"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_of_another_type_or_shape_than_the_voxels_is_refused(
+    tmp_path: Path, field: int, code: str, value: Any, reason: str, packed: bool
+) -> None:
+    content = bytearray(save(tmp_path / "a.nii").read_bytes())
+    struct.pack_into(f"<{code}", content, field, *np.ravel(value).tolist())
+    path = tmp_path / ("b.nii.gz" if packed else "b.nii")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(VolumeError, match=reason):
+        read_scan(path)
+
+
+def test_a_few_bytes_behind_the_voxels_are_noted_and_absent_bits_are_not(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<h", content, 72, 0)
+    path.write_bytes(content)
+    check(read_scan(path))
+    path.write_bytes(content + bytes(83))
+    assert read_scan(path).notes == ("83 bytes behind the voxels, less than a slice, were ignored",)
+
+
 # --- ITK -------------------------------------------------------------------------------------------
 
 
@@ -198,27 +232,104 @@ def test_itk_voxels_are_those_of_the_same_nifti(tmp_path: Path, sitk: Any) -> No
     check(read_scan(tmp_path / "a.nii.gz"))
 
 
-def test_an_nrrd_in_ras_coordinates(tmp_path: Path) -> None:
+COLUMNS = " ".join(f"({','.join(map(str, column))})" for column in AFFINE[:3, :3].T)
+ORIGIN = f"space origin: ({','.join(map(str, AFFINE[:3, 3]))})\n"
+DIRECTIONS = f"space directions: {COLUMNS}\n{ORIGIN}"
+RAS = "space: right-anterior-superior\n"
+
+
+def nrrd(path: Path, fields: str) -> Path:
+    header = f"NRRD0004\ntype: short\ndimension: 3\nsizes: 7 6 5\nendian: little\nencoding: raw\n{fields}\n"
+    path.write_bytes(header.encode() + VOXELS.tobytes(order="F"))
+    return path
+
+
+@pytest.mark.parametrize("space", ["right-anterior-superior", "Right Anterior Superior", "RAS", "ras"])
+@pytest.mark.parametrize("more", ["kinds: domain domain domain\n", 'space units: "mm" "mm" "mm"\n'])
+def test_an_nrrd_in_ras_coordinates(tmp_path: Path, space: str, more: str) -> None:
     pytest.importorskip("SimpleITK")
-    columns = " ".join(f"({','.join(map(str, column))})" for column in AFFINE[:3, :3].T)
-    header = (
-        "NRRD0004\ntype: short\ndimension: 3\nspace: right-anterior-superior\nsizes: 7 6 5\n"
-        f"space directions: {columns}\nkinds: domain domain domain\nendian: little\nencoding: raw\n"
-        f"space origin: ({','.join(map(str, AFFINE[:3, 3]))})\n"
-    )
-    path = tmp_path / "a.nrrd"
-    path.write_bytes(header.encode() + b"\n" + VOXELS.tobytes(order="F"))
-    check(read_scan(path))
-    path.write_bytes(header.encode() + b'space units: "um" "um" "um"\n\n' + VOXELS.tobytes(order="F"))
-    with pytest.raises(VolumeError, match="found the unit of length um, expected mm"):
-        read_scan(path)
-    spaceless = header.replace("space: right-anterior-superior", "space dimension: 3")
-    path.write_bytes(spaceless.encode() + b"\n" + VOXELS.tobytes(order="F"))
-    assert "no orientation" in read_scan(path).notes[0]
-    path.write_bytes(header.encode() + b"data file: a.raw\n\n")
-    (tmp_path / "a.raw").write_bytes(VOXELS.tobytes(order="F"))
+    check(read_scan(nrrd(tmp_path / "a.nrrd", f"space: {space}\n{DIRECTIONS}{more}")))
+
+
+def test_an_nrrd_without_a_space_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    for fields in (f"space dimension: 3\n{DIRECTIONS}", 'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n'):
+        assert "no orientation" in read_scan(nrrd(tmp_path / "a.nrrd", fields)).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (RAS + DIRECTIONS + 'space units: "um" "um" "um"\n', "found the unit of length um, expected mm"),
+        (RAS + DIRECTIONS + 'space units: "mm" "mm" "um"\n', "found the unit of length um, expected mm"),
+        ('spacings: 2 2 2\nunits: "um" "um" "um"\n', "found the unit of length um, expected mm"),
+        ('spacings: 2 2 2\nunits: "" "" "um"\nkinds: space space space\n', "unit of length um"),
+        ("", "found no spacing in the header, expected positive numbers of mm"),
+        ("spacings: -2 2 2\n", "found the spacing -2 2 2 in the header"),
+        ("spacings: nan nan nan\n", "found the spacing nan nan nan in the header"),
+        (RAS, "found no spacing in the header"),
+        (RAS + "space directions: none none none\n", "found the space directions none none none"),
+        ("space: 3D-right-handed\n" + DIRECTIONS, "found the space 3D-right-handed, expected right-ant"),
+        ("space: scanner-xyz\n" + DIRECTIONS, "found the space scanner-xyz, expected right-anterior-sup"),
+    ],
+)
+def test_an_nrrd_that_does_not_state_its_geometry_is_refused(
+    tmp_path: Path, fields: str, reason: str
+) -> None:
+    pytest.importorskip("SimpleITK")
+    with pytest.raises(VolumeError, match=reason):
+        read_scan(nrrd(tmp_path / "a.nrrd", fields))
+
+
+def test_an_nrrd_header_without_voxels_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    nrrd(tmp_path / "a.raw", "").write_bytes(VOXELS.tobytes(order="F"))
     with pytest.raises(VolumeError, match="an NRRD header without voxels"):
-        read_scan(path)
+        read_scan(nrrd(tmp_path / "a.nrrd", f"{RAS}{DIRECTIONS}data file: a.raw\n"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ("ElementSpacing = 2 3 4", None),
+        ("ElementSize = 2 3 4", None),
+        ("ElementSpacing: 2 3 4", None),
+        ("ElementSize = 1 1 1\nElementSpacing = 2 3 4", None),
+        ("Comment = none", "no spacing"),
+        ("elementspacing = 2 3 4", "no spacing"),
+        ("ElementSpacing = -2 3 4", "the spacing -2 3 4"),
+        ("ElementSize = 2 3 -4", "the spacing 2 3 -4"),
+    ],
+)
+def test_a_metaimage_states_its_spacing(tmp_path: Path, fields: str, found: str | None) -> None:
+    pytest.importorskip("SimpleITK")
+    path = tmp_path / "a.mha"
+    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}\n"
+    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    if found is None:
+        np.testing.assert_array_equal(read_scan(path).affine, np.diag([-2, -3, 4, 1]))
+    else:
+        with pytest.raises(VolumeError, match=f"found {found} in the header, expected positive numbers of"):
+            read_scan(path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_itk_ends_the_process(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK")
+    odd = os.fsdecode(b"K\xf6ln")
+    nrrd(tmp_path / f"{odd}.nrrd", RAS + DIRECTIONS)
+    (tmp_path / "a.mhd").write_bytes(b"NDims = 3\nElementDataFile = K\xf6ln.raw\n")
+    for folder in (odd, "slices"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "slices" / f"{odd}.dcm").touch()
+    for name, said in (
+        (f"{odd}.nrrd", ""),
+        (odd, ""),
+        ("a.mhd", f"{odd}.raw: "),
+        ("slices", f"{odd}.dcm: "),
+    ):
+        with pytest.raises(VolumeError) as caught:
+            read_scan(tmp_path / name)
+        assert caught.value.reason == f"{said}the name is not UTF-8, which ITK cannot open: rename it"
 
 
 def test_a_channel_of_an_itk_file(tmp_path: Path, sitk: Any) -> None:

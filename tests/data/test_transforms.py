@@ -441,6 +441,9 @@ def test_what_was_prepared_of_sound_headers_is_up_to_date_and_of_others_is_not(t
     write(entry.path, noise(24, 24, 24))
     patch(entry.path, 80, "f", 2.0)  # pixdim beside another sform: refused
     assert content_key(entry, SMALL, "tokenizer") != key_without_headers(entry)
+    write(entry.path, noise(24, 24, 24))
+    patch(entry.path, 108, "f", 0)  # vox_offset: voxels were taken from byte 0 on
+    assert content_key(entry, SMALL, "tokenizer") != key_without_headers(entry)
 
 
 def test_the_content_key_is_that_of_all_files_and_of_the_channel(tmp_path: Path) -> None:
