@@ -16,7 +16,7 @@ from meduet_fast.errors import UserError, VolumeError
 # stale.
 LOOK_VERSION = 1
 
-# The limits, all of them in docs/data.md. Fractions are of voxels.
+# The limits, all of them in docs/preparing.md. Fractions are of voxels.
 MIN_CONTRAST = 0.1  # of [0, 1], between the percentiles 0.5 and 99.5 of the image
 MAX_UNUSED = 0.25  # of [0, 1], below the darkest voxels (percentile 0.1), by a window with 0 HU inside
 MIN_INSIDE = 0.005  # strictly inside the CT window
