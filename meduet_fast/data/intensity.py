@@ -106,14 +106,14 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
     step = math.ceil((voxels.size / SAMPLE) ** (1 / 3))
     sample = voxels[::step, ::step, ::step].ravel()  # (N,)
     _refuse_labels(path, voxels, sample)
-    rule = stated or _choose_rule(path, sample, float(voxels.max()))
+    rule = stated or _choose_rule(path, voxels, sample)
     if rule.kind == "ct_window" and rule.low < 0 < rule.high and _looks_stored(sample):
-        raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample)}")
+        raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample, voxels)}")
     low, high = rule.low, rule.high
     if rule.kind == "mr_percentile":
         low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
         if low == high:
-            raise VolumeError(path, f"constant image after {rule}: {_advise(sample)}")
+            raise VolumeError(path, f"constant image after {rule}: {_advise(sample, voxels)}")
     image = ((sample - low) / (high - low)).clip(0, 1)  # (N,)
     darkest, dark, bright = np.percentile(image, [0.1, 0.5, 99.5])
     inside, above = np.mean((image > 0) & (image < 1)), np.mean(image > 0)
@@ -132,7 +132,7 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
                 f"saturated image after {rule}: {np.mean(image == 1):.0%} of the voxels lie above the window"
             )
     if fault:
-        raise VolumeError(path, f"{fault} ({_range(sample)}): {_advise(sample)}")
+        raise VolumeError(path, f"{fault} ({_range(sample)}): {_advise(sample, voxels)}")
     voxels -= low
     voxels *= 1 / (high - low)
     np.clip(voxels, 0, 1, out=voxels)
@@ -161,15 +161,16 @@ def _refuse_labels(path: Path, voxels: np.ndarray, sample: np.ndarray) -> None:
         )
 
 
-def _choose_rule(path: Path, sample: np.ndarray, last: float) -> IntensityRule:
-    """Return the rule that the values tell; ``last`` is the highest of all."""
+def _choose_rule(path: Path, voxels: np.ndarray, sample: np.ndarray) -> IntensityRule:
+    """Return the rule that the values tell."""
     if not _looks_stored(sample):
         if _looks_hounsfield(sample):
             return CT
-        if _looks_magnitude(sample, last):
+        if _looks_magnitude(sample, float(voxels.max())):
             return MR
+    advice = _advise(sample, voxels)
     raise VolumeError(
-        path, f"no intensity rule is stated, and {_range(sample)} do not tell the modality: {_advise(sample)}"
+        path, f"no intensity rule is stated, and {_range(sample)} do not tell the modality: {advice}"
     )
 
 
@@ -218,8 +219,8 @@ def _range(sample: np.ndarray) -> str:
     return f"{whole} from {sample.min():.4g} to {sample.max():.4g}"
 
 
-def _advise(sample: np.ndarray) -> str:
-    """Return the rules that would fit, ready to paste."""
+def _advise(sample: np.ndarray, voxels: np.ndarray) -> str:
+    """Return the rules that would fit, ready to paste; the voxels are not all equal, the sample may be."""
     if _looks_stored(sample):
         window, name = _STORED_CT, "a CT saved with 1024 added"
     elif _looks_hounsfield(sample):
@@ -227,7 +228,7 @@ def _advise(sample: np.ndarray) -> str:
     else:
         low, high = (float(f"{value:.3g}") for value in np.percentile(sample, [0.5, 99.5]))
         if low >= high:
-            low, high = float(sample.min()), float(sample.max())
+            low, high = float(voxels.min()), float(voxels.max())
         window, name = IntensityRule("ct_window", low, high), "a scan scaled like that"
     return (
         f"state {{ct_window: [{window.low:g}, {window.high:g}]}} for {name}, "

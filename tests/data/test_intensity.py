@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meduet_fast.data import intensity
 from meduet_fast.data.intensity import CT, MR, IntensityRule, map_to_unit, rule_of_modality
 from meduet_fast.errors import VolumeError
 
@@ -142,6 +143,16 @@ def test_the_rule_that_a_refusal_names_is_accepted() -> None:
     assert result(ct() + 1024, IntensityRule("ct_window", 849, 1274)).low == 849
     assert result(scaled(ct(), 1), IntensityRule("ct_window", 0, 0.866)).high == 0.866
     assert result(mr(), MR) == result(ct(), MR) == MR
+
+
+@pytest.mark.parametrize("stated", [None, CT])
+def test_an_almost_empty_scan_is_refused(
+    stated: IntensityRule | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intensity, "SAMPLE", 1000)
+    voxels = np.full((20, 20, 20), -1000)
+    voxels[1, 1, 1:4] = 40, 50, 60  # not in the sample
+    assert "from -1000 to" in refusal(voxels, stated)
 
 
 @pytest.mark.parametrize("stated", [None, CT, MR])
