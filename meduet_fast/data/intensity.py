@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -65,9 +66,11 @@ CT = IntensityRule("ct_window", -175.0, 250.0)
 MR = IntensityRule("mr_percentile", 0.5, 99.5)
 _STORED_CT = IntensityRule("ct_window", CT.low + 1024, CT.high + 1024)  # a CT saved without its intercept
 
-_CT_WORD = re.compile(r"cts?|cta|ctp|cbct|ncct|nect|cect|ldct|hrct|mdct|msct|pcct")
+_CT_WORD = re.compile(
+    r"(\dd)?(cb|nc|ne|ce|ld|hr|md|ms|pc|de|mv|kv|c)?ct(s|a|p|pa|scans?)?|catscans?|tdm|hu|hounsfield"
+)
 _OTHER_WORD = re.compile(
-    r"mri?|[fdc]?mri|mra|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
+    r"mri?|[fdc]?mri|mra|mrt|irm|fdg|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
     r"pet|spect|suv|emission|ultrasound|us"
 )
 
@@ -80,7 +83,11 @@ def rule_of_modality(modality: object) -> IntensityRule | None:
     >>> rule_of_modality("T1w") == MR, rule_of_modality("noNorm"), rule_of_modality("CT/PET")
     (True, None, None)
     """
-    words = re.findall(r"[a-z0-9]+", modality.casefold()) if isinstance(modality, str) else []
+    text = modality.casefold() if isinstance(modality, str) else ""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\bcat scan", "catscan", text))
+    for negation, word in pairwise(words):
+        if negation in ("no", "non", "not") and (_CT_WORD.fullmatch(word) or _OTHER_WORD.fullmatch(word)):
+            return None
     computed = any(word.startswith("comput") for word in words) and "tomography" in words
     other = any(_OTHER_WORD.fullmatch(word) for word in words)
     ct = any(_CT_WORD.fullmatch(word) for word in words) or (computed and "emission" not in words)

@@ -186,6 +186,9 @@ def test_masks_and_label_maps_are_refused(
         ),
         *((text, MR) for text in ("MRI", "MR", "T1w", "t2", "FLAIR", "ADC", "T1-Gd", "PET", "SPECT", "DWI")),
         ("single photon emission computed tomography", MR),
+        *((text, CT) for text in ("CAT scan", "CTscan", "4DCT", "DECT", "HU", "non-contrast CT", "4D-CBCT")),
+        *((text, MR) for text in ("MRT", "FDG", "IRM", "18F-FDG PET")),
+        *((text, None) for text in ("non-CT", "Not CT", "nonCT", "no MRI", "cat")),
         *(
             (text, None)
             for text in ("CT/PET", "", "noNorm", "zscore", "rescale_to_0_1", "audio", None, 3, ["CT"])
