@@ -17,6 +17,7 @@ from .intensity import IntensityRule, rule_of_modality
 
 _USUAL_LISTS = ("training", "validation", "test", "train", "val", "testing")
 _NO_LISTS = ("labels", "channel_names", "modality", "dataset")  # keys that say other things
+_LABELS = re.compile(r"(?<!un)label(?!l?ed)|mask(?!ed)|seg(?!mented)|annotat|truth|\b(gt|roi)\b")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
@@ -128,19 +129,7 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
             "expected 'training' (Decathlon) or 'channel_names' (nnU-Net)"
         )
     channels = _channels(content)
-    cases: list[list[Path]] = []
-    for key, items in lists.items():
-        if re.search("label|mask|segm", key.casefold()):
-            description.left_out.append(LeftOut(path, f"'{key}' is a list of labels by its name"))
-            continue
-        for number, item in enumerate(items):
-            image = item.get("image") if isinstance(item, dict) else item
-            texts = _texts(image if isinstance(image, list) else [image])
-            if texts:
-                cases.append([_located(path.parent, text) for text in texts])
-            else:
-                reason = f"'{key}[{number}]': found {item!r:.200}, expected a path or {{'image': path}}"
-                description.left_out.append(LeftOut(path, reason, asked=True))
+    cases = [files for key, items in lists.items() for files in _images(path, key, items, description)]
     version_1 = any(len(files) == 1 and _numbered_files(files[0], channels) for files in cases)
     for files in cases:
         if len(files) > 1:
@@ -157,6 +146,40 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
         else:
             description.take(Channel(files[0], _shared(channels)))
     _name_the_rest(path, description, "in none of the lists")
+    if "training" in lists:
+        _count_cases(path, content, len(lists["training"]), description)
+
+
+def _count_cases(path: Path, content: dict[str, Any], there: int, description: Description) -> None:
+    stated = content.get("numTraining")
+    if isinstance(stated, int) and there < stated:
+        reason = f"'numTraining' states {stated} cases, found {there}"
+        description.left_out.append(LeftOut(path, reason, asked=True))
+
+
+def _images(path: Path, key: str, items: list[Any], description: Description) -> Iterator[list[Path]]:
+    """Yield the image files of each item of a list; what is none is left out."""
+    with_images = any(isinstance(item, dict) and "image" in item for item in items)
+    if _LABELS.search(key.casefold()) and not with_images:
+        description.left_out.append(LeftOut(path, f"'{key}' is a list of labels by its name"))
+        return
+    for number, item in enumerate(items):
+        where = f"{key}[{number}]"
+        image = item.get("image") if isinstance(item, dict) else item
+        texts = _texts(image if isinstance(image, list) else [image])
+        if not texts:
+            reason = f"'{where}': found {item!r:.200}, expected a path or {{'image': path}}"
+            description.left_out.append(LeftOut(path, reason, asked=True))
+        elif files := _all_located(path, where, texts, description):
+            yield files
+        for other, value in item.items() if texts and isinstance(item, dict) else ():
+            if (
+                other != "image"
+                and not _LABELS.search(other.casefold())
+                and any(map(_is_image, value if isinstance(value, list) else [value]))
+            ):
+                reason = f"'{where}.{other}': found {value!r:.200}; only 'image' is read"
+                description.left_out.append(LeftOut(path, reason, asked="image" in other.casefold()))
 
 
 def _lists(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[Any]]]:
@@ -178,6 +201,23 @@ def _texts(value: Any) -> list[str]:
     """Return a list of texts that are not empty; nothing if it is anything else."""
     usable = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
     return value if usable else []
+
+
+def _all_located(path: Path, where: str, texts: list[str], description: Description) -> list[Path]:
+    """Return the files that a list means; none, and one left out, if a text can name no file."""
+    for text in texts:
+        file = path.parent / text
+        try:
+            if not file.name:
+                raise ValueError("no file name")
+            file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # reading will say so
+        except (OSError, ValueError) as error:
+            reason = f"'{where}': found {text!r:.200}: {getattr(error, 'strerror', None) or error}"
+            description.left_out.append(LeftOut(path, reason, asked=True))
+            return []
+    return [_located(path.parent, text) for text in texts]
 
 
 def _located(folder: Path, file: str) -> Path:
@@ -233,8 +273,11 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
             reason = f"'dataset.{case}': found {item!r:.200}, expected {{'images': [paths]}}"
             description.left_out.append(LeftOut(path, reason, asked=True))
             continue
-        for number, text in enumerate(files):
-            description.take(Channel(_located(path.parent, text), channels.get(number)))
+        for number, file in enumerate(_all_located(path, f"dataset.{case}", files, description)):
+            description.take(Channel(file, channels.get(number)))
+        if len(files) < len(channels):
+            reason = f"'dataset.{case}': 'channel_names' has {len(channels)} channels, found {len(files)}"
+            description.left_out.append(LeftOut(path, reason, asked=True))
     cases: dict[tuple[Path, str], dict[int, Path]] = {}
     for folder in _image_folders(path):
         if listed and folder.name == "imagesTr":
@@ -262,11 +305,14 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
                 description.left_out.append(LeftOut(absent, reason, asked=True))
     if listed:
         _name_the_rest(path, description, "not in the key 'dataset'")
-    stated = content.get("numTraining")
     there = sum(folder.name == "imagesTr" for folder, _ in cases) if not listed else len(listed)
-    if isinstance(stated, int) and there < stated:
-        reason = f"'numTraining' states {stated} cases, found {there}"
-        description.left_out.append(LeftOut(path, reason, asked=True))
+    _count_cases(path, content, there, description)
+    for key, items in _lists(content, ""):  # of version 1, whose cases have the names of their files
+        for case_files in _images(path, key, items, description):
+            for file in case_files:
+                if not any(map(description.has, (file, *_numbers(file, channels).values()))):
+                    reason = f"'{key}' lists it, and it is none of the images that {path.name} describes"
+                    description.left_out.append(LeftOut(file, reason, asked=True))
 
 
 def _image_folders(path: Path) -> list[Path]:

@@ -18,15 +18,19 @@ VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", ".hdr.gz", *ITK_ENDINGS)
 ITK_MISSING = "needs ITK to be read: pip install 'meduet-fast[itk]'"
 NOT_READ = "of a format that is not read"
 IS_LABEL = "by its name a mask or label map; if it is a scan, name it in a list or a manifest"
+BARE_DICOM = "DICOM without the 132 bytes that a file begins with; a DICOM tool can rewrite it"
 HIDDEN = "hidden"
 
 # Not read, but there may be a scan in it.
 _OTHER_FORMAT = re.compile(
-    r".*\.(img|img\.gz|nhdr|npy|npz|mgz|mgh|mnc|minc|mnc\.gz|dcm|dicom|ima|par|rec|brik|brik\.gz|gipl|gipl\.gz|"
-    r"vti|vtk|tiff?|h5|hdf5|zarr|raw|zip|tar|tgz|tar\.gz|7z|rar|(nii|mha|nrrd)[^a-z0-9].*)"
+    r".*\.(img|nhdr|npy|npz|mgz|mgh|mnc|minc|mif|mih|nia|niigz|dcm|dicom|ima|par|rec|brik|gipl|vti|vtk|vol|isq|"
+    r"tiff?|czi|lsm|svs|jp2|h5|hdf5|mat|zarr|raw|zip|tar|tgz|7z|rar|gz|bz2|xz|zst|(nii|mha|nrrd)[^a-z0-9].*)"
 )
-_SIDECAR = re.compile(r".*\.(json|txt|md5|sha\d+|csv|tsv|ya?ml|xml|png|jpe?g|log|html)")
-_PART = re.compile(r"(.+)\.(img|img\.gz|raw|zraw|rec)", re.IGNORECASE)  # of a volume, its header beside it
+_SIDECAR = re.compile(
+    r".*\.(json|txt|md5|sha\d+|csv|tsv|ya?ml|xml|png|jpe?g|log|html|bvals?|bvecs?)(\.(gz|bz2|xz|zst))?"
+)
+# Of a volume, its header beside it.
+_PART = re.compile(r"(.+)\.(img|img\.gz|raw|raw\.gz|zraw|rec)", re.IGNORECASE)
 _HEADERS, _IMAGES = (".hdr", ".hdr.gz", ".mhd", ".par"), (".img", ".img.gz")
 
 _LABEL_WORD = re.compile(
@@ -123,9 +127,14 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
         for name in sorted(names, key=_preference):
             path, stem = root / name, name.removesuffix(ending_of(name))
             if not ending_of(name):
-                if _may_be_dicom(name) and path.is_file() and _is_dicom(path):
+                may_be = _may_be_dicom(name)
+                if may_be and _is_dicom(path):
                     dicom = True
-                elif not hidden and looks_like_volume(path.name) and not _is_part(path):
+                elif hidden:
+                    continue
+                elif may_be and _is_bare_dicom(path):
+                    left_out.append(LeftOut(path, BARE_DICOM))
+                elif looks_like_volume(name) and not _is_part(path):
                     left_out.append(LeftOut(path, NOT_READ))
             elif hidden or name.startswith("."):
                 left_out.append(LeftOut(path, HIDDEN))
@@ -200,6 +209,18 @@ def _is_dicom(path: Path) -> bool:
         return False
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
+
+
+def _is_bare_dicom(path: Path) -> bool:
+    """Tell whether a file begins with the first element of a DICOM data set."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        begin = stream.read(8)  # group, element, then a type and a length of 2 bytes, or a length of 4
+    if len(begin) < 8 or begin[:2] not in (b"\2\0", b"\b\0") or begin[3]:
+        return False
+    kind = begin[4:6]
+    return (kind.isalpha() and kind.isupper()) or int.from_bytes(begin[4:], "little") < 256
 
 
 def _has_dicom(folder: Path) -> bool:

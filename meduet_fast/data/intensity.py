@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from meduet_fast.errors import UserError, VolumeError
 # stale.
 LOOK_VERSION = 1
 
-# The limits, all of them in docs/data.md. Fractions are of voxels.
+# The limits, all of them in docs/preparing.md. Fractions are of voxels.
 MIN_CONTRAST = 0.1  # of [0, 1], between the percentiles 0.5 and 99.5 of the image
 MAX_UNUSED = 0.25  # of [0, 1], below the darkest voxels (percentile 0.1), by a window with 0 HU inside
 MIN_INSIDE = 0.005  # strictly inside the CT window
@@ -66,9 +67,11 @@ CT = IntensityRule("ct_window", -175.0, 250.0)
 MR = IntensityRule("mr_percentile", 0.5, 99.5)
 _STORED_CT = IntensityRule("ct_window", CT.low + 1024, CT.high + 1024)  # a CT saved without its intercept
 
-_CT_WORD = re.compile(r"cts?|cta|ctp|cbct|ncct|nect|cect|ldct|hrct|mdct|msct|pcct")
+_CT_WORD = re.compile(
+    r"(\dd)?(cb|nc|ne|ce|ld|hr|md|ms|pc|de|mv|kv|c)?ct(s|a|p|pa|scans?)?|catscans?|tdm|hu|hounsfield"
+)
 _OTHER_WORD = re.compile(
-    r"mri?|[fdc]?mri|mra|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
+    r"mri?|[fdc]?mri|mra|mrt|irm|fdg|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
     r"pet|spect|suv|emission|ultrasound|us"
 )
 
@@ -81,7 +84,11 @@ def rule_of_modality(modality: object) -> IntensityRule | None:
     >>> rule_of_modality("T1w") == MR, rule_of_modality("noNorm"), rule_of_modality("CT/PET")
     (True, None, None)
     """
-    words = re.findall(r"[a-z0-9]+", modality.casefold()) if isinstance(modality, str) else []
+    text = modality.casefold() if isinstance(modality, str) else ""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\bcat scan", "catscan", text))
+    for negation, word in pairwise(words):
+        if negation in ("no", "non", "not") and (_CT_WORD.fullmatch(word) or _OTHER_WORD.fullmatch(word)):
+            return None
     computed = any(word.startswith("comput") for word in words) and "tomography" in words
     other = any(_OTHER_WORD.fullmatch(word) for word in words)
     ct = any(_CT_WORD.fullmatch(word) for word in words) or (computed and "emission" not in words)
@@ -107,14 +114,14 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
     step = math.ceil((voxels.size / SAMPLE) ** (1 / 3))
     sample = voxels[::step, ::step, ::step].ravel()  # (N,)
     _refuse_labels(path, voxels, sample, stated)
-    rule = stated or _choose_rule(path, sample, float(voxels.max()))
+    rule = stated or _choose_rule(path, voxels, sample)
     if rule.kind == "ct_window" and rule.low < 0 < rule.high and _looks_stored(sample):
-        raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample)}")
+        raise VolumeError(path, f"{_range(sample)} are no Hounsfield units: {_advise(sample, voxels)}")
     low, high = rule.low, rule.high
     if rule.kind == "mr_percentile":
         low, high = (float(value) for value in np.percentile(voxels[voxels != 0], [rule.low, rule.high]))
         if low == high:
-            raise VolumeError(path, f"constant image after {rule}: {_advise(sample)}")
+            raise VolumeError(path, f"constant image after {rule}: {_advise(sample, voxels)}")
     image = ((sample - low) / (high - low)).clip(0, 1)  # (N,)
     darkest, dark, bright = np.percentile(image, [0.1, 0.5, 99.5])
     inside, above = np.mean((image > 0) & (image < 1)), np.mean(image > 0)
@@ -133,7 +140,7 @@ def map_to_unit(path: Path, voxels: np.ndarray, stated: IntensityRule | None) ->
                 f"saturated image after {rule}: {np.mean(image == 1):.0%} of the voxels lie above the window"
             )
     if fault:
-        raise VolumeError(path, f"{fault} ({_range(sample)}): {_advise(sample)}")
+        raise VolumeError(path, f"{fault} ({_range(sample)}): {_advise(sample, voxels)}")
     voxels -= low
     voxels *= 1 / (high - low)
     np.clip(voxels, 0, 1, out=voxels)
@@ -171,15 +178,16 @@ def _refuse_labels(path: Path, voxels: np.ndarray, sample: np.ndarray, stated: I
         )
 
 
-def _choose_rule(path: Path, sample: np.ndarray, last: float) -> IntensityRule:
-    """Return the rule that the values tell; ``last`` is the highest of all."""
+def _choose_rule(path: Path, voxels: np.ndarray, sample: np.ndarray) -> IntensityRule:
+    """Return the rule that the values tell."""
     if not _looks_stored(sample):
         if _looks_hounsfield(sample):
             return CT
-        if _looks_magnitude(sample, last):
+        if _looks_magnitude(sample, float(voxels.max())):
             return MR
+    advice = _advise(sample, voxels)
     raise VolumeError(
-        path, f"no intensity rule is stated, and {_range(sample)} do not tell the modality: {_advise(sample)}"
+        path, f"no intensity rule is stated, and {_range(sample)} do not tell the modality: {advice}"
     )
 
 
@@ -227,8 +235,8 @@ def _range(sample: np.ndarray) -> str:
     return f"{whole} from {sample.min():.4g} to {sample.max():.4g}"
 
 
-def _advise(sample: np.ndarray) -> str:
-    """Return the rules that would fit, ready to paste."""
+def _advise(sample: np.ndarray, voxels: np.ndarray) -> str:
+    """Return the rules that would fit, ready to paste; the voxels are not all equal, the sample may be."""
     if _looks_stored(sample):
         window, name = _STORED_CT, "a CT saved with 1024 added"
     elif _looks_hounsfield(sample):
@@ -236,7 +244,7 @@ def _advise(sample: np.ndarray) -> str:
     else:
         low, high = (float(f"{value:.3g}") for value in np.percentile(sample, [0.5, 99.5]))
         if low >= high:
-            low, high = float(sample.min()), float(sample.max())
+            low, high = float(voxels.min()), float(voxels.max())
         window, name = IntensityRule("ct_window", low, high), "a scan scaled like that"
     return (
         f"state {{ct_window: [{window.low:g}, {window.high:g}]}} for {name}, "

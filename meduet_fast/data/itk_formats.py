@@ -21,7 +21,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Tags of DICOM, as ITK writes them.
 ROWS, COLUMNS, FRAMES = "0028|0010", "0028|0011", "0028|0008"
 POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-SERIES, DESCRIPTION, MODALITY = "0020|000e", "0008|103e", "0008|0060"
+SERIES, DESCRIPTION = "0020|000e", "0008|103e"
 META_UNIT = "ITK_VoxelUnits"  # of a MetaImage, as ITK calls it
 # Of an NRRD, where ITK turns the axes as they say; others (with time, of the scanner) it takes for the last.
 SPACES = re.compile("(ra|la|lp)s|(rightanterior|leftanterior|leftposterior)superior")

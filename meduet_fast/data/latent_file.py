@@ -34,6 +34,10 @@ EDGE = 8  # voxels, of a chunk
 PAGE = 4096  # bytes
 
 
+class DamagedLatents(UserError):
+    """A latent file that is missing or not what the index says, so that it has to be made anew."""
+
+
 class Layout(NamedTuple):
     """Say where the latents of a file are.
 
@@ -76,7 +80,8 @@ def open_latents(path: Path | str) -> Iterator[int]:
     """Open a latent file for reads here and there; yield its descriptor.
 
     Raises:
-        UserError: it is missing, or cannot be read, now or within the ``with``.
+        DamagedLatents: it is missing.
+        UserError: it cannot be read, now or within the ``with``.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,7 +91,7 @@ def open_latents(path: Path | str) -> Iterator[int]:
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        raise UserError(f"{path}: listed in the index but missing; run prepare again") from None
+        raise DamagedLatents(f"{path}: listed in the index but missing; run prepare again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -98,13 +103,13 @@ def read_header(descriptor: int, path: Path | str, entry: StoreEntry) -> tuple[d
         The header's metadata, and where the latents are.
 
     Raises:
-        UserError: the file is truncated, damaged or not the one that the entry describes.
+        DamagedLatents: the file is truncated, damaged or not the one that the entry describes.
     """
     total = os.fstat(descriptor).st_size
     begin = os.pread(descriptor, PAGE, 0)
     length = int.from_bytes(begin[:8], "little")
     if not 2 <= length <= total - 8:
-        raise UserError(f"{path}: not a safetensors file, or truncated ({total} bytes)")
+        raise DamagedLatents(f"{path}: not a safetensors file, or truncated ({total} bytes)")
     try:
         header = json.loads(begin[8 : 8 + length] if 8 + length <= PAGE else os.pread(descriptor, length, 8))
         tensor = header[TENSOR_NAME]
@@ -114,21 +119,21 @@ def read_header(descriptor: int, path: Path | str, entry: StoreEntry) -> tuple[d
         chunked = len(stored) == 7
         shape = tuple(int(size) for size in json.loads(metadata["shape"])) if chunked else stored
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged header ({error!r}); run prepare again") from error
+        raise DamagedLatents(f"{path}: damaged header ({error!r}); run prepare again") from error
     fits = len(shape) == 4 and (
         not chunked or stored == (*_chunk_counts(shape[1:]), shape[0], EDGE, EDGE, EDGE)
     )
     if dtype != "BF16" or not fits or first != 0 or end != 2 * prod(stored):
-        raise UserError(
+        raise DamagedLatents(
             f"{path}: tensor {dtype} {stored} of {end - first} bytes, expected BF16 (C, X, Y, Z), "
             f"whole or in chunks of {EDGE}^3 voxels"
         )
     if 8 + length + end != total:
-        raise UserError(f"{path}: {total} bytes, expected {8 + length + end}: truncated or altered")
+        raise DamagedLatents(f"{path}: {total} bytes, expected {8 + length + end}: truncated or altered")
     if shape != entry.shape:
-        raise UserError(f"{path}: shape {shape}, the index says {entry.shape}; run prepare again")
+        raise DamagedLatents(f"{path}: shape {shape}, the index says {entry.shape}; run prepare again")
     if metadata.get("content_key") != entry.content_key:
-        raise UserError(f"{path}: content key differs from the index; run prepare again")
+        raise DamagedLatents(f"{path}: content key differs from the index; run prepare again")
     return metadata, Layout(entry.shape, 8 + length, chunked)
 
 
@@ -150,7 +155,7 @@ class CropReader:
             crop: int16 (C, sx, sy, sz), the bits of bfloat16; filled.
 
         Raises:
-            UserError: the file ends too early.
+            DamagedLatents: the file ends too early.
             OSError: it cannot be read.
         """
         (c, width, depth, height), first, chunked = layout
@@ -194,5 +199,5 @@ class CropReader:
         room = self._read.data.cast("B")
         for number, offset in enumerate(offsets):
             if os.preadv(descriptor, [room[number * size : (number + 1) * size]], offset) != size:
-                raise UserError(f"{path}: ends before byte {offset + size}: truncated or altered")
+                raise DamagedLatents(f"{path}: ends before byte {offset + size}: truncated or altered")
         return self._read[: total // 2]

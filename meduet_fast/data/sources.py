@@ -79,7 +79,8 @@ def find_volumes(
     - an nnU-Net folder: ``dataset.json`` with "channel_names" and "file_ending", images in ``imagesTr`` and
       ``imagesTs`` or where its key "dataset" says; or with "modality" (version 1). Each channel file is a
       volume of its own;
-    - a YAML manifest (``.yaml``, ``.yml``), or a folder with a ``manifest.yaml``::
+    - a YAML manifest (``.yaml``, ``.yml``), or a folder with a ``manifest.yaml`` or
+      ``manifest.yml``::
 
         datasets:
         - name: liver            # the domain
@@ -107,8 +108,7 @@ def find_volumes(
     try:
         if not input_path.exists():
             raise UserError(f"{input_path}: no such file or folder")
-        manifest = input_path / "manifest.yaml" if input_path.is_dir() else input_path
-        if manifest.is_file() and manifest.suffix in (".yaml", ".yml"):
+        if manifest := _manifest_of(input_path):
             if domain is not None or intensity is not None:
                 raise UserError(
                     f"{manifest}: a manifest states domains and intensity rules itself; give neither"
@@ -129,6 +129,12 @@ def find_volumes(
     return Listing(sorted(named, key=lambda entry: entry.name), found.left_out)
 
 
+def _manifest_of(path: Path) -> Path | None:
+    """Return the manifest that a path means, itself or a file in it."""
+    files = [path / "manifest.yaml", path / "manifest.yml"] if path.is_dir() else [path]
+    return next((file for file in files if file.is_file() and file.suffix in (".yaml", ".yml")), None)
+
+
 def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | None, body_part: str) -> _Found:
     """List the volumes of one data set."""
     stated: str | None = None
@@ -143,8 +149,8 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
         volumes, left_out, stated = read.volumes, read.left_out, read.name
         base = description.parent
         if part:
-            volumes = [volume for volume in volumes if real in volume.path.parents]
-            left_out = [item for item in left_out if real in item.path.parents]
+            volumes = [volume for volume in volumes if _is_inside(volume.path, real)]
+            left_out = [item for item in left_out if _is_inside(item.path, real)]
     elif path.is_dir():
         files, left_out = search(path)
         volumes = [Channel(file) for file in files]
@@ -179,6 +185,10 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
     return _Found(found, left_out)
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder in path.parents or folder in (Path(os.path.realpath(path.parent)) / path.name).parents
+
+
 def _relative(path: Path, base: Path) -> str:
     """Return a path as seen from the folder of its data set, whatever way either is written."""
     real = os.path.realpath(base)
@@ -189,9 +199,10 @@ def _relative(path: Path, base: Path) -> str:
 
 def _read_manifest(path: Path, body_part: str) -> _Found:
     """List the data sets of a manifest; names are not unique yet."""
+    text = path.read_bytes()
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, RecursionError) as error:
+        content = yaml.safe_load(text)
+    except Exception as error:  # dates and numbers that are none raise errors of many kinds
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     datasets = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(datasets, list) or not datasets or set(content) != {"datasets"}:
@@ -218,7 +229,7 @@ def _read_manifest(path: Path, body_part: str) -> _Found:
         source = path.parent / item["path"]
         if not source.exists():
             raise UserError(f"{where}.path': no such file or folder: {source}")
-        if source.suffix in (".yaml", ".yml") or (source / "manifest.yaml").is_file():
+        if _manifest_of(source):
             raise UserError(f"{where}.path': {source} is a manifest; a manifest cannot list another")
         more = _read_dataset(source, item["name"], rule, item.get("body_part", body_part))
         found.volumes.extend(more.volumes)

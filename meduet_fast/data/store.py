@@ -28,7 +28,8 @@ def check_file(store: Path, entry: StoreEntry) -> tuple[dict[str, str], Layout]:
         The header's metadata, and where the latents are.
 
     Raises:
-        UserError: the file is missing, truncated, damaged or not the one that the entry describes.
+        DamagedLatents: the file is missing, truncated, damaged or not the one that the entry describes.
+        UserError: it cannot be read.
     """
     path = store / entry.file
     with open_latents(path) as descriptor:

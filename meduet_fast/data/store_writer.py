@@ -127,6 +127,7 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         try:
             os.close(self._journal)
+            self._lock.check()  # the index is another process's, if that took the store over
             self._write_index()
         finally:
             self._lock.__exit__()
@@ -175,7 +176,8 @@ class StoreWriter:
             The labels in its header, and whether it was written anew.
 
         Raises:
-            UserError: the file is missing, damaged or not the entry's, or cannot be written.
+            DamagedLatents: the file is missing, damaged or not the entry's.
+            UserError: it cannot be read or written, or another process took the store over.
         """
         entry = self.entries[name]
         metadata, layout = check_file(self.path, entry)
@@ -185,11 +187,17 @@ class StoreWriter:
         with open_latents(self.path / entry.file) as descriptor:
             crop = latent.view(torch.int16).numpy()  # (C, X, Y, Z), the same memory
             CropReader().read(descriptor, self.path / entry.file, layout, (0, 0, 0), crop)
+        self._lock.check()
         self._write_latents(entry, latent, metadata)
         return metadata, True
 
     def drop(self, names: Iterable[str]) -> None:
-        """Unlist volumes, then delete their files."""
+        """Unlist volumes, then delete their files.
+
+        Raises:
+            UserError: the index cannot be written, or another process took the store over.
+        """
+        self._lock.check()
         names = list(names)
         if names:
             self._append(b"".join(map(removal_line, names)))

@@ -73,7 +73,8 @@ def _describe_domain(name: str, volumes: Sequence[VolumeFacts]) -> list[str]:
     lines = [f"{name}: {len(volumes)} volumes, {'; '.join(_bounded(several))}"]
     known = [(volume, volume.scan) for volume in volumes if volume.scan is not None]
     if len(known) < len(volumes):
-        lines.append(f"  scans    not recorded of {len(volumes) - len(known)} (stored by an older version)")
+        count = len(volumes) - len(known)
+        lines.append(f"  scans    not recorded of {count} (imported, or stored by an older version)")
     if not known:
         return lines
     scans = [scan for _, scan in known]

@@ -73,8 +73,10 @@ def _failures_of(path: Path) -> Iterator[None]:
     """Turn what libraries raise on a strange file into the failure of this one volume."""
     try:
         yield
-    except UserError:
+    except VolumeError:
         raise
+    except UserError as error:
+        raise VolumeError(path, str(error)) from error
     except MemoryError as error:
         raise VolumeError(path, "does not fit into memory") from error
     except Exception as error:
@@ -201,5 +203,5 @@ def serve() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not sys.stdin, whose lock a process that fails could not take to end
     os._exit(1)

@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 
 from meduet_fast.data.folders import LeftOut, format_left_out
+from meduet_fast.data.latent_file import DamagedLatents
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
-from meduet_fast.errors import UserError, VolumeError, printable
+from meduet_fast.errors import VolumeError, printable
 from meduet_fast.progress import ProgressBar
 
 from .describe import VolumeFacts, describe
@@ -80,6 +81,8 @@ def format_summary(summary: PrepareSummary) -> str:
 
 def locate(path: Path) -> str:
     """Return what a store says of where a volume came from: the same whatever way the path is written."""
+    if path.name in ("", os.pardir):
+        path = Path(os.path.realpath(path))
     return printable(Path(os.path.realpath(path.parent), path.name))
 
 
@@ -117,7 +120,7 @@ def update_store(
         records: makes what is stored of each of these volumes.
 
     Raises:
-        UserError: the store cannot be written.
+        UserError: a file of the store cannot be read or written.
     """
     summary = PrepareSummary(writer.path)
     names = {volume.name for volume in volumes}
@@ -142,8 +145,8 @@ def update_store(
             metadata[volume.name], upgraded[volume.name] = writer.upgrade(volume.name)
         except VolumeError as error:
             failed[volume.name] = error
-        except UserError:
-            stale.append(volume.name)  # its file is missing or damaged: made anew
+        except DamagedLatents:
+            stale.append(volume.name)
         else:
             writer.entries[volume.name] = replace(entry, source=locate(volume.path))  # it may have been moved
     writer.drop(stale)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meduet_fast.data import intensity
 from meduet_fast.data.intensity import CT, MR, IntensityRule, map_to_unit, rule_of_modality
 from meduet_fast.errors import VolumeError
 
@@ -146,6 +147,16 @@ def test_the_rule_that_a_refusal_names_is_accepted() -> None:
     assert result(mr(), MR) == result(ct(), MR) == MR
 
 
+@pytest.mark.parametrize("stated", [None, CT])
+def test_an_almost_empty_scan_is_refused(
+    stated: IntensityRule | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intensity, "SAMPLE", 1000)
+    voxels = np.full((20, 20, 20), -1000)
+    voxels[1, 1, 1:4] = 40, 50, 60  # not in the sample
+    assert "from -1000 to" in refusal(voxels, stated)
+
+
 @pytest.mark.parametrize("stated", [None, CT, MR])
 @pytest.mark.parametrize(
     ("voxels", "what"),
@@ -192,6 +203,9 @@ def test_few_values_are_labels_whatever_they_are(
         ),
         *((text, MR) for text in ("MRI", "MR", "T1w", "t2", "FLAIR", "ADC", "T1-Gd", "PET", "SPECT", "DWI")),
         ("single photon emission computed tomography", MR),
+        *((text, CT) for text in ("CAT scan", "CTscan", "4DCT", "DECT", "HU", "non-contrast CT", "4D-CBCT")),
+        *((text, MR) for text in ("MRT", "FDG", "IRM", "18F-FDG PET")),
+        *((text, None) for text in ("non-CT", "Not CT", "nonCT", "no MRI", "cat")),
         *(
             (text, None)
             for text in ("CT/PET", "", "noNorm", "zscore", "rescale_to_0_1", "audio", None, 3, ["CT"])

@@ -263,8 +263,9 @@ def test_a_manifest_lists_every_other_form_each_a_domain(tmp_path: Path, touch: 
     assert found[1].path == tmp_path / "liver/1/img.nii.gz"
 
 
-def test_a_folder_with_a_manifest_is_read_by_it(tmp_path: Path, touch: Touch) -> None:
-    path = write_manifest(tmp_path, touch)
+@pytest.mark.parametrize("name", ["manifest.yaml", "manifest.yml"])
+def test_a_folder_with_a_manifest_is_read_by_it(tmp_path: Path, touch: Touch, name: str) -> None:
+    path = write_manifest(tmp_path, touch).rename(tmp_path / name)
     touch("labels/organs.nii.gz")
     assert find_volumes(path.parent) == find_volumes(path)
 
@@ -273,6 +274,9 @@ def test_a_folder_with_a_manifest_is_read_by_it(tmp_path: Path, touch: Touch) ->
     ("text", "reason"),
     [
         ("datasets: [", "not valid YAML"),
+        ("datasets: [{name: 2023-02-30, path: liver}]", "not valid YAML: day is out of range"),
+        ("datasets: [{name: !!float x, path: liver}]", "not valid YAML"),
+        ("datasets: [{name: !!int '', path: liver}]", "not valid YAML"),
         ("", "expected one key 'datasets' with a list"),
         ("datasets: []", "expected one key 'datasets' with a list"),
         ("datasets: [{name: a, path: liver}]\nversion: 1", "expected one key 'datasets' with a list"),
@@ -358,6 +362,24 @@ def test_endings_in_capitals_and_pairs_are_read(tmp_path: Path, touch: Touch, na
         "b.img",
         "b.h5",
         "b.tar.gz",
+        "b.tar.xz",
+        "b.mif",
+        "b.mif.gz",
+        "b.mgh.gz",
+        "b.dcm.gz",
+        "b.niigz",
+        "b.nia",
+        "b.mhd.gz",
+        "b.raw.gz",
+        "b.npy.gz",
+        "b.vol",
+        "b.gz",
+        "b.BZ2",
+        "b.czi",
+        "b.svs",
+        "b.jp2",
+        "b.isq",
+        "b.mat",
         "b.zarr",
         "b.hdr",
         "._b.nii.gz",
@@ -367,6 +389,7 @@ def test_endings_in_capitals_and_pairs_are_read(tmp_path: Path, touch: Touch, na
 )
 def test_what_looks_like_a_volume_and_is_not_read_is_named(tmp_path: Path, touch: Touch, name: str) -> None:
     touch("set/a.nii.gz", f"set/{name}", "set/notes.txt", "set/b.nii.gz.md5", "set/a.json", "set/README")
+    touch("set/physio.tsv.gz", "set/a.bval")
     listing = find_volumes(tmp_path / "set")
     assert names(listing.volumes) == ["set-a"]
     assert [item.path for item in listing.left_out] == [tmp_path / "set" / name]
@@ -451,6 +474,25 @@ def test_itk_formats_and_dicom_folders_need_itk(
         assert [item.asked for item in find_volumes(path).left_out] == [True]
 
 
+@pytest.mark.parametrize(
+    ("begin", "named"),
+    [
+        (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", True),
+        (b"\x08\0\0\0\x04\0\0\0", True),
+        (b"\x02\0\0\0UL\x04\0", True),
+        (b"\x08 text", False),
+        (b"", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["IM0001", "CT.1.2.3"])
+def test_dicom_without_its_preamble_is_named(
+    tmp_path: Path, touch: Touch, begin: bytes, named: bool, name: str
+) -> None:
+    touch("set/a.nii", f"set/{name}")
+    (tmp_path / "set" / name).write_bytes(begin)
+    assert list(left_out(find_volumes(tmp_path / "set"))) == [name] * named
+
+
 def test_a_named_pipe_does_not_hang(tmp_path: Path, touch: Touch) -> None:
     touch("set/a.nii")
     os.mkfifo(tmp_path / "set/b.nii")
@@ -491,6 +533,66 @@ def test_every_list_of_a_file_is_read_or_named(tmp_path: Path, touch: Touch, enc
     ]  # fmt: skip
     assert "'other[0]': found {'img': 'd.nii'}" in listing.left_out[0].reason
     assert "'training_labels' is a list of labels" in listing.left_out[1].reason
+
+
+@pytest.mark.parametrize(
+    ("key", "taken"),
+    [
+        *((key, True) for key in ("unlabeled", "unlabelled_images", "pseudolabelled", "masked", "labeled")),
+        *((key, False) for key in ("labels_tr", "test_masks", "segmentations", "ground_truth")),
+    ],
+)
+def test_a_list_is_one_of_labels_if_its_name_says_so(
+    tmp_path: Path, touch: Touch, key: str, taken: bool
+) -> None:
+    touch("x.nii.gz", "y.nii.gz")
+    path = write_json(tmp_path / "list.json", {"training": ["x.nii.gz"], key: ["y.nii.gz"]})
+    listing = find_volumes(path)
+    assert [entry.path.name for entry in listing.volumes] == ["x.nii.gz", "y.nii.gz"][: 1 + taken]
+    assert len(listing.left_out) == (not taken)
+    path = write_json(tmp_path / "list.json", {"training": ["x.nii.gz"], key: [{"image": "y.nii.gz"}]})
+    assert len(find_volumes(path).volumes) == 2
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ("a\0.nii", "embedded null byte"),
+        ("\ud800.nii", "surrogates not allowed"),
+        ("a" * 300 + ".nii", "File name too long"),
+        ("/", "no file name"),
+        ({"image": "x.nii", "image2": "y.nii"}, "only 'image' is read"),
+        ({"image": "x.nii", "images": ["y.nii"]}, "only 'image' is read"),
+    ],
+)
+@pytest.mark.parametrize("key", ["training", "dataset"])
+def test_one_odd_item_is_left_out_and_the_rest_is_taken(
+    tmp_path: Path, touch: Touch, item: Any, reason: str, key: str
+) -> None:
+    touch("x.nii", "y.nii")
+    content: dict[str, Any] = {"training": ["x.nii", item]}
+    if key == "dataset" and isinstance(item, str):
+        cases = {"a": {"images": ["x.nii"]}, "b": {"images": [item]}}
+        content = {"channel_names": {"0": "CT"}, "dataset": cases}
+    listing = find_volumes(write_json(tmp_path / "list.json", content))
+    assert [entry.path.name for entry in listing.volumes] == ["x.nii"]
+    assert [item.asked for item in listing.left_out] == [True]
+    assert reason in listing.left_out[0].reason
+    assert "".join(format_left_out(listing.left_out)).isprintable()
+
+
+def test_labels_beside_an_image_are_not_named(tmp_path: Path, touch: Touch) -> None:
+    touch("x.nii")
+    item = {"image": "x.nii", "label": "l.nii", "seg": "s.nii", "brain_mask": "m.nii", "age": 3}
+    assert not find_volumes(write_json(tmp_path / "list.json", {"training": [item]})).left_out
+
+
+def test_cases_that_are_missing_from_a_list_are_counted(tmp_path: Path, touch: Touch) -> None:
+    touch("x.nii")
+    (item,) = find_volumes(
+        write_json(tmp_path / "list.json", {"numTraining": 3, "training": ["x.nii"]})
+    ).left_out
+    assert (item.reason, item.asked) == ("'numTraining' states 3 cases, found 1", True)
 
 
 def version_1(tmp_path: Path, modality: Any) -> Path:
@@ -550,6 +652,33 @@ def test_the_key_dataset_of_an_nnunet_folder_is_followed(tmp_path: Path, touch: 
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"dataset": {"c": {"images": ["imagesTr/p1_0000.nii.gz"]}}},
+            "'channel_names' has 2 channels, found 1",
+        ),
+        (
+            {"training": [{"image": "./imagesTr/p9.nii.gz"}]},
+            "'training' lists it, and it is none of the images",
+        ),
+    ],
+)
+def test_what_an_nnunet_description_lists_and_is_not_there_is_named(
+    tmp_path: Path, touch: Touch, changes: dict[str, Any], reason: str
+) -> None:
+    touch("Dataset001/imagesTs/p2_0001.nii.gz")
+    (item,) = [item for item in find_volumes(nnunet(tmp_path, touch, **changes)).left_out if item.asked]
+    assert reason in item.reason
+
+
+def test_the_lists_of_version_1_name_the_cases_of_an_nnunet_folder(tmp_path: Path, touch: Touch) -> None:
+    touch("Dataset001/imagesTs/p2_0001.nii.gz")
+    lists = {"training": [{"image": "./imagesTr/p1.nii.gz", "label": "l"}], "test": ["imagesTs/p2.nii.gz"]}
+    assert not find_volumes(nnunet(tmp_path, touch, **lists)).left_out
+
+
 def test_cases_that_are_missing_from_an_nnunet_folder_are_counted(tmp_path: Path, touch: Touch) -> None:
     missing = [item for item in find_volumes(nnunet(tmp_path, touch, numTraining=4)).left_out if item.asked]
     assert missing[-1].reason == "'numTraining' states 4 cases, found 1"
@@ -559,6 +688,12 @@ def test_the_images_folder_of_a_data_set_is_read_by_its_description(tmp_path: Pa
     whole = find_volumes(nnunet(tmp_path, touch)).volumes
     part = find_volumes(tmp_path / "Dataset001/imagesTr").volumes
     assert part == [entry for entry in whole if entry.path.parent.name == "imagesTr"]
+
+
+def test_the_images_folder_of_a_list_of_roundabout_paths_is_found(tmp_path: Path, touch: Touch) -> None:
+    touch("dec/imagesTr/a.nii.gz")
+    write_json(tmp_path / "dec/dataset.json", {"training": ["../dec/imagesTr/a.nii.gz"]})
+    assert find_volumes(tmp_path / "dec/imagesTr") == find_volumes(tmp_path / "dec")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

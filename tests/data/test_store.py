@@ -433,6 +433,23 @@ def test_a_second_writer_is_refused_until_the_first_leaves(make_store: MakeStore
         assert set(writer.entries) == {"a", "b"}
 
 
+def test_a_writer_whose_store_was_taken_over_changes_nothing_more(
+    make_store: MakeStore, as_version_1: Callable[[Path], LatentStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = make_store(TWO)
+    as_version_1(store.path)
+    file, index = store.path / "latents" / "a.safetensors", store.path / "index.jsonl"
+    before = file.read_bytes()
+    writer = writer_for(store.path).__enter__()
+    monkeypatch.setattr(writer._lock, "_taken_by", "another")
+    index.write_bytes(b"the other's")
+    for change in (lambda: writer.upgrade("a"), lambda: writer.drop(["a"]), writer.__exit__):
+        with pytest.raises(UserError, match="taken over by another"):
+            change()
+    assert index.read_bytes() == b"the other's"
+    assert file.read_bytes() == before
+
+
 def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("x")
     with pytest.raises(UserError, match="not empty and not a latent store"):

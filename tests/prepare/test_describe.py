@@ -67,7 +67,7 @@ def test_notes_are_bounded_and_older_volumes_are_counted() -> None:
     lines = describe([old, *(facts(number, notes=("a note",)) for number in range(SHOWN + 3))])
     assert lines[:2] == [
         f"site: {SHOWN + 4} volumes, ct_window [-175, 250]",
-        "  scans    not recorded of 1 (stored by an older version)",
+        "  scans    not recorded of 1 (imported, or stored by an older version)",
     ]
     assert lines.count("  note: site-7: a note") == 1
     assert sum("  note: " in line for line in lines) == SHOWN

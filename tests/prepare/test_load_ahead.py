@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -120,10 +121,20 @@ def test_processes_end_with_the_iterator(tmp_path: Path, started: list[subproces
     assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
+WATCHED = f"""
+import os, sys, threading, time
+{inspect.getsource(load_ahead_module._end_with_parent)}
+threading.Thread(target=_end_with_parent, daemon=True).start()
+time.sleep(0.1)
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit(3)", WATCHED])
 def test_processes_that_cannot_work_end_the_run(
-    volumes: list[VolumeEntry], monkeypatch: pytest.MonkeyPatch
+    volumes: list[VolumeEntry], monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
-    monkeypatch.setattr(load_ahead_module, "PROGRAM", "raise SystemExit(3)")
+    monkeypatch.setattr(load_ahead_module, "PROGRAM", program)
     with pytest.raises(UserError, match=r"ended with exit code 3 \(see above\); try --workers 0"):
         list(load_ahead(volumes, LOADER, 2))
 
@@ -135,6 +146,7 @@ def test_processes_that_cannot_work_end_the_run(
         (ValueError("two\nlines"), r"unexpected ValueError in test_load_ahead\.py:\d+: two lines"),
         (MemoryError(), "does not fit into memory"),
         (VolumeError("else", "is bad"), "is bad"),
+        (UserError("found 0, expected 1"), "0.nii.gz: found 0, expected 1"),
     ],
 )
 def test_what_nobody_foresaw_is_one_volumes_failure(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -329,6 +330,32 @@ def test_a_store_of_version_1_is_upgraded_once_and_nothing_is_encoded(
         assert torch.equal(LatentStore.open(store).read_volume(index), expected(volume))
 
 
+@pytest.mark.parametrize(
+    ("module", "function", "error"), [(Path, "write_bytes", errno.ENOSPC), (os, "preadv", errno.EIO)]
+)
+def test_a_store_that_cannot_be_upgraded_keeps_its_latents(
+    volumes: list[VolumeEntry],
+    store: Path,
+    as_version_1: Callable[[Path], LatentStore],
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    function: str,
+    error: int,
+) -> None:
+    run(volumes, store)
+    as_version_1(store)
+
+    def fail(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, fail)
+        with pytest.raises(UserError, match=os.strerror(error)):
+            run(volumes, store)
+    for index, volume in enumerate(volumes):
+        assert torch.equal(LatentStore.open(store).read_volume(index), expected(volume))
+
+
 def test_latents_that_are_not_finite_are_refused(
     volumes: list[VolumeEntry], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,7 +455,12 @@ def test_only_what_was_asked_for_makes_a_summary_incomplete(store: Path) -> None
     assert not summary.complete
 
 
-def test_the_source_of_a_volume_can_be_written_and_does_not_depend_on_how_it_is_typed(tmp_path: Path) -> None:
+def test_the_source_of_a_volume_can_be_written_and_does_not_depend_on_how_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     assert locate(tmp_path / "link/a.nii") == locate(tmp_path / "a.nii") == str(tmp_path / "a.nii")
+    monkeypatch.chdir(tmp_path / "link")
+    assert locate(Path()) == str(tmp_path)
+    assert locate(Path("..")) == str(tmp_path.parent)
     assert locate(tmp_path / os.fsdecode(b"K\xf6ln\n.nii")) == str(tmp_path / r"K\xf6ln\n.nii")
