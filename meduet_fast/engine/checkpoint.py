@@ -191,12 +191,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception):
-            self.rescue()
-        if self._thread is not None:
-            if self._write is not None:
-                self._write.planner.abandoned = True
-            self._thread.shutdown()
+        try:
+            if isinstance(error, Exception):
+                self.rescue()
+        finally:  # somebody may interrupt that
+            if self._thread is not None:
+                if self._write is not None:
+                    self._write.planner.abandoned = True
+                self._thread.shutdown()
 
     def save(self, step: int, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Write ``folder/<step>``, or begin to, and remove all but the last ``keep`` checkpoints.
