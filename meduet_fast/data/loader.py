@@ -37,6 +37,7 @@ from .crops import CropBatches
 AHEAD = 2  # batches that every reader is asked for before they are wanted
 SPARE_DESCRIPTORS = 16  # left for latents, checkpoints and logs
 ALIGNMENT = 64  # bytes, of a tensor in shared memory
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they reach the whole process group
 Slot = dict[str, Tensor]  # a batch's place in shared memory
 
 
@@ -120,23 +121,34 @@ class _Reader:
     def __init__(self, batches: CropBatches, earlier: Sequence[_Reader]) -> None:
         self.slots = [_shared_slot(batches) for _ in range(AHEAD)]
         self.connection, theirs = Pipe()
+        self.reaped = False
+        # A reader has the run's handlers at first, which would tell the run of a signal a second time.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.pid = os.fork()
+            if self.pid == 0:
+                self._work(theirs, batches, earlier)
         except OSError:
             self.connection.close()
             theirs.close()
             raise
-        if self.pid == 0:
-            try:
-                for reader in (*earlier, self):
-                    reader.connection.close()  # else the run's end would not be noticed
-                _stand_alone()
-                _serve(theirs, batches, self.slots)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
+
+    def _work(
+        self, theirs: Connection[Any, Any], batches: CropBatches, earlier: Sequence[_Reader]
+    ) -> NoReturn:
+        """Be the reader, until the run ends."""
+        try:
+            for reader in (*earlier, self):
+                reader.connection.close()  # else the run's end would not be noticed
+            _stand_alone()
+            _serve(theirs, batches, self.slots)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
     def state(self) -> str:
         """Say what the process is at."""
@@ -172,8 +184,9 @@ def _stand_alone() -> None:
     # Ctrl-C, and SIGTERM from torchrun or a scheduler, reach the whole process group; a reader must outlive
     # them until the run has its checkpoint. It ends when the run does, which closes the connection.
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     faulthandler.register(signal.SIGQUIT, file=2)
     torch.set_num_threads(1)
     close_inherited()
@@ -203,12 +216,17 @@ def _serve(connection: Connection[Any, Any], batches: CropBatches, slots: Sequen
 def _end(readers: Sequence[_Reader]) -> None:
     for reader in readers:
         reader.connection.close()
-        with suppress(ProcessLookupError):
-            os.kill(reader.pid, signal.SIGKILL)
+        if not reader.reaped:  # else the number may be another process's by now
+            with suppress(ProcessLookupError):
+                os.kill(reader.pid, signal.SIGKILL)
     deadline = time.monotonic() + 2.0  # one that waits for a disk can't be killed, and is left behind
-    with suppress(ChildProcessError):
-        for reader in readers:
-            while os.waitpid(reader.pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+    for reader in readers:
+        with suppress(ChildProcessError):  # somebody else asked
+            while (
+                not reader.reaped
+                and os.waitpid(reader.pid, os.WNOHANG)[0] == 0
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.001)
 
 
@@ -284,5 +302,6 @@ class _ReadAhead(Iterator[dict[str, Tensor]]):
             status = os.waitstatus_to_exitcode(os.waitpid(reader.pid, 0)[1])
         except ChildProcessError:  # somebody else asked
             status = 0
+        reader.reaped = True
         how = f"was killed by signal {signal.strsignal(-status)}" if status < 0 else "ended without a word"
         return f"a reader of latents {how} (out of memory?)"

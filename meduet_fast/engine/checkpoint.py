@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,6 +43,7 @@ from torch.distributed.tensor import DTensor
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
+from meduet_fast.lock import FolderLock
 
 from .checkpoint_index import IndexedReader, IndexedWriter
 from .config import BATCHES_OF_A_STEP, AdamWConfig, EngineConfig
@@ -103,12 +107,18 @@ def _whole(module: nn.Module, rank: int) -> dict[str, Tensor]:
 
 
 class _Snapshot(DefaultSavePlanner):
-    """Plan who writes what; with ``copy``, hand out values as they were when the plan was made."""
+    """Plan who writes what; with ``copy``, hand out values as they were when the plan was made.
 
-    def __init__(self, copy: bool) -> None:
-        # What each process writes is the same every time: it is sent and compared once.
+    Attributes:
+        abandoned: set it, and the write ends with its next value.
+    """
+
+    def __init__(self, copy: bool, cache: str) -> None:
+        # What each process writes is the same every time: it is sent and compared once. PyTorch keeps it
+        # with the class, by default for all runs of a process together.
         super().__init__(enable_plan_caching=True)
-        self._copy, self._values = copy, dict[MetadataIndex, Any]()
+        self._cached_plans_key = cache
+        self._copy, self._values, self.abandoned = copy, dict[MetadataIndex, Any](), False
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take in this process's part of the plan."""
@@ -122,7 +132,19 @@ class _Snapshot(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """Return a value to write."""
+        if self.abandoned:
+            raise InterruptedError("the run failed meanwhile")
         return self._values[write_item.index] if self._copy else super().resolve_data(write_item)
+
+
+def _forget_plans(cache: str) -> None:
+    """Drop what planners of a run keep, or half of it where planning failed."""
+    caches: list[dict[str, Any]] = [
+        SavePlanner._cached_save_plan, SavePlanner._cached_final_save_plan, SavePlanner._cached_all_plans,
+        SavePlanner._cached_global_plan, SavePlanner._cached_metadata,
+    ]  # fmt: skip
+    for kept in caches:
+        kept.pop(cache, None)
 
 
 @dataclass
@@ -130,13 +152,14 @@ class _Write:
     """A checkpoint that is being written; ``results`` waits for this process's part."""
 
     step: int
+    planner: _Snapshot
     storage: IndexedWriter
     metadata: Metadata | None  # on rank 0
     results: Callable[[], list[WriteResult]]
 
 
 class CheckpointWriter:
-    """Write checkpoints of one run, one after the other.
+    """Write checkpoints of one run, one after the other; a context manager, behind which nothing is written.
 
     A thread that writes in the background sends nothing to other processes and has no part of the model: all
     messages, and the copy, are the main thread's.
@@ -146,29 +169,49 @@ class CheckpointWriter:
         run: JSON values that a resumed run compares; the step is added.
         keep: checkpoints kept.
         world: the processes that write together.
+        lock: of the run's folder, on rank 0: nothing is begun or named once another process took it over.
         in_background: write from a copy, while training goes on.
     """
 
     def __init__(
-        self, folder: Path, run: Mapping[str, Any], keep: int, world: World, in_background: bool = False
-    ) -> None:
+        self, folder: Path, run: Mapping[str, Any], keep: int, world: World, lock: FolderLock | None = None,
+        in_background: bool = False,
+    ) -> None:  # fmt: skip
         self._folder, self._run, self._keep, self._world = folder, run, keep, world
+        self._lock, self._cache = lock, uuid.uuid4().hex
+        weakref.finalize(self, _forget_plans, self._cache)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._running: Future[list[WriteResult]] | None = None
         self._write: _Write | None = None
         self._all = _DistWrapper(world.writing, world.grouped, 0)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Exception):
+                self.rescue()
+        finally:  # somebody may interrupt that
+            if self._thread is not None:
+                if self._write is not None:
+                    self._write.planner.abandoned = True
+                self._thread.shutdown()
 
     def save(self, step: int, task: Task, optimizer: torch.optim.Optimizer) -> None:
         """Write ``folder/<step>``, or begin to, and remove all but the last ``keep`` checkpoints.
 
         Raises:
             UserError: if it, or the one before, cannot be written (a full disk, no permission); earlier
-                checkpoints are untouched.
+                checkpoints are untouched. If another process took the folder over.
         """
         self.finish()
+        self._check_lock()
         exports = {name: _whole(item, self._world.rank) for name, item in task.exports().items()}
         state, first, temporary = _state(task, optimizer), self._world.rank == 0, self._temporary(step)
-        planner, metadata = _Snapshot(copy=self._thread is not None), None
+        planner, metadata = _Snapshot(self._thread is not None, self._cache), None
         with self._in_one_line(step):
             self._world.on_first(partial(_begin, temporary))
             storage = IndexedWriter(temporary / "state")
@@ -186,11 +229,11 @@ class CheckpointWriter:
             plan = planner.finish_plan(self._all.reduce_scatter("plan", plan_part, plan_all))
         write = partial(_write_part, storage, plan, planner, task, exports if first else {}, temporary)
         if self._thread is None:
-            self._write = _Write(step, storage, metadata, write)
+            self._write = _Write(step, planner, storage, metadata, write)
             self.finish()
         else:
             self._running = self._thread.submit(write)
-            self._write = _Write(step, storage, metadata, self._running.result)
+            self._write = _Write(step, planner, storage, metadata, self._running.result)
 
     def failed(self) -> bool:
         """Tell whether a write in the background has failed; :meth:`finish` raises why."""
@@ -207,9 +250,10 @@ class CheckpointWriter:
         Raises:
             UserError: as :meth:`save`.
         """
-        write, self._write, self._running = self._write, None, None
+        write = self._write
         if write is None:
             return
+        self._check_lock()
 
         def complete(results: list[list[WriteResult]]) -> None:
             assert write.metadata is not None
@@ -218,6 +262,17 @@ class CheckpointWriter:
 
         with self._in_one_line(write.step):
             self._all.all_reduce("write", write.results, complete)
+        self._write = self._running = None
+
+    def rescue(self) -> None:
+        """Finish what is being written before an error ends the run, if no other process is needed for it."""
+        if self._world.size == 1:
+            with suppress(UserError):  # the run's own error is the one to tell
+                self.finish()
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def _temporary(self, step: int) -> Path:
         return self._folder / f".{step}.tmp"
@@ -228,6 +283,8 @@ class CheckpointWriter:
         try:
             yield
         except (OSError, CheckpointException, RuntimeError) as error:
+            self._write = self._running = None
+            _forget_plans(self._cache)
             if self._world.rank == 0:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
             if lost_contact(error):

@@ -124,15 +124,16 @@ def fit(
             "config": config.identity(world.size), "settings": every, "data": data.identity, "init": task.init
         }  # fmt: skip
         writer = CheckpointWriter(
-            output / "checkpoints", settings, config.keep_checkpoints, world, config.async_checkpoints
+            output / "checkpoints", settings, config.keep_checkpoints, world, lock, config.async_checkpoints
         )
         with (
+            writer,
             RunLog(output, start, task, config, world) as log,
             ProgressBar(task.title, config.steps, "step", start, world.rank == 0) as bar,
         ):
 
             def report(values: StepValues) -> None:
-                checked = _finite(values, data, output)
+                checked = _finite(values, data, output, writer)
                 bar.update(1, log.report(values.step, checked, values.waited, values.done_at))
 
             while done < config.steps and stopped is None:
@@ -154,7 +155,7 @@ def fit(
                 if lock is not None:
                     lock.check()
                 stopped, finish = agreement.exchange(stop.signal, writer.failed(), writer.written())
-                if finish:
+                if finish and done != saved:  # else said of the checkpoint before
                     writer.finish()
             stop.at(f"the end after step {done - 1}, with its checkpoint,")
             agreement.receive()
@@ -196,7 +197,7 @@ def refuse_graph(device: torch.device, processes: int, grouped: bool) -> None:
         )
 
 
-def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float]:
+def _finite(pending: StepValues, data: Batches, output: Path, writer: CheckpointWriter) -> dict[str, float]:
     """Fetch a step's values and refuse non-finite ones."""
     values = pending.fetch()
     bad = [name for name, value in values.items() if not math.isfinite(value)]  # terms before their total
@@ -206,6 +207,7 @@ def _finite(pending: StepValues, data: Batches, output: Path) -> dict[str, float
             "process's losses are finite; see what the others say"
         )
     if bad:
+        writer.rescue()  # it may be the last good one
         names = sorted({name for part in pending.volumes for name in data.names(part)})
         raise UserError(
             f"{output}: stopped at step {pending.step}: {bad[0]} is {values[bad[0]]}"

@@ -37,8 +37,9 @@ class StopRequest:
     those that take too long by itself.
 
     A process that comes no further for ``grace_s`` seconds after a request is ended: it prints where each of
-    its threads is, and exits with 128 + the signal's number. One that comes no further for most of
-    ``timeout_s`` prints that too, before the others give it up. SIGQUIT prints it at any time.
+    its threads is, and exits with 128 + the signal's number; with 1, if since the request no other thread of
+    it could run. One that comes no further for most of ``timeout_s`` prints that too, before the others give
+    it up. SIGQUIT prints it at any time.
 
     Args:
         output: the run's folder.
@@ -52,6 +53,7 @@ class StopRequest:
         self._output, self._grace_s, self._timeout_s = output, grace_s, timeout_s
         self._doing, self._since, self._looked_at = "the start", time.monotonic(), ""
         self._previous: dict[signal.Signals, Any] = {}
+        self._armed = False
 
     def __enter__(self) -> StopRequest:
         faulthandler.register(signal.SIGQUIT, file=2)
@@ -71,12 +73,21 @@ class StopRequest:
             signal.signal(number, handler)
         os.write(self._wakeup, OVER)  # to close it would not do: forked readers have it, too
         self._watching.join()
+        if self._armed:
+            faulthandler.cancel_dump_traceback_later()
         os.close(self._wakeup)
         os.close(self._received)
 
     def at(self, doing: str) -> None:
         """Say what the run does from now on: it comes further."""
         self._doing, self._since = doing, time.monotonic()
+        if self._armed:
+            self._arm()
+
+    def _arm(self) -> None:
+        """Have this process ended where a call of C keeps all of Python waiting, the watching thread too."""
+        self._armed = True
+        faulthandler.dump_traceback_later(self._grace_s + 2 * LAST_WORDS_S, exit=True, file=2)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
@@ -91,22 +102,27 @@ class StopRequest:
                 if OVER in numbers:
                     return
                 requests.extend((number, time.monotonic()) for number in numbers if number in SIGNALS)
+                if requests and not self._armed:
+                    self._arm()
             doing, since, now = self._doing, self._since, time.monotonic()
             if requests:
                 number, asked = requests[0]
-                insisted = len(requests) > 1 and not launched()
-                if insisted or now - max(asked, since) > self._grace_s:
-                    self._end(signal.Signals(number), doing)
+                name = signal.Signals(number).name
+                if now - max(asked, since) > self._grace_s:
+                    self._end(number, f"{doing} was not over {self._grace_s:g} s after {name} (grace_s)")
+                # Where it can, the main thread acts on the second request by itself.
+                if len(requests) > 1 and not launched() and now - requests[1][1] > LAST_WORDS_S:
+                    second = signal.Signals(requests[1][0]).name
+                    self._end(number, f"{second} came, the second request, and {doing} was not over")
             if now - since > 0.9 * self._timeout_s and self._looked_at != doing:
                 self._looked_at = doing
                 _say(f"{self._output}: {doing} is not over after {now - since:.0f} s; where each thread is:")
                 faulthandler.dump_traceback(file=2)
 
-    def _end(self, number: signal.Signals, doing: str) -> None:
+    def _end(self, number: int, why: str) -> None:
         """End this process, whatever its main thread waits for."""
         Timer(LAST_WORDS_S, os._exit, (128 + number,)).start()
         faulthandler.dump_traceback(file=2)
-        why = f"{doing} was not over {self._grace_s:g} s after {number.name} (grace_s)"
         _say(f"{self._output}: ended, because {why}; {last_good(self._output / 'checkpoints')}")
         if self.tell is not None:
             with suppress(dist.DistError):

@@ -197,3 +197,50 @@ def test_readers_outlive_signals_to_all_and_end_with_the_run(batches: CropBatche
     assert len(children() - before) == 2
     del stream
     assert children() == before
+
+
+def test_a_signal_to_a_reader_just_forked_is_not_taken_for_one_to_the_run(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = os.fork
+
+    def fork_then_interrupt() -> int:
+        pid = fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(loader_module.os, "fork", fork_then_interrupt)
+    received, wakeup = os.pipe()
+    for end in (received, wakeup):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(wakeup)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        assert_right(list(crop_loader(batches, total_steps=4, workers=2)), batches, range(4))
+    finally:
+        signal.set_wakeup_fd(before)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    with pytest.raises(BlockingIOError):
+        os.read(received, 1)
+    os.close(received)
+    os.close(wakeup)
+
+
+def test_no_reader_stays_a_zombie_and_none_is_killed_twice(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else waits for children: the run's program, or the message about a lost reader."""
+    stream = iter(crop_loader(batches, total_steps=50, workers=3, timeout_s=20))
+    first, second, third = (reader.pid for reader in stream._readers)  # type: ignore[attr-defined]
+    for pid in (first, second):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(second, 0)
+    killed, kill = list[int](), os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: (killed.append(pid), kill(pid, number)))
+    with pytest.raises(UserError, match="a reader of latents was killed"):
+        list(stream)
+    assert killed == [second, third]
+    for pid in (first, second, third):
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)

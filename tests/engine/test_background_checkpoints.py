@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.tensor import DTensor
 
-from meduet_fast.engine.checkpoint import CheckpointWriter, checkpoint_steps
+from meduet_fast.data.store import LatentStore
+from meduet_fast.engine.checkpoint import CheckpointWriter, _Snapshot, checkpoint_steps
 from meduet_fast.engine.checkpoint_index import IndexedWriter
+from meduet_fast.engine.distributed import World
+from meduet_fast.engine.stop import Agreement, StopRequest
+from meduet_fast.engine.task import Task
 from meduet_fast.errors import UserError
+from meduet_fast.lock import FolderLock
 from meduet_fast.pretraining import PretrainConfig, pretrain
 
 from .team import steps_done, train_alone
@@ -113,3 +122,147 @@ def test_a_failed_write_ends_the_run_at_once(
         pretrain(tiny_store, run, replace(config, steps=500, checkpoint_every=2))
     assert steps_done(run) < 20
     assert not any((run / "checkpoints").iterdir())
+
+
+def writes_late(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    original = IndexedWriter.write_data
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return original(*arguments)
+
+    monkeypatch.setattr(IndexedWriter, "write_data", late)
+
+
+def writing_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda crops: crops * float("nan"), r"reconstruction is nan.*last good checkpoint is .*points/2$"),
+        (lambda crops: crops.no_such_method(), "no_such_method"),
+    ],
+    ids=["a loss", "a mistake"],
+)
+def test_what_is_written_when_a_later_step_fails_is_kept(
+    tiny_store: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[torch.Tensor], torch.Tensor], message: str,
+) -> None:  # fmt: skip
+    original, reads = LatentStore.read_crops, 0
+
+    def read_crops(*arguments: Any) -> torch.Tensor:
+        nonlocal reads
+        reads += 1
+        crops = original(*arguments)
+        return spoil(crops) if reads == 3 else crops
+
+    monkeypatch.setattr(LatentStore, "read_crops", read_crops)
+    writes_late(monkeypatch, 0.5)
+    with pytest.raises((UserError, AttributeError), match=message):
+        pretrain(tiny_store, tmp_path / "run", replace(config, steps=9, checkpoint_every=2))
+    assert [item.name for item in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert not writing_threads()
+
+
+@pytest.mark.parametrize(("size", "error"), [(2, UserError("a bad step")), (1, KeyboardInterrupt())])
+def test_a_write_that_cannot_be_finished_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, error: BaseException
+) -> None:
+    """Others would have to take part, or somebody insists."""
+    task = OneWeight()
+    writes_late(monkeypatch, 0.2)
+
+    def save_and_fail() -> None:
+        with CheckpointWriter(tmp_path, {}, 2, World(torch.device("cpu"), 0, size), None, True) as writer:
+            writer.save(2, task, torch.optim.AdamW(task.parameters()))
+            raise error
+
+    with pytest.raises(type(error)):
+        save_and_fail()
+    assert not writing_threads()
+    assert [item.name for item in tmp_path.iterdir()] == [".2.tmp"]
+    assert not any(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
+
+class OneWeight(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))  # (3,)
+
+
+def cached_plans() -> list[str]:
+    gc.collect()
+    return [*SavePlanner._cached_save_plan, *SavePlanner._cached_all_plans, *SavePlanner._cached_metadata]
+
+
+def test_plans_are_kept_for_one_writer_and_dropped_where_planning_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, task = cached_plans(), OneWeight()
+    optimizer, world = torch.optim.AdamW(task.parameters()), World(torch.device("cpu"))
+    first, second = (CheckpointWriter(tmp_path / name, {}, 9, world) for name in "ab")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    first.save(1, task, optimizer)
+    second.save(1, task, optimizer)
+    assert len(cached_plans()) == len(before) + 6
+    with monkeypatch.context() as patch:
+        patch.setattr(_Snapshot, "finish_plan", fail)
+        with pytest.raises(UserError, match=r"a/2: checkpoint not written: out of memory"):
+            first.save(2, task, optimizer)
+    assert len(cached_plans()) == len(before) + 3
+    first.save(3, task, optimizer)
+    assert checkpoint_steps(tmp_path / "a") == [1, 3]
+    del first, second
+    assert cached_plans() == before
+
+
+def test_what_was_said_of_the_checkpoint_before_does_not_hold_up_the_next(
+    tiny_store: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several processes it arrives a step late."""
+    seen, finish = list[str](), CheckpointWriter.finish
+
+    def note(writer: CheckpointWriter) -> None:
+        seen.append("finish")
+        finish(writer)
+
+    monkeypatch.setattr(Agreement, "exchange", lambda *_: (None, True))
+    monkeypatch.setattr(StopRequest, "at", lambda _, doing: seen.append(doing))
+    monkeypatch.setattr(CheckpointWriter, "finish", note)
+    train_alone(tiny_store, tmp_path / "run", replace(config, steps=4, checkpoint_every=2))
+    at = seen.index("checkpoint 2")
+    assert seen[at : at + 4] == ["checkpoint 2", "finish", "step 2", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("at", "in_background", "kept"),
+    [("checkpoint 2", False, []), ("step 2", True, []), ("the end after", False, [2])],
+)
+def test_nothing_is_begun_or_named_in_a_folder_that_another_process_took_over(
+    tiny_store: Path, config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    at: str, in_background: bool, kept: list[int],
+) -> None:  # fmt: skip
+    taken = False
+
+    def note(_: StopRequest, doing: str) -> None:
+        nonlocal taken
+        taken = taken or doing.startswith(at)
+
+    def check(_: FolderLock) -> None:
+        if taken:
+            raise UserError("taken over by another")
+
+    monkeypatch.setattr(StopRequest, "at", note)
+    monkeypatch.setattr(FolderLock, "check", check)
+    writes_late(monkeypatch, 0.3)  # in the background step 2 is reached meanwhile
+    config = replace(config, steps=3, checkpoint_every=2, async_checkpoints=in_background)
+    with pytest.raises(UserError, match="taken over"):
+        pretrain(tiny_store, tmp_path / "run", config)
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == kept

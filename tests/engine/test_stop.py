@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from meduet_fast.engine import stop as stop_module
 from meduet_fast.engine.checkpoint import checkpoint_steps
 from meduet_fast.engine.distributed import refuse_lone_tasks
 from meduet_fast.engine.stop import StopRequest
@@ -99,9 +101,41 @@ def test_a_second_request_ends_one_that_hangs_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
-    code, said = in_child(tmp_path, hang_here, capfd, signal.SIGTERM, signal.SIGTERM, grace_s=100.0)
+    code, said = in_child(tmp_path, hang_here, capfd, signal.SIGTERM, signal.SIGINT, grace_s=100.0)
     assert code == 143, said
     assert time.monotonic() - began < 15
+    assert "ended, because SIGINT came, the second request, and step 7 was not over; there is no " in said
+
+
+def test_a_main_thread_that_acts_on_a_second_request_is_left_to_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def act(stop: StopRequest) -> None:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(1)  # an orderly end
+            os.write(2, b", interrupted")
+
+    code, said = in_child(tmp_path, act, capfd, signal.SIGINT, signal.SIGINT, grace_s=100.0)
+    assert (code, said) == (0, "ready, interrupted")
+
+
+def test_a_call_that_keeps_all_of_python_waiting_is_ended_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_module, "LAST_WORDS_S", 0.2)
+
+    def hold_the_lock(stop: StopRequest) -> None:
+        while stop.signal is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        stop.at("step 7")
+        ctypes.PyDLL(None).sleep(1000)
+
+    code, said = in_child(tmp_path, hold_the_lock, capfd, signal.SIGTERM)
+    assert code == 1
+    assert "in hold_the_lock" in said
 
 
 def test_sigquit_prints_where_each_thread_is_and_the_run_goes_on(
