@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,3 +45,24 @@ class VolumeError(UserError):
         self.path = Path(path)
         self.reason = reason
         super().__init__(f"{printable(path)}: {reason}")
+
+
+@contextmanager
+def failures_of(path: Path) -> Iterator[None]:
+    """Turn what libraries raise on a strange file into the failure of this one volume.
+
+    Raises:
+        VolumeError: whatever goes wrong; what nobody foresaw is told with its type and place.
+    """
+    try:
+        yield
+    except VolumeError:
+        raise
+    except UserError as error:
+        raise VolumeError(path, str(error)) from error
+    except MemoryError as error:
+        raise VolumeError(path, "does not fit into memory") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"unexpected {type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {error}"
+        raise VolumeError(path, " ".join(reason.split())) from error

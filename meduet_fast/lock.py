@@ -13,21 +13,23 @@ import fcntl
 import json
 import os
 import platform
+import sys
 import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
-from .errors import UserError
+from .errors import UserError, printable
 
 LOCK, HOLDER = ".lock", ".holder.json"
 TOUCH_S = 5.0  # between two signs of life
 SILENT_S = 30.0  # after which a process on another machine is taken for dead
 SETTLE_S = 1.0  # in which two that take over the same folder see each other
 RETRY_S = 0.2
+LOOKS = 3  # at a locked folder that nobody says to hold: a dry run may be looking at it
 
 _held: set[int] = set()  # locked files, which a forked process must not hold on to
 
@@ -129,6 +131,8 @@ class FolderLock:
         self._made: list[Path] = []
         self._taken_by: Holder | None = None
         self._left = Event()
+        self._record_in_use = Lock()  # by the thread that shows life, or by the end
+        self._told = False
 
     def __enter__(self) -> FolderLock:
         self._me = Holder.myself()
@@ -149,11 +153,13 @@ class FolderLock:
         if self._me.pid != os.getpid():  # a forked process has nothing to give back
             return
         self._left.set()
-        with suppress(OSError):  # what stays behind names a process that is gone
+        with suppress(OSError), self._record_in_use:  # what stays behind names a process that is gone
             sign = _look(self._record)
-            if sign is not None and sign.holder == self._me:
-                self._record.unlink()
-                (self.folder / LOCK).unlink()
+            if sign is None or sign.holder == self._me:
+                if sign is not None:
+                    self._record.unlink()
+                if os.path.samestat((self.folder / LOCK).stat(), os.fstat(self._lock)):
+                    (self.folder / LOCK).unlink()
         self._close(self._lock)
         with suppress(OSError):  # there is something in it
             for folder in self._made:
@@ -174,7 +180,7 @@ class FolderLock:
     def _take(self) -> Holder | str | None:
         """Take the folder and return None, or return who has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOCK
+        path, looks = self.folder / LOCK, 0
         while True:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             _held.add(lock)
@@ -183,7 +189,12 @@ class FolderLock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._close(lock)
-                return _name(_look(self._record))
+                sign, looks = _look(self._record), looks + 1
+                named = sign is not None and sign.holder is not None and sign.holder.lives() is not False
+                if named or looks == LOOKS:
+                    return _name(sign)
+                time.sleep(RETRY_S)
+                continue
             except OSError:  # no locks here: the record decides
                 locked = False
             with suppress(FileNotFoundError):
@@ -232,7 +243,12 @@ class FolderLock:
         if lives is not None:
             return lives
         silent_s = (own.stat().st_mtime_ns - sign.touched) / 1e9
-        until = time.monotonic() + SILENT_S - max(silent_s, 0)
+        left_s = SILENT_S - max(silent_s, 0)
+        until = time.monotonic() + left_s
+        if left_s > TOUCH_S and not self._told:
+            self._told = True
+            wait = f"{self.folder}: in use by {_name(sign)}? Waiting {left_s:.0f} s for a sign of life"
+            print(printable(wait), file=sys.stderr)
         while time.monotonic() < until:
             time.sleep(RETRY_S)
             if _look(self._record) != sign:
@@ -242,9 +258,15 @@ class FolderLock:
     def _show_life(self) -> None:
         """Touch the record now and then, and see whether it is still this process's."""
         while not self._left.wait(TOUCH_S):
-            with suppress(OSError):  # a disk that is out of reach may come back
+            with suppress(OSError), self._record_in_use:  # a disk that is out of reach may come back
+                if self._left.is_set():
+                    return
                 sign = _look(self._record)
-                if sign is not None and sign.holder not in (None, self._me):
+                if sign is None:  # somebody removed it, and may be about to take the folder
+                    with self._record.open("x", encoding="utf-8") as file:
+                        json.dump(asdict(self._me), file)
+                    continue
+                if sign.holder not in (None, self._me):
                     self._taken_by = sign.holder
                     return
                 os.utime(self._record)

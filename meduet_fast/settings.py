@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
@@ -77,7 +78,7 @@ def check_numbers(settings: Any, allowed: Range, *names: str) -> None:
         items: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
         for item in items:
             number = isinstance(item, kind) and not isinstance(item, bool)
-            if not (number and math.isfinite(item) and allowed.holds(item)):
+            if not (number and abs(item) <= sys.float_info.max and allowed.holds(item)):
                 what = "a whole number, " if kind is Integral and not isinstance(item, Integral) else ""
                 off = ", or null for none" if type(None) in kinds else ""
                 found = "nothing" if value is None else str(value).removesuffix(".0")  # as typed
@@ -114,12 +115,16 @@ def check_yaml(path: Path) -> None:
         _check_node(path, root)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: settings that are nested too deeply, or contain themselves") from error
 
 
 def _check_node(path: Path, node: yaml.Node) -> None:
     if isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{path}: line {key.start_mark.line + 1}: expected a name before the colon")
             if key.value in keys:
                 raise UserError(f"{path}: line {key.start_mark.line + 1}: {key.value} is given twice")
             if isinstance(value, yaml.MappingNode) and not value.value:

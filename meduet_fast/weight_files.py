@@ -31,6 +31,7 @@ METADATA = "__metadata__"  # what a safetensors file says of itself, beside its 
 _AROUND = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _READ_BYTES = 1 << 20
+_DEEPEST = 50  # mappings within mappings; some contain themselves
 
 # First bytes of what is taken for a file of weights now and then.
 _FORMATS = {
@@ -133,14 +134,21 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _AROUND)
 
 
-def leaves(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what is in mappings within mappings, under dotted names."""
+def leaves(content: Mapping[Any, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield what is in mappings within mappings, under dotted names.
+
+    Raises:
+        ValueError: if they are nested without end.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"mappings within mappings, more than {_DEEPEST} deep")
     # State dicts carry a mapping of their own, where PyTorch keeps its modules' versions.
-    own = getattr(content, "_metadata", None) or {}
-    for key, value in [*own.get("", {}).items(), *content.items()]:
+    modules = getattr(content, "_metadata", None)
+    own = modules.get("") if isinstance(modules, Mapping) else None
+    for key, value in [*(own.items() if isinstance(own, Mapping) else ()), *content.items()]:
         value = vars(value) if isinstance(value, Namespace) else value
         if isinstance(value, Mapping):
-            yield from ((f"{key}.{name}", leaf) for name, leaf in leaves(value))
+            yield from ((f"{key}.{name}", leaf) for name, leaf in leaves(value, depth + 1))
         else:
             yield str(key), value
 
@@ -277,7 +285,7 @@ def _parsed(text: str) -> Any:
     """Return a string of JSON as what it stands for, and any other as it is."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -7,15 +7,18 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Barrier, Thread
+from threading import Barrier, Thread, Timer
 
 import pytest
 
@@ -176,6 +179,58 @@ def test_waiting_for_the_folder(tmp_path: Path, quick: None) -> None:
     with FolderLock(tmp_path, wait=True):
         assert time.monotonic() - began >= 0.1
     thread.join()
+
+
+def test_a_record_that_somebody_removed_is_written_again(tmp_path: Path, quick: None) -> None:
+    record = tmp_path / "run" / HOLDER
+    with FolderLock(record.parent) as held:
+        text = record.read_text()
+        record.unlink()
+        until = time.monotonic() + 10
+        while not (record.exists() and record.read_text() == text):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        held.check()
+    assert not record.parent.exists()
+
+
+def test_nothing_stays_behind_where_the_record_is_gone(tmp_path: Path, code: int) -> None:
+    with FolderLock(tmp_path / "run"):
+        (tmp_path / "run" / HOLDER).unlink()
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / LOCK).touch()  # another's
+    assert [item.name for item in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("record", [None, "{}", "dead"])
+def test_who_looks_at_a_folder_is_no_hindrance(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, record: str | None
+) -> None:
+    """As a dry run does: it has the lock for a moment, without a record of its own."""
+    monkeypatch.setattr(lock, "RETRY_S", 0.1)
+    if record == "dead":
+        record = json.dumps(asdict(replace(lock.Holder.myself(), born=1)))
+    if record is not None:
+        (tmp_path / HOLDER).write_text(record)
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with FolderLock(tmp_path):
+            pass
+
+
+def test_a_wait_is_told(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere(tmp_path)
+    with FolderLock(tmp_path):
+        pass
+    told = capsys.readouterr().err
+    assert re.search(r"in use by process \d+ on node7 since .*\? Waiting 0 s for a sign of life\n", told)
+    assert told.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written(as_nobody: AbstractContextManager[None]) -> None:

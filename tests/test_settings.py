@@ -63,6 +63,8 @@ def test_numbers_that_are_none(settings: Any, name: str, kind: type) -> None:
         (EngineConfig, "timeout_s", 10**12, f"found {10**12}, expected 1 <= value <= 10000000"),
         (EngineConfig, "log_every", 0, "found 0, expected 1 or more"),
         (MeDUETConfig, "depth", 2.5, "found 2.5, expected a whole number, more than 0"),
+        (MeDUETConfig, "mlp_ratio", 10**400, f"found {10**400}, expected more than 0"),
+        (EngineConfig, "seed", 10**400, f"found {10**400}, expected 0 <= value <= {2**64 - 1}"),
         (PretrainConfig, "held_out_fraction", 1, "found 1, expected 0 <= value < 1"),
         (TokenizerTrainingConfig, "held_out_fraction", 0, "found 0, expected 0 < value < 1"),
     ],
@@ -91,6 +93,9 @@ def test_limits_that_are_allowed() -> None:
         ("", "expected settings, one to a line"),
         ("- steps: 3\n", "expected settings, one to a line"),
         ("steps: [", "not readable as YAML"),
+        ("steps: 3\n{a: b}: 1\n", "line 2: expected a name before the colon"),
+        ("model: &m {a: *m}\n", "settings that are nested too deeply, or contain themselves"),
+        ("model: " + 2000 * "[", "settings that are nested too deeply"),
     ],
 )
 def test_what_a_file_must_not_say(tmp_path: Path, text: str, message: str) -> None:

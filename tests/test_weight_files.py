@@ -7,6 +7,7 @@ import json
 import pathlib
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -273,3 +274,19 @@ def test_absent_closed_and_endless_files(tmp_path: Path, as_nobody: AbstractCont
         for path in (closed / "a.pt", closed):
             assert refused(path) == "can't be read: Permission denied"
     closed.chmod(0o700)
+
+
+@pytest.mark.parametrize("versions", [[3], {"": 3}, {"": None}, 3])
+def test_versions_of_modules_that_are_none(versions: object) -> None:
+    state = OrderedDict(STATE)
+    state._metadata = versions  # type: ignore[attr-defined]
+    assert find_weights(state, KNOWN).tensors.keys() == STATE.keys()
+
+
+def test_what_is_nested_without_end(tmp_path: Path) -> None:
+    endless: dict[str, Any] = dict(STATE)
+    endless["self"] = endless
+    with pytest.raises(ValueError, match="mappings within mappings, more than 50 deep"):
+        find_weights(endless, KNOWN)
+    save_file(STATE, tmp_path / "a.safetensors", {"deep": 100_000 * "["})
+    assert read_file(tmp_path / "a.safetensors")["__metadata__"]["deep"] == 100_000 * "["

@@ -29,7 +29,7 @@ from meduet_fast.engine.checkpoint import latest_checkpoint
 from meduet_fast.engine.metrics import first_and_last, read_metrics
 from meduet_fast.engine.precision import Precision
 from meduet_fast.engine.step import batch_generator
-from meduet_fast.errors import UserError, VolumeError
+from meduet_fast.errors import UserError, VolumeError, failures_of
 from meduet_fast.lock import FolderLock
 from meduet_fast.progress import track
 from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, Range, check_numbers
@@ -157,7 +157,8 @@ class VolumeCrops(Batches):
         for line in format_left_out(listing.left_out):
             print(line, file=sys.stderr)
         for entry in track(listing.volumes, "Reading volumes", unit="volume"):
-            image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
+            with failures_of(entry.path):
+                image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
             try:
                 start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)
                 if min(image.shape[2:]) < config.crop_size:
@@ -250,7 +251,8 @@ def train_tokenizer(
         domains = [volume.domain for volume in crops.volumes]
         training = {**asdict(config), "volumes": domains, "torch": torch.__version__}
         save_safetensors(output, architecture, network, metrics, training)
-        shutil.rmtree(run)
+    # Once the lock is closed: NFS keeps open files under another name. What stays behind is of no account.
+    shutil.rmtree(run, ignore_errors=True)
     return metrics
 
 

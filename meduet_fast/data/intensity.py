@@ -249,5 +249,5 @@ def _advise(sample: np.ndarray, voxels: np.ndarray) -> str:
     return (
         f"state {{ct_window: [{window.low:g}, {window.high:g}]}} for {name}, "
         f"{{mr_percentile: [{MR.low:g}, {MR.high:g}]}} for an MR or a PET, as 'intensity' in a manifest "
-        f"(or --intensity '{{kind: ct_window, low: {window.low:g}, high: {window.high:g}}}')"
+        f"(`prepare` takes --intensity '{{kind: ct_window, low: {window.low:g}, high: {window.high:g}}}' too)"
     )

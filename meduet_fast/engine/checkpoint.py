@@ -352,17 +352,24 @@ def _cause(error: BaseException, world: World | None = None) -> str:
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """Read ``run.json`` of a checkpoint.
+def read_run(folder: Path, of_checkpoint: bool = True) -> dict[str, Any]:
+    """Read ``run.json`` of a checkpoint, or of the run's folder, which has no step.
 
     Raises:
         UserError: if it is absent or damaged.
     """
-    path = checkpoint / "run.json"
+    path = folder / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {error}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable: {error}") from error
+    wanted: dict[str, Any] = {"config": dict, "data": (str, type(None))}
+    if of_checkpoint:
+        wanted["step"] = int
+    for name, kind in wanted.items():
+        if not isinstance(found, dict) or name not in found or not isinstance(found[name], kind):
+            raise UserError(f"{path}: damaged: no {name!r} as a run writes it")
+    return found
 
 
 @contextmanager

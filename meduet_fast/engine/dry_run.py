@@ -12,7 +12,7 @@ from meduet_fast.lock import refuse_held
 
 from .checkpoint import find_start
 from .config import EngineConfig
-from .distributed import launched
+from .distributed import launched, refuse_lone_tasks
 from .loop import refuse_graph
 from .parallel import shard_count
 from .precision import use_float8
@@ -37,6 +37,8 @@ def check_start(
     Raises:
         UserError: as :func:`~meduet_fast.engine.fit`.
     """
+    if not launched():
+        refuse_lone_tasks()
     device = select_device(config.device)
     set_attention_backend(config.attention, device)
     if config.precision == "float8":

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
+
+from meduet_fast.errors import UserError
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -19,6 +22,9 @@ def launch(arguments: Sequence[str]) -> int:
     Returns:
         0; or the exit code of the process that failed first; or 128 plus the number of the signal that ended
         it, or this process.
+
+    Raises:
+        UserError: if no processes could be started: options that make no sense, a machine out of reach.
     """
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -32,4 +38,8 @@ def launch(arguments: Sequence[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    except (ValueError, RuntimeError, RendezvousError) as error:
+        raise UserError(f"the processes could not be started: {error or type(error).__name__}") from error
+    except AssertionError as error:  # the one that it makes of an option
+        raise UserError("--nproc-per-node: expected 1 or more") from error
     return 0

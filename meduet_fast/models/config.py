@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ class MeDUETConfig:
             if name not in sizes and name not in said and width in published:
                 sizes[name] = published[width]
             elif name not in sizes:
-                choice = f" ({' or '.join(map(str, sorted(said[name])))}?)" if name in said else ""
+                choice = f" ({' or '.join(map(str, sorted(said[name])))}?)" if said.get(name) else ""
                 unknown[name] = f"{name} of {width} wide blocks{choice}"
         if unknown:
             raise ValueError(
@@ -158,7 +158,7 @@ class MeDUETConfig:
             ValueError: naming both values.
         """
         for name, values in said.items():
-            if getattr(self, name) not in values:
+            if values and getattr(self, name) not in values:
                 made = " or ".join(map(str, sorted(values)))
                 raise ValueError(f"{name} is {getattr(self, name)}, the weights were made with {made}")
 
@@ -207,7 +207,8 @@ def stated(beside: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, set
         sizes: what the weights show.
 
     Returns:
-        The values found of each such setting; one is certain, several contradict each other.
+        The values found of each such setting; one is certain, several contradict each other, and none means
+        that something is said of heads which is not understood.
 
     Raises:
         ValueError: if the neighbours are those of another network.
@@ -215,13 +216,40 @@ def stated(beside: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, set
     found: dict[str, set[Any]] = {}
     for key, value in beside.items():
         name = key.rpartition(".")[2]
-        if name not in TRACELESS or isinstance(value, bool) or not isinstance(value, TRACELESS[name]):
+        number = _number(value, TRACELESS[name]) if name in TRACELESS else None
+        if number is None:
+            for uncertain in _may_mean(key, name, value):
+                found.setdefault(uncertain, set())
             continue
         for other in ("embed_dim", "depth", "decoder_embed_dim", "decoder_depth"):
             neighbour = beside.get(key.removesuffix(name) + other, sizes.get(other))
-            if other in sizes and neighbour != sizes[other]:
+            if other in sizes and _number(neighbour, int) != sizes[other]:
                 raise ValueError(
                     f"{key} stands beside {other} {neighbour}, the weights have {other} {sizes[other]}"
                 )
-        found.setdefault(name, set()).add(value)
+        found.setdefault(name, set()).add(number)
     return found
+
+
+def _number(value: Any, kind: type) -> Any:
+    """Return a number, perhaps written as text or as a float, as what it should be; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if kind is float:
+        return number
+    return int(number) if number.is_integer() else None
+
+
+def _may_mean(key: str, name: str, value: Any) -> Iterable[str]:
+    """Return which heads an entry may be about that is not understood, such as words of a command line."""
+    if name in PUBLISHED_HEADS:
+        return [name]
+    words = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    about = [word.lower() for word in (name, *words) if isinstance(word, str) and "heads" in word.lower()]
+    if about and all("decoder" in word for word in about):
+        return ["decoder_num_heads"]
+    return PUBLISHED_HEADS if about else []

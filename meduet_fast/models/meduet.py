@@ -273,14 +273,16 @@ class MeDUET(nn.Module):
                 epsilon, is taken from what stands beside them (an entry such as ``config`` or ``args``,
                 metadata of safetensors, ``config.json`` beside the file); if nothing does, blocks of the
                 published widths 768 and 384 have the published 12 heads.
-            num_heads: of the encoder, where nothing says.
-            decoder_num_heads: of the decoder, where nothing says.
+            num_heads: of the encoder, where nothing says; no ``config`` beside it.
+            decoder_num_heads: of the decoder, where nothing says; no ``config`` beside it.
 
         Raises:
             ValueError: naming missing, unexpected, wrongly shaped or non-finite weights, or heads that are
-                not certain or contradict each other.
+                not certain or contradict each other; if both ``config`` and heads are given.
             UserError: the same of a file, named.
         """
+        if config is not None and (num_heads, decoder_num_heads) != (None, None):
+            raise ValueError("config says the heads: expected no num_heads= or decoder_num_heads= beside it")
         if isinstance(source, Mapping):
             return cls._from_weights(find_published(source), config, num_heads, decoder_num_heads)
         file, weights = read_published(Path(source))
@@ -353,7 +355,8 @@ class MeDUET(nn.Module):
         """
         file = weight_file(Path(path))
         content = dict(read_file(file))
-        sizes = content.pop(METADATA, {}).get("meduet_config")
+        metadata = content.pop(METADATA, None)
+        sizes = metadata.get("meduet_config") if isinstance(metadata, Mapping) else None
         if not isinstance(sizes, dict):
             raise UserError(
                 f"{file}: not a MeDUET model: no 'meduet_config' in its metadata; weights with the published "

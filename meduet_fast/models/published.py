@@ -56,9 +56,9 @@ def read_published(path: Path) -> tuple[Path, Weights]:
     config = file.with_name(CONFIG_FILE)
     if config.is_file() and not any(key.endswith("num_heads") for key in weights.beside):
         try:
-            text = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            text = json.loads(config.read_bytes())  # whatever its encoding
+            if isinstance(text, Mapping):
+                weights.beside.update((f"{CONFIG_FILE}.{name}", value) for name, value in leaves(text))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{config}: beside {file.name}, and not readable as JSON: {error}") from error
-        if isinstance(text, Mapping):
-            weights.beside.update((f"{CONFIG_FILE}.{name}", value) for name, value in leaves(text))
     return file, weights

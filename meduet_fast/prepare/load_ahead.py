@@ -11,14 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -26,7 +24,7 @@ import torch
 
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, content_key, load_volume
-from meduet_fast.errors import UserError, VolumeError
+from meduet_fast.errors import UserError, VolumeError, failures_of
 
 # With the same paths as here: a working directory may hold other modules of the same names.
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from meduet_fast.prepare.load_ahead import serve; serve()"
@@ -56,33 +54,16 @@ class Loader:
         Raises:
             VolumeError: whatever goes wrong; what nobody foresaw is told with its type and place.
         """
-        with _failures_of(volume.path):
+        with failures_of(volume.path):
             return content_key(volume, self.transform, self.tokenizer)
 
     def load(self, volume: VolumeEntry) -> tuple[str, PreparedVolume]:
         """Compute a volume's content key and load it; raises as :meth:`key` does."""
-        with _failures_of(volume.path):
+        with failures_of(volume.path):
             return content_key(volume, self.transform, self.tokenizer), load_volume(volume, self.transform)
 
 
 Loaded = tuple[str, PreparedVolume]  # content key and image
-
-
-@contextmanager
-def _failures_of(path: Path) -> Iterator[None]:
-    """Turn what libraries raise on a strange file into the failure of this one volume."""
-    try:
-        yield
-    except VolumeError:
-        raise
-    except UserError as error:
-        raise VolumeError(path, str(error)) from error
-    except MemoryError as error:
-        raise VolumeError(path, "does not fit into memory") from error
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"unexpected {type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {error}"
-        raise VolumeError(path, " ".join(reason.split())) from error
 
 
 def load_ahead(

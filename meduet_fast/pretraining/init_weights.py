@@ -38,6 +38,7 @@ class InitialWeights:
         loaded: what the run takes over, by name.
         fresh: what the file has not, or not in this shape: it starts as in any run.
         left_out: what the file has beyond.
+        assumed: heads that nothing in the file states.
     """
 
     file: Path
@@ -46,6 +47,7 @@ class InitialWeights:
     loaded: Mapping[str, Tensor]
     fresh: Mapping[str, Tensor]
     left_out: Mapping[str, Tensor]
+    assumed: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return what ``run.json`` keeps of it, as JSON."""
@@ -63,6 +65,8 @@ class InitialWeights:
             named = f": {listed(parts, most=len(self.loaded))}" if parts else ""
             several = "s" * (len(tensors) != 1)
             rows.append(("init", f"{what:10}  {len(tensors)} tensor{several}, {count} parameters{named}"))
+        for name in self.assumed:
+            rows.append(("init", f"{name} not stated in the file; taken from model.{name}"))
         return rows
 
 
@@ -80,7 +84,7 @@ def read_initial(path: Path, model: MeDUET) -> InitialWeights:
     file, weights = read_published(path)
     own = model.state_dict()
     try:
-        _check_sizes(weights, model.config)
+        assumed = _check_sizes(weights, model.config)
         loaded = {
             name: value
             for name, value in weights.tensors.items()
@@ -99,11 +103,12 @@ def read_initial(path: Path, model: MeDUET) -> InitialWeights:
         loaded,
         {name: value for name, value in own.items() if name not in loaded},
         {name: value for name, value in weights.tensors.items() if name not in loaded} | weights.others,
+        assumed,
     )
 
 
-def _check_sizes(weights: Weights, config: MeDUETConfig) -> None:
-    """Refuse weights of another network.
+def _check_sizes(weights: Weights, config: MeDUETConfig) -> tuple[str, ...]:
+    """Refuse weights of another network, and return which of its heads nothing tells.
 
     Raises:
         ValueError: naming what differs, in the file and in the run.
@@ -119,6 +124,11 @@ def _check_sizes(weights: Weights, config: MeDUETConfig) -> None:
         if width in published:
             said.setdefault(name, {published[width]})
     config.check_stated(said)
+    return tuple(
+        name
+        for name in PUBLISHED_HEADS
+        if name.replace("num_heads", "embed_dim") in sizes and not said.get(name)
+    )
 
 
 @dataclass(frozen=True)

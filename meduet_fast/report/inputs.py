@@ -84,7 +84,7 @@ def open_run(run: Path, data: Path | None) -> ReportInputs:
     """
     if not (run / RUN_FILE).is_file():
         raise UserError(f"{run}: no {RUN_FILE} found; expected the folder of a pretraining run")
-    settings = read_run(run)
+    settings = read_run(run, of_checkpoint=False)
     checkpoint = latest_checkpoint(run)
     records = read_metrics(run)
     if not records:

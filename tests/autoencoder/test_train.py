@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from meduet_fast.autoencoder import load_tokenizer
+from meduet_fast.autoencoder import train as train_module
 from meduet_fast.autoencoder.autoencoder import Architecture, Tokenizer
 from meduet_fast.autoencoder.identity_init import pass_images_through
 from meduet_fast.autoencoder.train import (
     AutoencoderTraining,
     TokenizerTrainingConfig,
+    VolumeCrops,
     _crop,
     _standardise,
     _Volume,
@@ -26,7 +29,8 @@ from meduet_fast.autoencoder.train import (
     held_out_crops,
     train_tokenizer,
 )
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, VolumeError
+from meduet_fast.lock import LOCK
 from meduet_fast.weight_files import METADATA, read_file
 
 TINY = TokenizerTrainingConfig(
@@ -56,8 +60,19 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-def test_training_lowers_the_loss_and_writes_a_tokenizer(volumes: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_writes_a_tokenizer(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "new" / "own.safetensors"
+    locked: list[bool] = []
+    remove = shutil.rmtree
+
+    def watched(folder: Path, **given: Any) -> None:
+        if folder == output.with_suffix(".run"):
+            locked.append((folder / LOCK).exists())
+        remove(folder, **given)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
     metrics = train_tokenizer(volumes, output, TINY)
     assert metrics["loss"]["last"] < 0.9 * metrics["loss"]["first"]
     assert set(metrics["psnr_db"]) == set(metrics["ssim"]) == {"a", "b", "mean"}
@@ -71,6 +86,16 @@ def test_training_lowers_the_loss_and_writes_a_tokenizer(volumes: Path, tmp_path
     assert tokenizer.decode(latents).shape == (1, 1, 48, 48, 48)
     assert read_file(output)[METADATA]["training"]["steps"] == 30
     assert list(output.parent.iterdir()) == [output]
+    assert locked == [False]  # NFS could not remove a folder with an open file
+
+
+def test_a_strange_volume_is_named(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("what")
+
+    monkeypatch.setattr(train_module, "load_volume", fail)
+    with pytest.raises(VolumeError, match=r"a\.nii: unexpected KeyError in test_train\.py:\d+: 'what'"):
+        VolumeCrops(volumes, TINY, 4)
 
 
 def test_same_seed_same_weights(volumes: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from meduet_fast.engine.checkpoint import latest_checkpoint
+from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
 from meduet_fast.engine.checkpoint_index import INDEX_FILE
 from meduet_fast.errors import UserError
 from meduet_fast.pretraining import PretrainConfig, pretrain
@@ -134,3 +134,23 @@ def test_truncated_files_are_refused(
     os.truncate(state / name, int((state / name).stat().st_size * kept))
     with pytest.raises(UserError, match=str(state.parent)):
         resume()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "damaged: no 'config'"),
+        ("null", "damaged: no 'config'"),
+        ("{}", "damaged: no 'config'"),
+        ('{"step": 5}', "damaged: no 'config'"),
+        ('{"step": 5, "config": 3, "data": "x"}', "damaged: no 'config'"),
+        ('{"step": "5", "config": {}, "data": "x"}', "damaged: no 'step'"),
+        ('{"step": 5, "config": {}}', "damaged: no 'data'"),
+        ("{", "not readable: "),
+        (100_000 * "[", "not readable: "),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=rf"run\.json: {message}"):
+        read_run(tmp_path)

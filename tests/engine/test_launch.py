@@ -10,11 +10,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from meduet_fast.engine import launch as module
 from meduet_fast.engine.launch import launch
+from meduet_fast.errors import UserError
 
 
 def failed(code: int) -> ChildFailedError:
@@ -47,6 +49,29 @@ def test_the_code_is_that_of_the_first_process(
     assert (options.nproc_per_node, options.standalone, options.module) == ("4", True, True)
     assert options.training_script == "meduet_fast"
     assert options.training_script_args == ["pretrain", "--config", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nproc-per-node", "foo"], "could not be started: Unsupported nproc_per_node value: foo"),
+        (["--nproc-per-node", "0"], "--nproc-per-node: expected 1 or more"),
+        (["--nnodes", "x"], "could not be started: .*'x'"),
+        (["--rdzv-backend", "nope"], "could not be started: .*'nope'"),
+    ],
+)
+def test_options_that_start_nothing(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch([*options, "pretrain"])
+
+
+def test_a_machine_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(options: Namespace) -> None:
+        raise DistNetworkError("timed out after 2000ms")
+
+    monkeypatch.setattr(module, "run", run)
+    with pytest.raises(UserError, match="the processes could not be started: timed out after 2000ms"):
+        launch(["pretrain"])
 
 
 @pytest.mark.slow

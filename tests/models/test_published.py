@@ -88,6 +88,59 @@ def test_exports_say_their_sizes(model: MeDUET, bare: dict[str, Tensor], tmp_pat
         MeDUET.from_reference(tmp_path / "folder")
 
 
+@pytest.fixture(scope="module")
+def wide() -> dict[str, Tensor]:
+    """Weights of the published widths, without values or heads."""
+    with torch.device("meta"):
+        return dict(MeDUET(MeDUETConfig(latent_size=8, depth=1, decoder_depth=1)).to_reference().items())
+
+
+@pytest.mark.parametrize("heads", [8, "8", 8.0, "8.0"])
+def test_heads_are_whole_numbers_however_written(heads: Any, wide: dict[str, Tensor]) -> None:
+    beside = {"args.num_heads": heads, "args.embed_dim": "768"}
+    config = MeDUETConfig.from_state_dict(wide, beside)
+    assert (config.num_heads, config.decoder_num_heads) == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("beside", "unsettled"),
+    [
+        ({"num_heads": "eight"}, "num_heads of 768 wide blocks: give num_heads=$"),
+        ({"num_heads": None}, "num_heads of 768 wide blocks: give num_heads=$"),
+        ({"decoder_num_heads": 8.5}, "decoder_num_heads of 384 wide blocks: give decoder_num_heads=$"),
+        ({"model.decoder_heads": 8}, "decoder_num_heads of 384 wide blocks: give decoder_num_heads=$"),
+        ({"num_attention_heads": 8}, "give num_heads= and decoder_num_heads=$"),
+        ({"config.heads": 8}, "give num_heads= and decoder_num_heads=$"),
+        ({"encoder_num_heads": 8}, "give num_heads= and decoder_num_heads=$"),
+        ({"args": ["--embed_dim", "768", "--num_heads", "8"]}, "give num_heads= and decoder_num_heads=$"),
+        ({"args": "--num_heads=8"}, "give num_heads= and decoder_num_heads=$"),
+    ],
+)
+def test_heads_that_are_not_understood_are_not_the_published_ones(
+    beside: dict[str, Any], unsettled: str, wide: dict[str, Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=unsettled):
+        MeDUETConfig.from_state_dict(wide, beside)
+    assert MeDUETConfig.from_state_dict(wide, beside, 8, 8).num_heads == 8
+    assert MeDUETConfig.from_state_dict(wide, {"epoch": 3, "args": ["--head", 3]}).num_heads == 12
+
+
+def test_config_json_of_any_program(model: MeDUET, bare: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(bare, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(SMALL)), encoding="utf-8-sig")
+    assert same(MeDUET.from_reference(tmp_path), model)
+    for text in (100_000 * "[", 100 * '{"a": ' + "1" + 100 * "}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json: beside model\.safetensors, and not readable"):
+            MeDUET.from_reference(tmp_path)
+
+
+def test_metadata_that_is_none(bare: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({**bare, "__metadata__": None}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: not a MeDUET model"):
+        MeDUET.from_pretrained(tmp_path / "a.pt")
+
+
 def test_wrapped_blocks_leave_no_trace_in_names(model: MeDUET, tmp_path: Path) -> None:
     """Blocks compiled one by one, as a user may: what is written has the published names."""
     wrapped = copy.deepcopy(model)
@@ -141,6 +194,8 @@ def test_the_published_widths_have_the_published_heads() -> None:
             {"config": replace(SMALL, num_heads=4)},
             "is 4, the weights were made with 2",
         ),
+        ({}, {"config": SMALL, "num_heads": 2}, "config says the heads: expected no num_heads="),
+        ({}, {"config": SMALL, "decoder_num_heads": 1}, "config says the heads"),
         ({"a": HEADS, "b": {"num_heads": 4}}, {}, r"24 wide blocks \(2 or 4\?\): give num_heads="),
         ({"config": {**HEADS, "embed_dim": 48}}, {}, "stands beside embed_dim 48, .* have embed_dim 24"),
         ({"num_heads": 5, "decoder_num_heads": 1}, {}, "embed_dim 24 is not a multiple of num_heads 5"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -246,3 +247,19 @@ def test_a_teacher_that_keeps_its_start() -> None:
     assert doubts(100_000, 0.0, 1.0, None) == []
     assert len(doubts(1, 0.99, 0.99, 1)) == 2
     assert PretrainConfig().doubts(10) == []
+
+
+def test_doubts_of_a_long_run_take_no_time() -> None:
+    began = time.perf_counter()
+    [kept] = doubts(2**40, 1 - 1e-13, 1 - 1e-13, 2)
+    assert "keeps 90 %" in kept  # exp(-2^40 1e-13) = 0.896
+    assert doubts(2**40, 0.9, 1.0, 2) == []
+    assert time.perf_counter() - began < 1
+
+
+def test_the_plan_refuses_tasks_that_do_not_know_of_each_other(
+    tiny_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one of 2 tasks"):
+        format_plan(tiny_config)

@@ -149,6 +149,21 @@ def test_published_widths_have_published_heads(tmp_path: Path) -> None:
         read_initial(tmp_path / "a.pt", MeDUET(config))
 
 
+def test_heads_that_no_file_states_are_told(
+    source: MeDUET, tiny_config: PretrainConfig, tmp_path: Path
+) -> None:
+    bare = dict(source.to_reference().items())
+    torch.save(bare, tmp_path / "a.pt")
+    rows = read_initial(tmp_path / "a.pt", source).rows()
+    assert [text for _, text in rows[4:]] == [
+        f"{name} not stated in the file; taken from model.{name}"
+        for name in ("num_heads", "decoder_num_heads")
+    ]
+    torch.save({"model": bare, "num_heads": str(tiny_config.model.num_heads)}, tmp_path / "b.pt")
+    assert read_initial(tmp_path / "b.pt", source).assumed == ("decoder_num_heads",)
+    assert read_initial(_reference(source, tmp_path), source).assumed == ()
+
+
 def test_the_dry_run_checks_it_too(tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.pt: no such file"):
         format_plan(tiny_config, tiny_store, init=tmp_path / "absent.pt")
