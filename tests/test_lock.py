@@ -45,9 +45,9 @@ def hold(folder: Path, ready: Event) -> None:
     """Hold a folder and have a child that outlives this process."""
     with FolderLock(folder):
         if os.fork() == 0:
+            ready.set()  # by the child, which has let go of the lock by now
             time.sleep(3)
             os._exit(0)
-        ready.set()
         time.sleep(60)
 
 
