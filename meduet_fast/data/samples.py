@@ -141,7 +141,8 @@ def fetch_samples(directory: Path) -> Path:
         if any(_missing(directory)) or _read_text(manifest) != _MANIFEST_TEXT:
             with FolderLock(directory, wait=True):  # a second process waits, and then finds the work done
                 _fetch(directory)
-                _write_text(manifest, _MANIFEST_TEXT)
+                if _read_text(manifest) != _MANIFEST_TEXT:
+                    _write_text(manifest, _MANIFEST_TEXT)
     except OSError as error:
         raise UserError(f"{error.filename or directory}: {error.strerror or error}") from error
     return manifest
