@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/meduet-fast report $(DEMO)/run
 
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
-# Two workers of one thread each: about nine minutes on two cores, where one worker of two takes over eleven.
+# Two workers of one thread each: eight to twelve minutes on two cores, less than one worker of two takes.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --benchmark-disable
 
