@@ -1,7 +1,8 @@
-"""Write files that are either whole or absent: to a temporary name, then rename."""
+"""Write files that are whole or absent, to a temporary name, then rename; tell files by their content."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -92,3 +93,19 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: {there} is no folder")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
         raise UserError(f"{folder}: cannot be written: {there} does not let this user write")
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
+    return digest.hexdigest()

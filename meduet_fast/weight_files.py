@@ -6,7 +6,6 @@ named in one line: pointers, web pages and errors saved in place of a download, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import stat
@@ -30,7 +29,6 @@ METADATA = "__metadata__"  # what a safetensors file says of itself, beside its 
 # Parts of names that come from what was around a module when it was saved.
 _AROUND = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-_READ_BYTES = 1 << 20
 _DEEPEST = 50  # mappings within mappings; some contain themselves
 
 # First bytes of what is taken for a file of weights now and then.
@@ -250,22 +248,6 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if head.startswith(b"\x80"):  # a pickle: what torch.save wrote before PyTorch 1.6
         return _read_pytorch(path)
     raise UserError(f"{path}: {_describe(path, head)}, expected a safetensors or PyTorch file of weights")
-
-
-def file_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        UserError: if it can't be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

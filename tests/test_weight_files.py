@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meduet_fast.errors import UserError
-from meduet_fast.weight_files import file_sha256, find_weights, misfit, read_file, weight_file
+from meduet_fast.files import file_sha256
+from meduet_fast.weight_files import find_weights, misfit, read_file, weight_file
 
 STATE = {"embed.weight": torch.zeros(2, 3), "blocks.0.bias": torch.ones(4), "blocks.1.bias": torch.ones(4)}
 KNOWN = {"embed.weight", "blocks.0.bias"}

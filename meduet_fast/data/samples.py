@@ -23,7 +23,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from meduet_fast.errors import UserError
-from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.files import atomic_path, file_sha256, remove_leftovers
 from meduet_fast.lock import FolderLock
 from meduet_fast.progress import ProgressBar
 
@@ -178,13 +178,7 @@ def _fetch(directory: Path) -> None:
 
 def _sha256(path: Path) -> str | None:
     """Compute the checksum of a file; None if there is none."""
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(path) if path.is_file() else None
 
 
 def _read_checksums(directory: Path) -> dict[str, str]:

@@ -105,9 +105,8 @@ class LatentStore:
         """
         latents = torch.empty(len(volumes), self.index.channels, *size, dtype=torch.bfloat16)
         folder, reader = str(self.path), CropReader()
-        crops = latents.view(
-            torch.int16
-        ).numpy()  # (B, C, sx, sy, sz), the same memory: numpy has no bfloat16
+        # Of the same memory, because numpy has no bfloat16.
+        crops = latents.view(torch.int16).numpy()  # (B, C, sx, sy, sz)
         for crop, volume, start in zip(crops, volumes, starts, strict=True):
             entry = self.entries[volume]
             if any(

@@ -16,10 +16,11 @@ from torch import Tensor
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
 from meduet_fast.engine.dry_run import Rows, si
 from meduet_fast.errors import UserError
+from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.config import PUBLISHED_HEADS, read_sizes, stated
 from meduet_fast.models.published import read_published
-from meduet_fast.weight_files import Weights, file_sha256, listed, misfit, weight_file
+from meduet_fast.weight_files import Weights, listed, misfit, weight_file
 
 _ENCODER = ("embed_layer.", "cls_token", "blocks.", "norm.")
 # May have another shape: the former follow from the number of tokens, the latter from the data sets.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from meduet_fast.engine.distributed import World
 from meduet_fast.errors import UserError
+from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.export import export_model
 from meduet_fast.pretraining import PretrainConfig, pretrain
@@ -21,7 +22,6 @@ from meduet_fast.pretraining import train as train_module
 from meduet_fast.pretraining.dry_run import format_plan
 from meduet_fast.pretraining.init_weights import read_initial
 from meduet_fast.pretraining.task import MeDUETPretraining
-from meduet_fast.weight_files import file_sha256
 
 ENCODER = ("embed_layer.", "cls_token", "blocks.", "norm.")
 
