@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
@@ -23,8 +25,10 @@ def _check_versions(python: tuple[int, int], torch_version: str) -> None:
         raise ImportError(f"meduet_fast supports torch 2.11 to 2.15, found {torch_version}")
 
 
-try:
+if find_spec("torch") is None:
+    raise ImportError("meduet_fast needs torch 2.11 to 2.15, and torch is not installed")
+try:  # without importing it, which takes a second or two: who only reads volumes needs no torch
+    _torch_version = version("torch")
+except PackageNotFoundError:  # put on the path by hand
     from torch import __version__ as _torch_version
-except ModuleNotFoundError as error:
-    raise ImportError("meduet_fast needs torch 2.11 to 2.15, and torch is not installed") from error
 _check_versions(sys.version_info[:2], str(_torch_version))

@@ -157,12 +157,13 @@ def scan_files(path: Path) -> tuple[Path, ...]:
 
 
 def header_corrections(path: Path) -> dict[str, Any]:
-    """Return what a header was corrected to, for JSON.
+    """Return what a header was corrected to, for JSON, and what else is read otherwise than it once was.
 
     Returns:
         ``geometry``: an affine (4, 4), or the reason for which the header is refused; ``offset``: the byte
         where the voxels begin. Only what is not taken at its face value: what was prepared of other scans
-        before headers were checked is still right.
+        before headers were checked is still right. ``grid`` of a scan that lies obliquely: the prepared grid
+        begins with its first voxel, and once began half a voxel beside it.
     """
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         return {}
@@ -170,5 +171,9 @@ def header_corrections(path: Path) -> dict[str, Any]:
         geometry, offset = read_corrections(path)
     except VolumeError as error:
         return {"geometry": error.reason}
-    corrections = {} if geometry.at_face_value else {"geometry": geometry.affine.tolist()}
-    return corrections if offset is None else {**corrections, "offset": offset}
+    corrections: dict[str, Any] = {} if geometry.at_face_value else {"geometry": geometry.affine.tolist()}
+    if offset is not None:
+        corrections["offset"] = offset
+    if np.count_nonzero(geometry.affine[:3, :3]) > 3:
+        corrections["grid"] = "from the first voxel"
+    return corrections

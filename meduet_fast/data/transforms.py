@@ -6,21 +6,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.transforms import (
-    CenterSpatialCrop,
-    Compose,
-    CropForeground,
-    DivisiblePad,
-    Orientation,
-    Spacing,
-    SpatialPad,
-)
-from torch import Tensor
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from meduet_fast.errors import UserError, VolumeError
 
@@ -29,8 +18,13 @@ from .nifti_geometry import format_spacing
 from .scans import ScanFacts, header_corrections, read_scan, scan_files
 from .sources import VolumeEntry
 
+if TYPE_CHECKING:  # imported where used: processes that only read volumes begin without torch and MONAI
+    from torch import Tensor
+
 # Raised when the code below gives other voxels than before, so that prepared volumes count as stale.
 TRANSFORM_VERSION = 1
+RIGHT_ANGLE = 1e-4  # cosine between axes that are perpendicular but for a header's rounding
+PLACE_DECIMALS = 4  # of a voxel: 1.5 mm that a header rounded are no reason to mix neighbours
 
 
 @dataclass(frozen=True)
@@ -75,18 +69,25 @@ class PreparedVolume:
     """Hold a volume on the prepared grid.
 
     Attributes:
-        image: (1, X, Y, Z) float32 in [0, 1], RAS axes.
+        voxels: (X, Y, Z) float32 in [0, 1], RAS axes.
         affine: (4, 4) float64, voxel index to RAS position in mm.
         spacing: mm along X, Y, Z.
         intensity: the rule that made it, stated or found.
         scan: what the volume was before.
     """
 
-    image: Tensor
+    voxels: np.ndarray
     affine: np.ndarray
     spacing: tuple[float, float, float]
     intensity: IntensityRule
     scan: ScanFacts
+
+    @property
+    def image(self) -> Tensor:
+        """Return the voxels as a tensor (1, X, Y, Z) that shares their memory."""
+        import torch
+
+        return torch.from_numpy(self.voxels)[None]
 
 
 def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
@@ -113,34 +114,87 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
             f"spacing {tuple(edges.round(4).tolist())} mm makes a grid of {size} voxels, far beyond "
             f"{tuple(config.max_size)}: is the spacing in mm?",
         )
-    to_grid = Compose(
-        [
-            Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
-            Spacing(config.spacing, mode="bilinear", dtype=np.float32),
-            CropForeground(allow_smaller=True),
-        ]
-    )
-    image = to_grid(MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine)))
-    found = tuple(image.shape[1:])
+    image, affine = _resample(voxels, affine, config.spacing)  # (R, A, S) and (4, 4) of the grid
+    shown = image > 0
+    inside = [np.flatnonzero(shown.any(axis=(axis - 1, axis - 2))) for axis in range(3)]
+    first = np.array([index[0] if index.size else 0 for index in inside])  # (3,)
+    found = np.array([index[-1] + 1 if index.size else 0 for index in inside]) - first  # (3,)
     if min(found) < config.min_size / 4:
         raise VolumeError(
             path,
-            f"too small: {found} voxels of {config.spacing} mm are not empty, expected at least "
-            f"{math.ceil(config.min_size / 4)} along every axis (a quarter of a crop); the scan has "
+            f"too small: {tuple(found.tolist())} voxels of {config.spacing} mm are not empty, expected at "
+            f"least {math.ceil(config.min_size / 4)} along every axis (a quarter of a crop); the scan has "
             f"{tuple(voxels.shape)} voxels of {format_spacing(edges)} mm",
         )
-    to_size = Compose(
-        [
-            CenterSpatialCrop(config.max_size),
-            SpatialPad([config.min_size] * 3),
-            DivisiblePad(config.multiple),
-        ]
-    )
-    image = to_size(image)  # (1, X, Y, Z) of the prepared grid
-    grid = np.asarray(image.affine, dtype=np.float64)  # (4, 4)
-    x, y, z = np.linalg.norm(grid[:3, :3], axis=0).round(6).tolist()
-    # Plain: a MetaTensor carries its history along. Clamped: interpolation may overshoot by a rounding.
-    return PreparedVolume(image.as_tensor().contiguous().clamp_(0, 1), grid, (x, y, z), rule, facts)
+    first += np.maximum(0, found // 2 - np.array(config.max_size) // 2)
+    kept = np.minimum(found, config.max_size)  # (3,)
+    least = np.maximum(kept, config.min_size)
+    total = -(-least // config.multiple) * config.multiple
+    before = (least - kept) // 2 + (total - least) // 2
+    grid = np.zeros(total, np.float32)  # (X, Y, Z)
+    source = tuple(slice(start, start + size) for start, size in zip(first, kept, strict=True))
+    target = tuple(slice(start, start + size) for start, size in zip(before, kept, strict=True))
+    np.clip(image[source], 0, 1, out=grid[target])  # interpolation may overshoot by a rounding
+    affine[:3, 3] += affine[:3, :3] @ (first - before)
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0).round(6).tolist()
+    return PreparedVolume(grid, affine, (x, y, z), rule, facts)
+
+
+def _resample(voxels: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a scan to RAS and interpolate it trilinearly, on a grid that begins with its first voxel.
+
+    Args:
+        voxels: (X, Y, Z) float32.
+        affine: (4, 4) float64, voxel index to RAS position in mm.
+        spacing: of the new grid in mm.
+
+    Returns:
+        The image (R, A, S), perhaps a view, and its affine (4, 4).
+    """
+    turns = io_orientation(affine)  # (3, 2): where each axis goes, and whether it is turned round
+    affine = affine @ inv_ornt_aff(turns, voxels.shape)  # (4, 4) of the turned scan
+    edges = np.linalg.norm(affine[:3, :3], axis=0)  # (3,) mm along R, A, S
+    axes = affine[:3, :3] / edges
+    if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
+        return _unshear(apply_orientation(voxels, turns), affine, spacing)
+    step = spacing / edges  # (3,) in voxels of the scan
+    memory = np.argsort(np.abs(voxels.strides))[::-1]  # (3,) axes, from slow to fast
+    image = voxels.transpose(memory)
+    for axis, source in enumerate(memory):
+        towards, direction = int(turns[source, 0]), turns[source, 1]
+        last = voxels.shape[source] - 1
+        places = (
+            np.arange(round(last / step[towards] + 1)) * step[towards]
+        )  # (N,) from the first voxel in RAS
+        places = places.round(PLACE_DECIMALS).clip(0, last)  # behind the last voxel its value goes on
+        image = _interpolate(image, axis, places if direction > 0 else last - places)
+    affine[:3, :3] *= step
+    return image.transpose(np.argsort(turns[memory, 0])), affine
+
+
+def _interpolate(image: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
+    """Interpolate linearly along an axis of L voxels at ``places`` (N,), from 0 to L - 1."""
+    lower = np.floor(places).astype(int)  # (N,)
+    weight = (places - lower).astype(np.float32)  # (N,)
+    found = np.take(image, lower, axis)
+    if weight.any():
+        upper = np.take(image, np.minimum(lower + 1, image.shape[axis] - 1), axis)
+        upper -= found
+        upper *= weight.reshape([-1 if other == axis else 1 for other in range(3)])
+        found += upper
+    return found
+
+
+def _unshear(image: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same for a scan (R, A, S) of a tilted gantry, whose axes the new grid makes perpendicular."""
+    import torch
+    from monai.data import MetaTensor
+    from monai.transforms import Spacing
+
+    tensor = MetaTensor(torch.from_numpy(image.copy())[None], affine=torch.from_numpy(affine))
+    grid = Spacing(spacing, mode="bilinear", dtype=np.float32)(tensor)  # (1, X, Y, Z)
+    assert isinstance(grid, MetaTensor)
+    return grid.as_tensor()[0].numpy(), np.asarray(grid.affine, dtype=np.float64)
 
 
 def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity: str) -> str:

@@ -1,8 +1,9 @@
 """Read and transform volumes in processes of their own, ahead of the encoder.
 
 A process has one volume at a time and keeps it until it is asked for, which bounds memory. The processes are
-programs of their own, and no forks of this one, which may have threads and a GPU; images come back through a
-socket and need no shared memory. Of a process that is killed its volume alone is lost.
+programs of their own, and no forks of this one, which may have threads and a GPU, and begin within half a
+second, since reading needs neither torch nor MONAI; images come back through a socket and need no shared
+memory. Of a process that is killed its volume alone is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from multiprocessing.connection import Connection, wait
 from threading import Thread
 
 import numpy as np
-import torch
 
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, content_key, load_volume
@@ -157,16 +157,15 @@ def _receive(connection: Connection) -> Loaded | VolumeError:
     if len(answer) == 2:
         return VolumeError(*answer)
     key, shape, affine, spacing, intensity, scan = answer
-    image = np.empty(shape, dtype=np.float32)  # (1, X, Y, Z)
-    connection.recv_bytes_into(image.data.cast("B"))
-    return key, PreparedVolume(torch.from_numpy(image), affine, spacing, intensity, scan)
+    voxels = np.empty(shape, dtype=np.float32)  # (X, Y, Z)
+    connection.recv_bytes_into(voxels.data.cast("B"))
+    return key, PreparedVolume(voxels, affine, spacing, intensity, scan)
 
 
 def serve() -> None:
     """Load the volumes that come through the connection numbered by the first argument, until it closes."""
     connection = Connection(int(sys.argv[1]))
     Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     try:
         loader = connection.recv()
         while True:
@@ -177,8 +176,8 @@ def serve() -> None:
                 connection.send((str(error.path), error.reason))
                 continue
             facts = loaded.affine, loaded.spacing, loaded.intensity, loaded.scan
-            connection.send((key, tuple(loaded.image.shape), *facts))
-            connection.send_bytes(loaded.image.numpy().data.cast("B"))
+            connection.send((key, loaded.voxels.shape, *facts))
+            connection.send_bytes(loaded.voxels.data.cast("B"))
     except (EOFError, OSError):
         return
 

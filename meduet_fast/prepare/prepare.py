@@ -25,7 +25,7 @@ from .load_ahead import Loader, load_ahead
 from .update import Outcomes, PrepareSummary, locate, one_by_one, update_store
 
 MAX_WORKERS = 8  # by default; more wait for one encoder and one disk
-FEW = 8  # volumes, for which starting processes, some seconds each, does not pay
+FEW = 4  # volumes, for which starting processes, a quarter of a second each, may not pay
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PrepareConfig:
         device: where the tokenizer works; "auto" takes CUDA where there is one.
         workers: processes that read and transform volumes ahead of the tokenizer, each with one volume (some
             GB for a large CT) at a time; 0: it is done in this process. By default one for each core, at most
-            8, and none for fewer than 8 volumes. The store is the same.
+            8, and none for fewer than 4 volumes. The store is the same.
         domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
 
     Raises:

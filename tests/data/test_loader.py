@@ -238,9 +238,10 @@ def test_no_reader_stays_a_zombie_and_none_is_killed_twice(
     os.waitpid(second, 0)
     killed, kill = list[int](), os.kill
     monkeypatch.setattr(os, "kill", lambda pid, number: (killed.append(pid), kill(pid, number)))
-    with pytest.raises(UserError, match="a reader of latents was killed"):
+    with pytest.raises(UserError, match="a reader of latents (was killed|ended)"):
         list(stream)
-    assert killed == [second, third]
+    # All but the one that is missed first: the second, if the first had handed over its batch before.
+    assert killed in ([second, third], [first, third])
     for pid in (first, second, third):
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)

@@ -15,8 +15,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CenterSpatialCrop,
+    Compose,
+    CropForeground,
+    DivisiblePad,
+    Orientation,
+    Spacing,
+    SpatialPad,
+)
 
 from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.scans import read_scan
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, content_key, load_volume
 from meduet_fast.errors import UserError, VolumeError
@@ -101,6 +112,59 @@ def test_every_voxel_stays_at_its_position_in_the_world(
     assert known.sum() > 15000
     expected = (there - middle) @ slope + 0.5
     np.testing.assert_allclose(volume.image[0].numpy()[known], expected[known], atol=2e-4)
+
+
+def by_monai(
+    voxels: np.ndarray, affine: np.ndarray, config: TransformConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same grid by MONAI's transforms: voxels (X, Y, Z) and affine."""
+    to_grid = Compose(
+        [
+            Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Spacing(config.spacing, mode="bilinear", dtype=np.float32),
+            CropForeground(allow_smaller=True),
+            CenterSpatialCrop(config.max_size),
+            SpatialPad([config.min_size] * 3),
+            DivisiblePad(config.multiple),
+        ]
+    )
+    image = to_grid(MetaTensor(torch.from_numpy(voxels.copy())[None], affine=torch.from_numpy(affine)))
+    return image.as_tensor()[0].numpy(), np.asarray(image.affine)
+
+
+@pytest.mark.parametrize(
+    ("axes", "spacing", "shear"),
+    [
+        ("RAS", (1.5, 1.5, 1.5), 0.0),
+        ("RAS", (1.50000006, 1.4999999, 1.5), 0.0),
+        ("LPS", (0.7, 0.71, 2.5), 0.0),
+        ("SRP", (3.0, 0.9, 1.1), 0.0),
+        ("ILA", (1.0, 0.5, 4.0), 0.0),
+        ("RAS", (0.9, 1.2, 2.0), 0.2),
+        ("PIR", (0.8, 1.7, 1.2), -0.1),
+    ],
+)
+def test_the_grid_is_that_of_monai(
+    tmp_path: Path, axes: str, spacing: tuple[float, float, float], shear: float
+) -> None:
+    """Also of a sheared scan, and with air around a body, and odd sizes."""
+    voxels = np.zeros((67, 45, 52), np.float32)
+    voxels[6:61, 3:40, 5:47] = noise(55, 37, 42)
+    affine = grid_affine(axes, spacing)
+    affine[:3, 2] += shear * affine[:3, 1]
+    config = TransformConfig(spacing=1.5, max_size=(40, 40, 48), min_size=25, multiple=4)
+    entry = write(tmp_path / "a.nii", voxels, affine)
+    volume = load_volume(entry, config)
+    scan = read_scan(entry.path)
+    expected, grid = by_monai(scan.voxels, scan.affine, config)
+    assert volume.voxels.shape == expected.shape
+    np.testing.assert_allclose(volume.affine, grid, atol=1e-4)
+    np.testing.assert_allclose(volume.voxels, expected, atol=1e-4)
+
+
+def test_a_scan_of_one_thin_axis_is_refused_and_not_misread(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="too small"):
+        load_volume(write(tmp_path / "a.nii", noise(40, 40, 1)), SMALL)
 
 
 def test_crop_and_pad_are_centred_and_exact(tmp_path: Path) -> None:
@@ -432,6 +496,8 @@ def test_what_was_prepared_of_sound_headers_is_up_to_date_and_of_others_is_not(t
         ).hexdigest()
 
     entry = write(tmp_path / "a.nii", noise(24, 24, 24), grid_affine("LAS", (0.7, 0.7, 2.5), 10))
+    assert content_key(entry, SMALL, "tokenizer") != key_without_headers(entry)  # its grid began elsewhere
+    entry = write(tmp_path / "a.nii", noise(24, 24, 24), grid_affine("LAS", (0.7, 0.7, 2.5)))
     assert content_key(entry, SMALL, "tokenizer") == key_without_headers(entry)
     patch(entry.path, 254, "h", 0)  # no form: the axes are taken as before, which is only said
     assert load_volume(entry, SMALL).scan.notes
