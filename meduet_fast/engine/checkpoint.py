@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -104,6 +105,27 @@ def _whole(module: nn.Module, rank: int) -> dict[str, Tensor]:
         if rank == 0:
             parts[key] = value.detach().to("cpu", copy=True)
     return parts
+
+
+class _Planning(_DistWrapper):
+    """Exchange plans with process 0 directly, and not along the trees of broadcasts; see ``_join``."""
+
+    def broadcast_object(self, object: Any) -> Any:
+        """Send a small object of process 0 to all."""
+        return self.all_gather_object(object)[0]
+
+    def scatter_object(self, object_list: list[Any] | None) -> Any:
+        """Send each process its own object of process 0's list."""
+        if not self.use_dist:
+            return super().scatter_object(object_list)
+        if object_list is None:
+            received = [None]
+            dist.recv_object_list(received, self.global_coordinator_rank, self.group)
+            return received[0]
+        for rank, item in enumerate(object_list):
+            if rank != self.rank:
+                dist.send_object_list([item], rank, self.group)
+        return object_list[self.rank]
 
 
 class _Snapshot(DefaultSavePlanner):
@@ -183,7 +205,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._running: Future[list[WriteResult]] | None = None
         self._write: _Write | None = None
-        self._all = _DistWrapper(world.writing, world.grouped, 0)
+        self._all = _Planning(world.writing, world.grouped, 0)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -404,7 +426,7 @@ def load_checkpoint(checkpoint: Path, task: Task, optimizer: torch.optim.Optimiz
                     f"{checkpoint}: has the optimizer's moments of {len(wanted & held)} of {len(wanted)} "
                     "parameters: going on would not be exact; take an earlier checkpoint, or begin anew"
                 )
-            dcp.load(state, storage_reader=reader, process_group=world.writing)
+            dcp.load(state, storage_reader=reader, no_dist=True)  # each finds its own parts
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         if lost_contact(error):
             raise

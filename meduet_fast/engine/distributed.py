@@ -59,8 +59,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.grouped:
-            dist.barrier(self.control)
+        self.mean([0.0])
 
     def require_same(self, what: str, value: str) -> None:
         """Refuse a value that differs between processes; all must call this at the same place.
@@ -96,9 +95,9 @@ class World:
             except OSError as raised:
                 error = raised
         if self.grouped:
-            shared = [error]
-            dist.broadcast_object_list(shared, src=0, group=self.writing)
-            error = shared[0]
+            errors: list[OSError | None] = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.writing)
+            error = errors[0]
         if error is not None:
             raise error
 
@@ -231,7 +230,8 @@ def _join(device_name: str, timeout_s: int) -> World:
         device = select_device(f"cuda:{local_rank}")
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    # Connects two processes when they first talk: not all with all, three times, on a machine of many.
+    # Connects two processes when they first talk, not all with all, three times. All our messages go round
+    # a ring, or to process 0 and back: sockets do not grow with the number of processes.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
@@ -243,8 +243,9 @@ def _join(device_name: str, timeout_s: int) -> World:
             timeout=timeout,
         )
         control, writing = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-        dist.barrier(control)  # who is absent is found out here
-        return World(device, rank, size, local_size, dist.PrefixStore("run", store), control, writing)
+        world = World(device, rank, size, local_size, dist.PrefixStore("run", store), control, writing)
+        world.barrier()  # who is absent is found out here
+        return world
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {rank} of {size}: could not join the others at {os.environ['MASTER_ADDR']}:"
