@@ -157,19 +157,17 @@ def _resample(voxels: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[n
     axes = affine[:3, :3] / edges
     if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
         return _unshear(apply_orientation(voxels, turns), affine, spacing)
-    step = spacing / edges  # (3,) in voxels of the scan
-    memory = np.argsort(np.abs(voxels.strides))[::-1]  # (3,) axes, from slow to fast
+    memory = np.argsort(np.abs(voxels.strides))[::-1]  # (3,) axes of the scan, from slow to fast
+    towards, forward = turns[memory, 0].astype(int), turns[memory, 1] > 0  # (3,) each, in this order
+    step = spacing / edges[towards]  # (3,) in voxels of the scan
     image = voxels.transpose(memory)
-    for axis, source in enumerate(memory):
-        towards, direction = int(turns[source, 0]), turns[source, 1]
-        last = voxels.shape[source] - 1
-        places = (
-            np.arange(round(last / step[towards] + 1)) * step[towards]
-        )  # (N,) from the first voxel in RAS
+    for axis in np.argsort(-step, kind="stable"):  # what becomes less comes first
+        last = image.shape[axis] - 1
+        places = np.arange(round(last / step[axis] + 1)) * step[axis]  # (N,) from the first voxel in RAS
         places = places.round(PLACE_DECIMALS).clip(0, last)  # behind the last voxel its value goes on
-        image = _interpolate(image, axis, places if direction > 0 else last - places)
-    affine[:3, :3] *= step
-    return image.transpose(np.argsort(turns[memory, 0])), affine
+        image = _interpolate(image, int(axis), places if forward[axis] else last - places)
+    affine[:3, :3] *= spacing / edges
+    return image.transpose(np.argsort(towards)), affine
 
 
 def _interpolate(image: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
