@@ -14,6 +14,7 @@ without unpickling objects: anybody's can be loaded.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import uuid
 import warnings
@@ -24,7 +25,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
 
@@ -118,14 +118,13 @@ class _Planning(_DistWrapper):
         """Send each process its own object of process 0's list."""
         if not self.use_dist:
             return super().scatter_object(object_list)
-        if object_list is None:
-            received = [None]
-            dist.recv_object_list(received, self.global_coordinator_rank, self.group)
-            return received[0]
-        for rank, item in enumerate(object_list):
-            if rank != self.rank:
-                dist.send_object_list([item], rank, self.group)
-        return object_list[self.rank]
+        packed = [bytearray(pickle.dumps(item)) for item in object_list or ()]
+        size = torch.tensor([max(map(len, packed), default=0)])
+        dist.all_reduce(size, dist.ReduceOp.MAX, self.group)  # round the ring, and no broadcast
+        parts = [torch.frombuffer(item.ljust(int(size), b"\0"), dtype=torch.uint8) for item in packed]
+        own = torch.empty(int(size), dtype=torch.uint8)
+        dist.scatter(own, parts or None, self.global_coordinator_rank, self.group)
+        return pickle.loads(own.numpy().tobytes())  # what follows its end is not read
 
 
 class _Snapshot(DefaultSavePlanner):
@@ -369,7 +368,7 @@ def _cause(error: BaseException, world: World | None = None) -> str:
             return named + _cause(wrapped[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, UnpicklingError):  # PyTorch says how to load it all the same
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch says how to load it all the same
         return "a part is damaged, or is no tensor"
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 

@@ -155,8 +155,9 @@ def lost_contact(error: BaseException | None) -> bool:
             return any(lost_contact(wrapped[0]) for wrapped in error.failures.values())
         if isinstance(error, dist.DistError):
             return True
-        # gloo's errors have no type of their own.
-        if type(error) is RuntimeError and ("gloo" in str(error) or "NCCL" in str(error)):
+        # gloo's errors have no type of their own; the last word is that of TORCH_DISTRIBUTED_DEBUG=DETAIL.
+        words = "gloo", "NCCL", "monitoredBarrier"
+        if type(error) is RuntimeError and any(word in str(error) for word in words):
             return True
         error = error.__cause__
     return False
