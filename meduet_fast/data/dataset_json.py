@@ -12,6 +12,7 @@ from typing import Any
 
 from meduet_fast.errors import UserError
 
+from .dicom import Series
 from .folders import VOLUME_ENDINGS, LeftOut, ending_of, looks_like_volume, refusal, search
 from .intensity import IntensityRule, rule_of_modality
 
@@ -29,11 +30,13 @@ class Channel:
         path: the file or folder.
         rule: that the stated modality asks for; None where none is stated or known.
         index: on the fourth axis of the file; None for a file with one volume.
+        series: of a DICOM folder.
     """
 
     path: Path
     rule: IntensityRule | None = None
     index: int | None = None
+    series: Series | None = None
 
 
 @dataclass

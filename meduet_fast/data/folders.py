@@ -50,24 +50,26 @@ class LeftOut:
     Attributes:
         path: the file or folder.
         reason: why; the same text for all of a kind.
-        asked: the user's own list asks for it.
+        asked: it should have been read: the user's own list asks for it, or it is a damaged slice.
+        part: what of the file or folder, if not all of it.
     """
 
     path: Path
     reason: str
     asked: bool = False
+    part: str = ""
 
 
 def format_left_out(left_out: Iterable[LeftOut], shown: int = 5) -> list[str]:
     """Return a line for each of the first ``shown`` that share a reason, and one that counts the others."""
-    kinds: dict[str, list[Path]] = {}
+    kinds: dict[str, list[str]] = {}
     for item in left_out:
-        kinds.setdefault(item.reason, []).append(item.path)
+        kinds.setdefault(item.reason, []).append(f"{item.path}{item.part and ': '}{item.part}")
     lines = []
-    for reason, paths in kinds.items():
-        lines += [f"left out: {printable(path)}: {printable(reason)}" for path in paths[:shown]]
-        if len(paths) > shown:
-            lines.append(f"left out: and {len(paths) - shown} more: {printable(reason)}")
+    for reason, names in kinds.items():
+        lines += [f"left out: {printable(name)}: {printable(reason)}" for name in names[:shown]]
+        if len(names) > shown:
+            lines.append(f"left out: and {len(names) - shown} more: {printable(reason)}")
     return lines
 
 
@@ -101,11 +103,11 @@ def refusal(path: Path) -> str | None:
     stem = path.name.removesuffix(ending_of(path.name))
     if ending.startswith(".hdr") and path.exists() and not _beside(path, stem, _IMAGES):
         return "a header without its .img file"
-    return None if ending else "one DICOM file: name its folder" if _is_dicom(path) else NOT_READ
+    return None if ending else "one DICOM file: name its folder" if is_dicom(path) else NOT_READ
 
 
 def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Find the volumes below a folder, at any depth; of a DICOM series, its folder.
+    """Find the volumes below a folder, at any depth; of DICOM series, their folder.
 
     Links to folders are followed, real folders visited once. Only files that may be DICOM are opened.
 
@@ -128,7 +130,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
             path, stem = root / name, name.removesuffix(ending_of(name))
             if not ending_of(name):
                 may_be = _may_be_dicom(name)
-                if may_be and _is_dicom(path):
+                if may_be and is_dicom(path):
                     dicom = True
                 elif hidden:
                     continue
@@ -203,7 +205,7 @@ def _may_be_dicom(name: str) -> bool:
     return known and name.casefold() != "dicomdir" and not name.startswith(".")
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """Tell whether a file begins as DICOM files do: 128 bytes of anything, then DICM."""
     if not path.is_file():
         return False
@@ -224,7 +226,7 @@ def _is_bare_dicom(path: Path) -> bool:
 
 
 def _has_dicom(folder: Path) -> bool:
-    return any(_may_be_dicom(path.name) and _is_dicom(path) for path in sorted(folder.iterdir()))
+    return any(_may_be_dicom(path.name) and is_dicom(path) for path in sorted(folder.iterdir()))
 
 
 def _has_itk() -> bool:

@@ -163,7 +163,8 @@ def update_store(
             metadata[volume.name] = {**record.notes, "intensity": json.dumps(dict(record.intensity))}
     for volume in volumes:  # in their order, whichever was ready first
         if volume.name in failed:
-            summary.failed.append((failed[volume.name].path, failed[volume.name].reason))
+            failure = failed[volume.name]
+            summary.failed.append((failure.path, volume.tell(failure.reason)))
         elif volume.name in up_to_date:
             summary.up_to_date.append(volume.name)
             summary.upgraded += [volume.name] * upgraded[volume.name]

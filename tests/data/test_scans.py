@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import builtins
 import gzip
-import locale
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,13 +199,6 @@ def test_a_few_bytes_behind_the_voxels_are_noted_and_absent_bits_are_not(tmp_pat
 # --- ITK -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sitk() -> Iterator[Any]:
-    before = locale.setlocale(locale.LC_ALL)
-    yield pytest.importorskip("SimpleITK")
-    locale.setlocale(locale.LC_ALL, before)  # which DICOM's writer changes
-
-
 def itk_image(sitk: Any, voxels: np.ndarray = VOXELS) -> Any:
     """Image whose affine is AFFINE: ITK's x and y are negative, its arrays have their axes backwards."""
     image = sitk.GetImageFromArray(voxels.transpose())
@@ -360,84 +352,6 @@ def test_bad_itk_files_are_refused(tmp_path: Path, sitk: Any) -> None:
     (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = slice%03d.raw 1 9 1\n", encoding="utf-8")
     with pytest.raises(VolumeError, match=r"slice%03d.*expected the name of one file"):
         read_scan(tmp_path / "b.mhd")
-
-
-def dicom(
-    sitk: Any, folder: Path, positions: list[tuple[float, float, float]], series: str = "1.2.3.4",
-    axes: str = "1\\0\\0\\0\\1\\0", description: str = "chest",
-) -> None:  # fmt: skip
-    """Write slices of 6 columns and 5 rows; slice number n has values of 1100 + 100 n."""
-    folder.mkdir(exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for number, position in enumerate(positions):
-        image = sitk.GetImageFromArray((noise(5, 6) % 50 + 1100 + 100 * number).astype(np.int16)[None])
-        image.SetSpacing((0.7, 0.8, 1))
-        tags = {
-            "0008|0060": "CT", "0008|103e": description, "0020|000e": series, "0020|000d": "1.2.3",
-            "0008|0018": f"{series}.{number}", "0020|0032": "\\".join(map(str, position)), "0020|0037": axes,
-            "0028|1052": "-1024", "0028|1053": "1", "0020|0013": str(number),
-        }  # fmt: skip
-        for key, value in tags.items():
-            image.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{series}-{number}.dcm"))
-        writer.Execute(image)
-
-
-def along_z(*heights: float) -> list[tuple[float, float, float]]:
-    return [(10.0, 20.0, height) for height in heights]
-
-
-def test_a_dicom_series(tmp_path: Path, sitk: Any) -> None:
-    dicom(sitk, tmp_path / "s", along_z(4.5, 0.0, 3.0, 1.5))
-    (tmp_path / "s" / "notes.txt").write_text("not an image", encoding="utf-8")
-    locale.setlocale(locale.LC_ALL, "C.UTF-8")
-    scan = read_scan(tmp_path / "s")
-    assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"  # in C Python would open files as ASCII
-    assert scan.voxels.shape == (6, 5, 4)
-    first = scan.voxels[0, 0, 0]
-    np.testing.assert_array_equal(scan.voxels[0, 0] - first, [0, 200, 100, -100])  # by height, not by number
-    assert scan.voxels[:, :, 1].min() >= 1100 + 300 - 1024
-    # Columns lie 0.7 mm apart, rows 0.8 mm; x and y of LPS are turned to RAS.
-    np.testing.assert_allclose(
-        scan.affine, [[-0.7, 0, 0, -10], [0, -0.8, 0, -20], [0, 0, 1.5, 0], [0, 0, 0, 1]]
-    )
-    assert len(scan_files(tmp_path / "s")) == 5
-
-
-@pytest.mark.parametrize(
-    ("positions", "reason"),
-    [
-        (
-            along_z(0, 1.5, 4.5, 6),
-            "missing or unevenly spaced: 1.5 to 3 mm apart, 1.5 mm as a rule, 1 gaps",
-        ),
-        (along_z(0, 1.5, 3.2, 4.7), "unevenly spaced"),
-        (along_z(0, 1.5, 1.5, 3), "several slices at one place"),
-        ([(10, 20 + 0.5 * z, 1.5 * z) for z in range(4)], "tilted gantry"),
-        (along_z(0), "of one slice"),
-    ],
-)
-def test_a_dicom_series_with_a_fault_is_refused(
-    tmp_path: Path, sitk: Any, positions: list[tuple[float, float, float]], reason: str
-) -> None:
-    dicom(sitk, tmp_path / "s", positions)
-    with pytest.raises(VolumeError, match=reason):
-        read_scan(tmp_path / "s")
-
-
-def test_several_series_and_orientations_in_one_folder_are_refused(tmp_path: Path, sitk: Any) -> None:
-    dicom(sitk, tmp_path / "two", along_z(0, 1.5))
-    dicom(sitk, tmp_path / "two", along_z(0, 1.5, 3), series="1.2.3.5", description="scout")
-    with pytest.raises(VolumeError, match=r"2 DICOM series .*\([23] slices\), .* own folder"):
-        read_scan(tmp_path / "two")
-    dicom(sitk, tmp_path / "turned", along_z(0, 1.5, 3))
-    dicom(sitk, tmp_path / "turned" / ".", along_z(4.5), axes="0\\1\\0\\0\\0\\1", series="1.2.3.4")
-    with pytest.raises(VolumeError, match="slices of several orientations"):
-        read_scan(tmp_path / "turned")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(VolumeError, match="a folder without a DICOM series"):
-        read_scan(tmp_path / "empty")
 
 
 def test_without_itk_its_formats_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

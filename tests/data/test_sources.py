@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from meduet_fast.data import sources
+from meduet_fast.data.dicom import Series
 from meduet_fast.data.folders import LeftOut, format_left_out
 from meduet_fast.data.intensity import CT, MR, IntensityRule
 from meduet_fast.data.sources import Listing, VolumeEntry, find_volumes
@@ -460,6 +462,7 @@ def test_itk_formats_and_dicom_folders_need_itk(
         (tmp_path / f"set/dicom/1.2.840.{number}").write_bytes(bytes(128) + b"DICM")
     found = ModuleSpec("SimpleITK", None) if there else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(sources, "find_series", lambda folder: ([Series("1.2", "1", ())], []))
     listing = find_volumes(tmp_path / "set")
     files = {entry.path.name for entry in listing.volumes}
     if there:
