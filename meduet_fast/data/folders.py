@@ -85,6 +85,14 @@ def looks_like_volume(name: str) -> bool:
     return bool(ending_of(name) or (_OTHER_FORMAT.fullmatch(folded) and not _SIDECAR.fullmatch(folded)))
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder exists; False where it cannot be looked at, as by too long a name."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def refusal(path: Path) -> str | None:
     """Say why a file or folder is not read as a volume; None if it is (it may still be absent or damaged).
 
@@ -121,9 +129,9 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
     found: list[Path] = []
     left_out: list[LeftOut] = []
     for root, names in _walk(folder):
-        below = root.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in below)
-        labels = any(_LABEL_FOLDER.fullmatch(part.casefold()) for part in below)
+        below = root.relative_to(folder)
+        hidden = any(part.startswith(".") for part in below.parts)
+        labels = _is_of_labels(below)
         stems: set[str] = set()
         dicom = False
         for name in sorted(names, key=_preference):
@@ -140,7 +148,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
                     left_out.append(LeftOut(path, NOT_READ))
             elif hidden or name.startswith("."):
                 left_out.append(LeftOut(path, HIDDEN))
-            elif labels or _is_label(stem):
+            elif is_label(below / name):
                 left_out.append(LeftOut(path, IS_LABEL))
             elif reason := refusal(path):
                 left_out.append(LeftOut(path, reason))
@@ -181,7 +189,16 @@ def _preference(name: str) -> tuple[int, str]:
     return (VOLUME_ENDINGS.index(ending) if ending else len(VOLUME_ENDINGS)), name
 
 
-def _is_label(stem: str) -> bool:
+def is_label(path: Path) -> bool:
+    """Tell whether a file is a mask or label map by its name, or by those of the folders in the path."""
+    return _is_of_labels(path.parent) or _says_label(path.name.removesuffix(ending_of(path.name)))
+
+
+def _is_of_labels(folder: Path) -> bool:
+    return any(_LABEL_FOLDER.fullmatch(part.casefold()) for part in folder.parts)
+
+
+def _says_label(stem: str) -> bool:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem).casefold()  # brainMask is two words
     words = [word for word in re.split(r"[^a-z0-9]+", apart) if word and not word.isdigit()]
     return any(map(_LABEL_WORD.fullmatch, words)) or (bool(words) and words[-1] in ("gt", "roi", "rois"))
@@ -196,7 +213,7 @@ def _is_part(path: Path) -> bool:
 def _beside(path: Path, stem: str, endings: tuple[str, ...]) -> bool:
     """Tell whether a file of this stem is there with one of the endings, in small letters or capitals."""
     names = [stem + text for ending in endings for text in (ending, ending.upper())]
-    return any(path.with_name(name).exists() for name in names)
+    return any(is_there(path.with_name(name)) for name in names)
 
 
 def _may_be_dicom(name: str) -> bool:
