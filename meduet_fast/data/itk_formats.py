@@ -109,13 +109,9 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
         image = reader.Execute()
     except RuntimeError as error:
         raise VolumeError(path, f"ITK cannot read it: {last_words(error)}") from error
-    header = _read_header(path)
-    if path.suffix.lower() == ".nrrd":
-        notes = _check_nrrd(path, {key.lower(): value for key, value in header.items()})
-    else:
-        notes = ()
-        _check_spacing(path, header.get("ElementSpacing", header.get("ElementSize")))
-        _check_units(path, [image.GetMetaData(META_UNIT)] if image.HasMetaDataKey(META_UNIT) else [])
+    notes = itk_notes(path)
+    if image.HasMetaDataKey(META_UNIT):
+        _check_units(path, [image.GetMetaData(META_UNIT)])
     voxels = sitk.GetArrayViewFromImage(
         image
     )  # axes backwards: (T, Z, Y, X) or (Z, Y, X), and components behind
@@ -133,6 +129,40 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
     return to_xyz(path, voxels), _affine(image), notes
 
 
+def itk_notes(path: Path) -> tuple[str, ...]:
+    """Check what the header of a file states of its geometry, which ITK fills in; returns what it leaves out.
+
+    Raises:
+        VolumeError: it can't be read, or states no spacing in mm, or axes that are not anatomical.
+    """
+    try:
+        header = _read_header(path)
+    except OSError as error:
+        raise VolumeError(path, f"cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() == ".nrrd":
+        header = {key.lower(): value for key, value in header.items()}
+        _check_nrrd(path, header)
+        orientation, origin = ["space"], ["space origin", "axis mins", "axismins"]
+    else:
+        orientation, origin = ["TransformMatrix", "Rotation", "Orientation"], ["Offset", "Position", "Origin"]
+        _check_spacing(path, header.get("ElementSpacing", header.get("ElementSize")))
+        named = header.get("AnatomicalOrientation", "RAI").upper()
+        if not any(key in header for key in orientation) and named not in ("RAI", "", "???"):
+            raise VolumeError(
+                path,
+                f"found AnatomicalOrientation {named} and no TransformMatrix, expected RAI or the matrix",
+            )
+    notes = []
+    if not any(key in header for key in orientation):
+        notes.append(
+            f"no orientation in the header (no {orientation[0]}): x is taken to run from right to left, "
+            "y to the back, z to the head"
+        )
+    if not any(key in header for key in origin):
+        notes.append(f"no position in the header (no {origin[0]}): the first voxel is taken to lie at 0 mm")
+    return tuple(notes)
+
+
 def _read_header(path: Path) -> dict[str, str]:
     """Read the fields of a text header, of which ITK does not tell all.
 
@@ -148,8 +178,8 @@ def _read_header(path: Path) -> dict[str, str]:
     return fields
 
 
-def _check_nrrd(path: Path, header: dict[str, str]) -> tuple[str, ...]:
-    """Refuse an NRRD's header that ITK takes for more than it says; returns notes."""
+def _check_nrrd(path: Path, header: dict[str, str]) -> None:
+    """Refuse an NRRD's header that ITK takes for more than it says."""
     if header.get("data file") or header.get("datafile"):
         raise VolumeError(path, "an NRRD header without voxels; join them in one file")
     space = header.get("space")
@@ -169,10 +199,6 @@ def _check_nrrd(path: Path, header: dict[str, str]) -> tuple[str, ...]:
         re.findall(QUOTED, header.get("units", "")), header.get("kinds", "").split(), fillvalue=""
     )
     _check_units(path, [unit for unit, kind in axes if kind.lower() in SPATIAL_KINDS])
-    if space is not None:
-        return ()
-    return ("no orientation in the header (no space): x is taken to run from right to left, y to the back, "
-            "z to the head",)  # fmt: skip
 
 
 def _check_spacing(path: Path, stated: str | None) -> None:

@@ -15,7 +15,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from meduet_fast.errors import VolumeError
 
 from .dicom import Series, read_dicom
-from .itk_formats import ITK_ENDINGS, itk_files, read_itk
+from .itk_formats import ITK_ENDINGS, itk_files, itk_notes, read_itk
 from .nifti import PAIR_ENDINGS, nifti_files, read_corrections, read_nifti
 from .nifti_geometry import affine_fault
 
@@ -167,9 +167,15 @@ def header_corrections(path: Path) -> dict[str, Any]:
 
     Returns:
         ``geometry``: an affine (4, 4), or the reason for which the header is refused; ``offset``: the byte
-        where the voxels begin. Only what is not taken at its face value: what was prepared of other scans
-        before headers were checked is still right.
+        where the voxels begin; ``notes``: what a header of ITK's formats leaves out. Only what is not taken
+        at its face value: what was prepared of other scans before headers were checked is still right.
     """
+    if path.name.lower().endswith(ITK_ENDINGS):
+        try:
+            notes = itk_notes(path)
+        except VolumeError as error:
+            return {"geometry": error.reason}
+        return {"notes": notes} if notes else {}
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         return {}
     try:

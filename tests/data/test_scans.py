@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from meduet_fast.data.scans import Scan, ScanFacts, read_scan, scan_files
+from meduet_fast.data.scans import Scan, ScanFacts, header_corrections, read_scan, scan_files
 from meduet_fast.errors import VolumeError
 
 AFFINE = np.array(
@@ -243,10 +243,25 @@ def test_an_nrrd_in_ras_coordinates(tmp_path: Path, space: str, more: str) -> No
     check(read_scan(nrrd(tmp_path / "a.nrrd", f"space: {space}\n{DIRECTIONS}{more}")))
 
 
-def test_an_nrrd_without_a_space_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        (f"space dimension: 3\n{DIRECTIONS}", ["no orientation in the header (no space)"]),
+        ("spacings: 2 2 2\naxis mins: 1 2 3\n", ["no orientation in the header (no space)"]),
+        (f"{RAS}space directions: {COLUMNS}\n", ["no position in the header (no space origin)"]),
+        (
+            'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n',
+            ["no orientation in the header (no space)", "no position in the header (no space origin)"],
+        ),
+        (f"{RAS}{DIRECTIONS}", []),
+    ],
+)
+def test_an_nrrd_without_a_space_says_so(tmp_path: Path, fields: str, missing: list[str]) -> None:
     pytest.importorskip("SimpleITK")
-    for fields in (f"space dimension: 3\n{DIRECTIONS}", 'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n'):
-        assert "no orientation" in read_scan(nrrd(tmp_path / "a.nrrd", fields)).notes[0]
+    path = nrrd(tmp_path / "a.nrrd", fields)
+    notes = read_scan(path).notes
+    assert [note.partition(":")[0] for note in notes] == missing
+    assert header_corrections(path) == ({"notes": notes} if notes else {})
 
 
 @pytest.mark.parametrize(
@@ -295,14 +310,59 @@ def test_an_nrrd_header_without_voxels_is_refused(tmp_path: Path) -> None:
 )
 def test_a_metaimage_states_its_spacing(tmp_path: Path, fields: str, found: str | None) -> None:
     pytest.importorskip("SimpleITK")
-    path = tmp_path / "a.mha"
-    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}\n"
-    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    path = metaimage(tmp_path / "a.mha", f"{fields}\n")
     if found is None:
         np.testing.assert_array_equal(read_scan(path).affine, np.diag([-2, -3, 4, 1]))
     else:
         with pytest.raises(VolumeError, match=f"found {found} in the header, expected positive numbers of"):
             read_scan(path)
+
+
+def metaimage(path: Path, fields: str) -> Path:
+    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}"
+    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ("", ["no orientation in the header (no TransformMatrix)", "no position in the header (no Offset)"]),
+        ("Offset = 0 0 0\n", ["no orientation in the header (no TransformMatrix)"]),
+        ("transformmatrix = 0 1 0 1 0 0 0 0 1\nOrigin = 1 2 3\n", ["no orientation in the header (no Tra"]),
+        ("AnatomicalOrientation = RAI\nPosition = 1 2 3\n", ["no orientation in the header (no Transform"]),
+        ("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ["no position in the header (no Offset)"]),
+        ("Rotation = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\n", []),
+        ("AnatomicalOrientation = LPI\nOrientation = -1 0 0 0 -1 0 0 0 1\nOrigin = 0 0 0\n", []),
+    ],
+)  # fmt: skip
+def test_a_metaimage_that_leaves_out_its_geometry_says_so(
+    tmp_path: Path, fields: str, missing: list[str]
+) -> None:
+    pytest.importorskip("SimpleITK")
+    path = metaimage(tmp_path / "a.mha", f"ElementSpacing = 2 3 4\n{fields}")
+    notes = read_scan(path).notes
+    assert len(notes) == len(missing)
+    assert all(note.startswith(begin) for note, begin in zip(notes, missing, strict=True))
+    assert header_corrections(path) == ({"notes": notes} if notes else {})
+
+
+@pytest.mark.parametrize("named", ["LPI", "asl"])
+def test_a_metaimage_that_names_axes_without_a_matrix_is_refused(tmp_path: Path, named: str) -> None:
+    pytest.importorskip("SimpleITK")
+    path = metaimage(tmp_path / "a.mha", f"ElementSpacing = 2 3 4\nAnatomicalOrientation = {named}\n")
+    with pytest.raises(
+        VolumeError, match=f"found AnatomicalOrientation {named.upper()} and no Transf"
+    ) as caught:
+        read_scan(path)
+    assert header_corrections(path) == {"geometry": caught.value.reason}
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_an_image_at_the_origin_is_taken_at_its_face_value(tmp_path: Path, sitk: Any, name: str) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(VOXELS.transpose()), str(tmp_path / name))
+    assert read_scan(tmp_path / name).notes == ()
+    assert header_corrections(tmp_path / name) == {}
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_itk_ends_the_process(tmp_path: Path) -> None:
