@@ -39,7 +39,8 @@ class StopRequest:
     A process that comes no further for ``grace_s`` seconds after a request is ended: it prints where each of
     its threads is, and exits with 128 + the signal's number; with 1, if since the request no other thread of
     it could run. One that comes no further for most of ``timeout_s`` prints that too, before the others give
-    it up. SIGQUIT prints it at any time.
+    it up, and one that reads a batch itself for longer is ended, with exit code 2. SIGQUIT prints it at any
+    time.
 
     Args:
         output: the run's folder.
@@ -50,6 +51,7 @@ class StopRequest:
     def __init__(self, output: Path, grace_s: float, timeout_s: float) -> None:
         self.signal: signal.Signals | None = None
         self.tell: Callable[[str], None] | None = None  # the other processes, why this one ends
+        self.reading: Callable[[], tuple[float, str] | None] = lambda: None  # since when this one reads what
         self._output, self._grace_s, self._timeout_s = output, grace_s, timeout_s
         self._doing, self._since, self._looked_at = "the start", time.monotonic(), ""
         self._previous: dict[signal.Signals, Any] = {}
@@ -109,25 +111,30 @@ class StopRequest:
                 number, asked = requests[0]
                 name = signal.Signals(number).name
                 if now - max(asked, since) > self._grace_s:
-                    self._end(number, f"{doing} was not over {self._grace_s:g} s after {name} (grace_s)")
+                    self._end(
+                        128 + number, f"{doing} was not over {self._grace_s:g} s after {name} (grace_s)"
+                    )
                 # Where it can, the main thread acts on the second request by itself.
                 if len(requests) > 1 and not launched() and now - requests[1][1] > LAST_WORDS_S:
                     second = signal.Signals(requests[1][0]).name
-                    self._end(number, f"{second} came, the second request, and {doing} was not over")
+                    self._end(128 + number, f"{second} came, the second request, and {doing} was not over")
             if now - since > 0.9 * self._timeout_s and self._looked_at != doing:
                 self._looked_at = doing
                 _say(f"{self._output}: {doing} is not over after {now - since:.0f} s; where each thread is:")
                 faulthandler.dump_traceback(file=2)
+            reading = self.reading()
+            if reading is not None and now - reading[0] > self._timeout_s:
+                self._end(2, f"no batch was read for {self._timeout_s:g} s (timeout_s), {reading[1]}")
 
-    def _end(self, number: int, why: str) -> None:
+    def _end(self, code: int, why: str) -> None:
         """End this process, whatever its main thread waits for."""
-        Timer(LAST_WORDS_S, os._exit, (128 + number,)).start()
+        Timer(LAST_WORDS_S, os._exit, (code,)).start()
         faulthandler.dump_traceback(file=2)
         _say(f"{self._output}: ended, because {why}; {last_good(self._output / 'checkpoints')}")
         if self.tell is not None:
             with suppress(dist.DistError):
                 self.tell(why)
-        os._exit(128 + number)
+        os._exit(code)
 
 
 def _say(line: str) -> None:

@@ -163,6 +163,34 @@ def test_before_a_time_out_each_process_prints_where_it_is(
     assert said.count("in hang_a_while") == 1
 
 
+@pytest.mark.parametrize(("since", "ended"), [(0.0, True), (1000.0, False), (None, False)])
+def test_one_that_reads_for_too_long_is_ended_with_what_it_reads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], since: float | None, ended: bool
+) -> None:
+    def read_from_a_disk_that_does_not_answer(stop: StopRequest) -> None:
+        began = time.monotonic()
+        stop.reading = lambda: None if since is None else (began + since, "store: batch 7 is of a, b")
+        time.sleep(2.5)
+
+    code, said = in_child(tmp_path, read_from_a_disk_that_does_not_answer, capfd, timeout_s=0.8)
+    assert code == (2 if ended else 0)
+    line = "ended, because no batch was read for 0.8 s (timeout_s), store: batch 7 is of a, b; there is no "
+    assert (f"{tmp_path}: {line}" in said) == ended
+    assert "in read_from_a_disk_that_does_not_answer" in said
+
+
+def test_a_run_that_reads_in_its_own_process_does_not_wait_for_ever(
+    tiny_store: Path, tiny_settings: PretrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny_settings, steps=8, timeout_s=4, workers=0)
+    with Team(tiny_store, tmp_path / "run", config, 2, "hangs in a reader", 3) as team:
+        assert team.wait() == [2, 2], team.said()
+        said = team.said(1)
+    what = rf"no batch was read for 4 s \(timeout_s\), {tiny_store}: batch \d is of \w+, .*;"
+    assert re.search(rf"ended, because {what} the last good checkpoint is .*/checkpoints/2\n", said), said
+    assert said.count("ended, because") == 1
+
+
 @pytest.mark.parametrize(("fault", "workers"), [("step", 0), ("checkpoint", 0), ("reader", 1)])
 def test_sigterm_ends_processes_that_hang_and_those_that_wait_for_them(
     tiny_store: Path, tiny_settings: PretrainConfig, tmp_path: Path, fault: str, workers: int
