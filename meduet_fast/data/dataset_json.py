@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meduet_fast.errors import UserError
+from meduet_fast.files import in_real_folder
 
 from .dicom import Series
 from .folders import (
@@ -62,13 +62,13 @@ class Description:
     name: str | None
     volumes: list[Channel] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    _taken: set[tuple[str, int | None]] = field(default_factory=set)
-    _files: set[str] = field(default_factory=set)
+    _taken: set[tuple[Path, int | None]] = field(default_factory=set)
+    _files: set[Path] = field(default_factory=set)
 
     def take(self, volume: Channel, asked: bool = True) -> None:
         """Add a volume, or what speaks against it; one that is listed twice counts once."""
         path = _header_of(volume.path)
-        file = _real(path)
+        file = in_real_folder(path)
         if (file, volume.index) in self._taken:
             return
         self._taken.add((file, volume.index))
@@ -84,11 +84,7 @@ class Description:
 
     def has(self, path: Path) -> bool:
         """Tell whether a file has been added."""
-        return _real(path) in self._files
-
-
-def _real(path: Path) -> str:
-    return str(Path(os.path.realpath(path.parent), path.name))
+        return in_real_folder(path) in self._files
 
 
 def read_description(path: Path) -> Description:

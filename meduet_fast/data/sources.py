@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from meduet_fast.errors import UserError, VolumeError, printable
+from meduet_fast.files import in_real_folder
 
 from .dataset_json import Channel, read_description
 from .dicom import Series, find_series
@@ -227,13 +228,13 @@ def _split_series(volumes: list[Channel], listed: bool) -> tuple[list[Channel], 
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    return folder in path.parents or folder in (Path(os.path.realpath(path.parent)) / path.name).parents
+    return folder in path.parents or folder in in_real_folder(path).parents
 
 
 def _relative(path: Path, base: Path) -> str:
     """Return a path as seen from the folder of its data set, whatever way either is written."""
     real = os.path.realpath(base)
-    tries = ((path, base), (path, real), (Path(os.path.realpath(path.parent), path.name), real))
+    tries = ((path, base), (path, real), (in_real_folder(path), real))
     seen = [os.path.relpath(*pair) for pair in tries]
     return next((inside for inside in seen if not inside.startswith(os.pardir)), seen[-1])
 
