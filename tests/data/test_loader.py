@@ -261,6 +261,7 @@ def test_no_reader_stays_a_zombie_and_none_is_killed_twice(
     batches: CropBatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever else waits for children: the run's program, or the message about a lost reader."""
+    monkeypatch.setattr(LatentStore, "read_crops", lambda *_: time.sleep(60))  # else one may be ready before
     stream = iter(crop_loader(batches, total_steps=50, workers=3, timeout_s=20))
     first, second, third = (reader.pid for reader in stream._readers)  # type: ignore[attr-defined]
     for pid in (first, second):
