@@ -1,4 +1,4 @@
-"""Write files that are whole or absent, to a temporary name, then rename; tell files by their content."""
+"""Write files that are whole or absent, to a temporary name, then rename; tell files by content and place."""
 
 from __future__ import annotations
 
@@ -93,6 +93,16 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: {there} is no folder")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
         raise UserError(f"{folder}: cannot be written: {there} does not let this user write")
+
+
+def in_real_folder(path: Path) -> Path:
+    """Return a path that is the same whatever way it is written: the real folder, the name as it is.
+
+    A link to a file keeps its own name.
+    """
+    if path.name in ("", os.pardir):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def file_sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from meduet_fast.errors import UserError
-from meduet_fast.files import atomic_path, refuse_unwritable, remove_leftovers
+from meduet_fast.files import atomic_path, in_real_folder, refuse_unwritable, remove_leftovers
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -74,6 +74,20 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {0o666 & ~umask}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.safetensors"]
+
+
+@pytest.mark.parametrize("way", ["real/a", "link/a", "real/../link/a", "./real/a"])
+def test_a_file_has_one_place_whatever_way_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "a").symlink_to("b")  # keeps its name
+    monkeypatch.chdir(tmp_path)
+    assert in_real_folder(Path(way)) == in_real_folder(tmp_path / way) == tmp_path / "real" / "a"
+    monkeypatch.chdir(tmp_path / "link")
+    assert in_real_folder(Path()) == tmp_path / "real"
+    assert in_real_folder(Path("..")) == tmp_path
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

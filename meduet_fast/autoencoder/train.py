@@ -157,15 +157,18 @@ class VolumeCrops(Batches):
         for line in format_left_out(listing.left_out):
             print(line, file=sys.stderr)
         for entry in track(listing.volumes, "Reading volumes", unit="volume"):
-            with failures_of(entry.path):
-                image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
+            try:
+                with failures_of(entry.path):
+                    image = load_volume(entry, TransformConfig(multiple=multiple)).image  # (1, X, Y, Z)
+            except VolumeError as error:
+                raise VolumeError(error.path, entry.tell(error.reason)) from error
             try:
                 start = held_out_start(image.shape[1], config.held_out_fraction, config.crop_size)
                 if min(image.shape[2:]) < config.crop_size:
                     size = tuple(image.shape[1:])
                     raise UserError(f"{size} voxels cannot hold a crop of {config.crop_size}")
             except UserError as error:
-                raise UserError(f"{entry.path}: {error}") from error
+                raise VolumeError(entry.path, entry.tell(str(error))) from error
             self.volumes.append(_Volume(entry.domain, image, start))
         digest = hashlib.sha256()
         for volume in self.volumes:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meduet_fast.errors import UserError
+from meduet_fast.files import in_real_folder
 
-from .folders import VOLUME_ENDINGS, LeftOut, ending_of, looks_like_volume, refusal, search
+from .dicom import Series
+from .folders import (
+    IS_LABEL,
+    VOLUME_ENDINGS,
+    LeftOut,
+    ending_of,
+    is_label,
+    is_there,
+    looks_like_volume,
+    refusal,
+    search,
+)
 from .intensity import IntensityRule, rule_of_modality
 
 _USUAL_LISTS = ("training", "validation", "test", "train", "val", "testing")
@@ -29,11 +40,13 @@ class Channel:
         path: the file or folder.
         rule: that the stated modality asks for; None where none is stated or known.
         index: on the fourth axis of the file; None for a file with one volume.
+        series: of a DICOM folder.
     """
 
     path: Path
     rule: IntensityRule | None = None
     index: int | None = None
+    series: Series | None = None
 
 
 @dataclass
@@ -49,29 +62,29 @@ class Description:
     name: str | None
     volumes: list[Channel] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    _taken: set[tuple[str, int | None]] = field(default_factory=set)
-    _files: set[str] = field(default_factory=set)
+    _taken: set[tuple[Path, int | None]] = field(default_factory=set)
+    _files: set[Path] = field(default_factory=set)
 
     def take(self, volume: Channel, asked: bool = True) -> None:
         """Add a volume, or what speaks against it; one that is listed twice counts once."""
         path = _header_of(volume.path)
-        file = _real(path)
+        file = in_real_folder(path)
         if (file, volume.index) in self._taken:
             return
         self._taken.add((file, volume.index))
         self._files.add(file)
-        if reason := refusal(path):
+        try:
+            reason = refusal(path)
+        except OSError as error:  # of this name alone: too long, in a closed folder, on a disk that fails
+            reason = f"cannot be read: {error.strerror or error}"
+        if reason:
             self.left_out.append(LeftOut(path, reason, asked))
         else:
             self.volumes.append(Channel(path, volume.rule, volume.index))
 
     def has(self, path: Path) -> bool:
         """Tell whether a file has been added."""
-        return _real(path) in self._files
-
-
-def _real(path: Path) -> str:
-    return str(Path(os.path.realpath(path.parent), path.name))
+        return in_real_folder(path) in self._files
 
 
 def read_description(path: Path) -> Description:
@@ -129,14 +142,14 @@ def _read_lists(path: Path, content: dict[str, Any], description: Description) -
             "expected 'training' (Decathlon) or 'channel_names' (nnU-Net)"
         )
     channels = _channels(content)
-    cases = [files for key, items in lists.items() for files in _images(path, key, items, description)]
+    cases = [files for key in lists for files in _images(path, key, lists, description)]
     version_1 = any(len(files) == 1 and _numbered_files(files[0], channels) for files in cases)
     for files in cases:
         if len(files) > 1:
             in_order = len(files) == len(channels)
             for index, file in enumerate(files):
                 description.take(Channel(file, channels.get(index) if in_order else _shared(channels)))
-        elif version_1 and not files[0].exists():
+        elif version_1 and not is_there(files[0]):
             numbered = _numbered_files(files[0], channels) or _numbers(files[0], channels)
             for index, file in numbered.items():
                 description.take(Channel(file, channels.get(index)))
@@ -157,11 +170,17 @@ def _count_cases(path: Path, content: dict[str, Any], there: int, description: D
         description.left_out.append(LeftOut(path, reason, asked=True))
 
 
-def _images(path: Path, key: str, items: list[Any], description: Description) -> Iterator[list[Path]]:
-    """Yield the image files of each item of a list; what is none is left out."""
+def _images(
+    path: Path, key: str, lists: dict[str, list[Any]], description: Description
+) -> Iterator[list[Path]]:
+    """Yield the image files of each item of one of the lists; what is none is left out."""
+    items = lists[key]
     with_images = any(isinstance(item, dict) and "image" in item for item in items)
     if _LABELS.search(key.casefold()) and not with_images:
-        description.left_out.append(LeftOut(path, f"'{key}' is a list of labels by its name"))
+        reason = f"'{key}' is a list of labels by its name"
+        sure = _are_labels(items, [others for name, others in lists.items() if not _LABELS.search(name)])
+        reason += "" if sure else "; if it is one of scans, give it another"
+        description.left_out.append(LeftOut(path, reason, asked=not sure))
         return
     for number, item in enumerate(items):
         where = f"{key}[{number}]"
@@ -180,6 +199,15 @@ def _images(path: Path, key: str, items: list[Any], description: Description) ->
             ):
                 reason = f"'{where}.{other}': found {value!r:.200}; only 'image' is read"
                 description.left_out.append(LeftOut(path, reason, asked="image" in other.casefold()))
+
+
+def _are_labels(items: list[Any], images: list[list[Any]]) -> bool:
+    """Tell whether a list has a label for each image of another, or of all, or names of labels alone."""
+    counts = [len(others) for others in images]
+    if len(items) in (*counts, sum(counts)):
+        return True
+    paths = [Path(item.replace("\\", "/")) for item in items if isinstance(item, str)]
+    return len(paths) == len(items) and all(is_label(Path(*path.parts[-2:])) for path in paths)
 
 
 def _lists(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[Any]]]:
@@ -223,7 +251,7 @@ def _all_located(path: Path, where: str, texts: list[str], description: Descript
 def _located(folder: Path, file: str) -> Path:
     """Return the path that a list means, relative to its folder; Windows wrote some lists."""
     path = folder / file
-    return path if "\\" not in file or path.exists() else folder / file.replace("\\", "/")
+    return path if "\\" not in file or is_there(path) else folder / file.replace("\\", "/")
 
 
 def _header_of(path: Path) -> Path:
@@ -231,7 +259,7 @@ def _header_of(path: Path) -> Path:
     match = re.fullmatch(r"(.+)\.img(\.gz)?", path.name, re.IGNORECASE)
     endings = (".hdr", ".HDR", ".hdr.gz", ".HDR.GZ")
     headers = [path.with_name(f"{match[1]}{ending}") for ending in endings] if match else []
-    return next((header for header in headers if header.exists()), path)
+    return next((header for header in headers if is_there(header)), path)
 
 
 def _numbered_files(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:
@@ -241,8 +269,8 @@ def _numbered_files(path: Path, channels: dict[int, IntensityRule | None]) -> di
     If some of the stated channels are there, all count.
     """
     files = _numbers(path, channels or dict.fromkeys(range(10)))
-    there = {number: file for number, file in files.items() if file.exists()}
-    return {} if path.exists() or not there else files if channels else there
+    there = {number: file for number, file in files.items() if is_there(file)}
+    return {} if is_there(path) or not there else files if channels else there
 
 
 def _numbers(path: Path, channels: dict[int, IntensityRule | None]) -> dict[int, Path]:
@@ -283,18 +311,21 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
         if listed and folder.name == "imagesTr":
             continue
         found, left_out = search(folder)
-        description.left_out += left_out
-        for file in found:
-            match = _CHANNEL.fullmatch(file.name.removesuffix(ending_of(file.name)))
+        # What has a channel's name is an image, whatever else its name says.
+        named = [item for item in left_out if item.reason == IS_LABEL and item.path.parent == folder]
+        named = [item for item in named if _channel_of(item.path, ending, channels)]
+        description.left_out += [item for item in left_out if item not in named]
+        for file in sorted([*found, *(item.path for item in named)]):
+            channel = _channel_of(file, ending, channels)
             if not file.name.casefold().endswith(ending.casefold()):
                 reason = f"{path.name} states the ending {ending}"
                 description.left_out.append(LeftOut(file, reason))
-            elif not match or int(match[2]) not in channels:
+            elif channel is None:
                 expected = ", ".join(f"_{number:04d}" for number in sorted(channels))
                 reason = f"the name states no channel of {path.name} (expected case{expected}{ending})"
                 description.left_out.append(LeftOut(file, reason))
             else:
-                cases.setdefault((file.parent, match[1]), {})[int(match[2])] = file
+                cases.setdefault((file.parent, channel[0]), {})[channel[1]] = file
     for (folder, case), numbered in cases.items():
         for number, rule in channels.items():
             if number in numbered:
@@ -307,12 +338,21 @@ def _read_nnunet(path: Path, content: dict[str, Any], description: Description) 
         _name_the_rest(path, description, "not in the key 'dataset'")
     there = sum(folder.name == "imagesTr" for folder, _ in cases) if not listed else len(listed)
     _count_cases(path, content, there, description)
-    for key, items in _lists(content, ""):  # of version 1, whose cases have the names of their files
-        for case_files in _images(path, key, items, description):
+    lists = dict(_lists(content, ""))  # of version 1, whose cases have the names of their files
+    for key in lists:
+        for case_files in _images(path, key, lists, description):
             for file in case_files:
                 if not any(map(description.has, (file, *_numbers(file, channels).values()))):
                     reason = f"'{key}' lists it, and it is none of the images that {path.name} describes"
                     description.left_out.append(LeftOut(file, reason, asked=True))
+
+
+def _channel_of(file: Path, ending: str, channels: Collection[int]) -> tuple[str, int] | None:
+    """Return the case and the channel that a file's name states, if it has the ending."""
+    match = _CHANNEL.fullmatch(file.name.removesuffix(ending_of(file.name)))
+    if not match or int(match[2]) not in channels or not file.name.casefold().endswith(ending.casefold()):
+        return None
+    return match[1], int(match[2])
 
 
 def _image_folders(path: Path) -> list[Path]:

@@ -50,24 +50,26 @@ class LeftOut:
     Attributes:
         path: the file or folder.
         reason: why; the same text for all of a kind.
-        asked: the user's own list asks for it.
+        asked: it should have been read: the user's own list asks for it, or it is a damaged slice.
+        part: what of the file or folder, if not all of it.
     """
 
     path: Path
     reason: str
     asked: bool = False
+    part: str = ""
 
 
 def format_left_out(left_out: Iterable[LeftOut], shown: int = 5) -> list[str]:
     """Return a line for each of the first ``shown`` that share a reason, and one that counts the others."""
-    kinds: dict[str, list[Path]] = {}
+    kinds: dict[str, list[str]] = {}
     for item in left_out:
-        kinds.setdefault(item.reason, []).append(item.path)
+        kinds.setdefault(item.reason, []).append(f"{item.path}{item.part and ': '}{item.part}")
     lines = []
-    for reason, paths in kinds.items():
-        lines += [f"left out: {printable(path)}: {printable(reason)}" for path in paths[:shown]]
-        if len(paths) > shown:
-            lines.append(f"left out: and {len(paths) - shown} more: {printable(reason)}")
+    for reason, names in kinds.items():
+        lines += [f"left out: {printable(name)}: {printable(reason)}" for name in names[:shown]]
+        if len(names) > shown:
+            lines.append(f"left out: and {len(names) - shown} more: {printable(reason)}")
     return lines
 
 
@@ -81,6 +83,14 @@ def looks_like_volume(name: str) -> bool:
     """Tell whether a file of this name may be a volume, of a format that is read or not."""
     folded = name.casefold()
     return bool(ending_of(name) or (_OTHER_FORMAT.fullmatch(folded) and not _SIDECAR.fullmatch(folded)))
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a file or folder exists; False where it cannot be looked at, as by too long a name."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def refusal(path: Path) -> str | None:
@@ -101,11 +111,11 @@ def refusal(path: Path) -> str | None:
     stem = path.name.removesuffix(ending_of(path.name))
     if ending.startswith(".hdr") and path.exists() and not _beside(path, stem, _IMAGES):
         return "a header without its .img file"
-    return None if ending else "one DICOM file: name its folder" if _is_dicom(path) else NOT_READ
+    return None if ending else "one DICOM file: name its folder" if is_dicom(path) else NOT_READ
 
 
 def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Find the volumes below a folder, at any depth; of a DICOM series, its folder.
+    """Find the volumes below a folder, at any depth; of DICOM series, their folder.
 
     Links to folders are followed, real folders visited once. Only files that may be DICOM are opened.
 
@@ -119,16 +129,16 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
     found: list[Path] = []
     left_out: list[LeftOut] = []
     for root, names in _walk(folder):
-        below = root.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in below)
-        labels = any(_LABEL_FOLDER.fullmatch(part.casefold()) for part in below)
+        below = root.relative_to(folder)
+        hidden = any(part.startswith(".") for part in below.parts)
+        labels = _is_of_labels(below)
         stems: set[str] = set()
         dicom = False
         for name in sorted(names, key=_preference):
             path, stem = root / name, name.removesuffix(ending_of(name))
             if not ending_of(name):
                 may_be = _may_be_dicom(name)
-                if may_be and _is_dicom(path):
+                if may_be and is_dicom(path):
                     dicom = True
                 elif hidden:
                     continue
@@ -138,7 +148,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
                     left_out.append(LeftOut(path, NOT_READ))
             elif hidden or name.startswith("."):
                 left_out.append(LeftOut(path, HIDDEN))
-            elif labels or _is_label(stem):
+            elif is_label(below / name):
                 left_out.append(LeftOut(path, IS_LABEL))
             elif reason := refusal(path):
                 left_out.append(LeftOut(path, reason))
@@ -179,7 +189,16 @@ def _preference(name: str) -> tuple[int, str]:
     return (VOLUME_ENDINGS.index(ending) if ending else len(VOLUME_ENDINGS)), name
 
 
-def _is_label(stem: str) -> bool:
+def is_label(path: Path) -> bool:
+    """Tell whether a file is a mask or label map by its name, or by those of the folders in the path."""
+    return _is_of_labels(path.parent) or _says_label(path.name.removesuffix(ending_of(path.name)))
+
+
+def _is_of_labels(folder: Path) -> bool:
+    return any(_LABEL_FOLDER.fullmatch(part.casefold()) for part in folder.parts)
+
+
+def _says_label(stem: str) -> bool:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", stem).casefold()  # brainMask is two words
     words = [word for word in re.split(r"[^a-z0-9]+", apart) if word and not word.isdigit()]
     return any(map(_LABEL_WORD.fullmatch, words)) or (bool(words) and words[-1] in ("gt", "roi", "rois"))
@@ -194,7 +213,7 @@ def _is_part(path: Path) -> bool:
 def _beside(path: Path, stem: str, endings: tuple[str, ...]) -> bool:
     """Tell whether a file of this stem is there with one of the endings, in small letters or capitals."""
     names = [stem + text for ending in endings for text in (ending, ending.upper())]
-    return any(path.with_name(name).exists() for name in names)
+    return any(is_there(path.with_name(name)) for name in names)
 
 
 def _may_be_dicom(name: str) -> bool:
@@ -203,7 +222,7 @@ def _may_be_dicom(name: str) -> bool:
     return known and name.casefold() != "dicomdir" and not name.startswith(".")
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """Tell whether a file begins as DICOM files do: 128 bytes of anything, then DICM."""
     if not path.is_file():
         return False
@@ -224,7 +243,7 @@ def _is_bare_dicom(path: Path) -> bool:
 
 
 def _has_dicom(folder: Path) -> bool:
-    return any(_may_be_dicom(path.name) and _is_dicom(path) for path in sorted(folder.iterdir()))
+    return any(_may_be_dicom(path.name) and is_dicom(path) for path in sorted(folder.iterdir()))
 
 
 def _has_itk() -> bool:

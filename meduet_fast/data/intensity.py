@@ -15,7 +15,7 @@ from meduet_fast.errors import UserError, VolumeError
 
 # Raised when the code below chooses another rule than before, so that volumes without a stated one count as
 # stale.
-LOOK_VERSION = 1
+LOOK_VERSION = 2
 
 # The limits, all of them in docs/preparing.md. Fractions are of voxels.
 MIN_CONTRAST = 0.1  # of [0, 1], between the percentiles 0.5 and 99.5 of the image
@@ -66,6 +66,7 @@ class IntensityRule:
 CT = IntensityRule("ct_window", -175.0, 250.0)
 MR = IntensityRule("mr_percentile", 0.5, 99.5)
 _STORED_CT = IntensityRule("ct_window", CT.low + 1024, CT.high + 1024)  # a CT saved without its intercept
+_CUT_CT = IntensityRule("ct_window", 0.0, CT.high)  # a CT without its values below 0
 
 _CT_WORD = re.compile(
     r"(\dd)?(cb|nc|ne|ce|ld|hr|md|ms|pc|de|mv|kv|c)?ct(s|a|p|pa|scans?)?|catscans?|tdm|hu|hounsfield"
@@ -222,12 +223,33 @@ def _looks_hounsfield(sample: np.ndarray) -> bool:
 def _looks_magnitude(sample: np.ndarray, last: float) -> bool:
     """Tell whether the values grow from a dark background at 0, as a magnitude image's or a PET's do.
 
-    What was scaled to [0, 1], to 8 bits, or clipped at the top, may have been anything before.
+    What was scaled to [0, 1], to 8 bits, or clipped at the top, may have been anything before; what was
+    clipped at 0, or padded far below its darkest voxels, a CT.
     """
     first, high = sample.min(), np.percentile(sample, 99.5)
     scaled = last <= 1.5 or (first == 0 and last == 255) or np.mean(sample == last) > MAX_CLIPPED
     undershoot = np.mean(sample < 0) < 0.02 and first > -0.2 * last  # of a resampling
-    return bool(not scaled and undershoot and np.mean(sample <= 0.05 * high) > 0.01)
+    if scaled or not undershoot or _looks_cut(sample):
+        return False
+    above = sample[sample > 0]
+    middle = np.median(above)
+    padded = middle > 0.3 * high and np.mean(above < 0.5 * middle) < 0.001  # nothing between 0 and tissue
+    return bool(not padded and np.mean(sample <= 0.05 * high) > 0.01)
+
+
+def _looks_cut(sample: np.ndarray) -> bool:
+    """Tell whether this may be a CT whose values below 0 HU were set to 0.
+
+    Much is 0 then, soft tissue is cut through, so that the values just above 0 are as frequent as others,
+    and bone is many times as bright. Of an MR the background is noise, with next to nothing at 0, or was
+    masked, and the brightest tissue is two or three times as bright as the middle one.
+    """
+    above = sample[sample > 0]
+    if sample.min() < 0 or len(above) > 0.95 * len(sample):
+        return False
+    middle, high = np.percentile(above, [50, 99.5])
+    in_units = 15 < middle < 250 and 150 < high < 2500
+    return bool(in_units and high > 4 * middle and 0.02 < np.mean(above < 0.1 * middle) < 0.15)
 
 
 def _range(sample: np.ndarray) -> str:
@@ -241,6 +263,8 @@ def _advise(sample: np.ndarray, voxels: np.ndarray) -> str:
         window, name = _STORED_CT, "a CT saved with 1024 added"
     elif _looks_hounsfield(sample):
         window, name = CT, "a CT"
+    elif _looks_cut(sample):
+        window, name = _CUT_CT, "a CT that was cut off at 0 HU"
     else:
         low, high = (float(f"{value:.3g}") for value in np.percentile(sample, [0.5, 99.5]))
         if low >= high:

@@ -1,4 +1,4 @@
-"""Read MetaImage, NRRD and DICOM series with SimpleITK, the extra ``itk``: imported where it is used."""
+"""Read MetaImage and NRRD with SimpleITK, the extra ``itk``: imported where it is used."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from meduet_fast.errors import VolumeError
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
 ITK_ENDINGS = tuple(READERS)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Tags of DICOM, as ITK writes them.
-ROWS, COLUMNS, FRAMES = "0028|0010", "0028|0011", "0028|0008"
-POSITION, ORIENTATION, PIXEL_SPACING = "0020|0032", "0020|0037", "0028|0030"
-SERIES, DESCRIPTION = "0020|000e", "0008|103e"
 META_UNIT = "ITK_VoxelUnits"  # of a MetaImage, as ITK calls it
 # Of an NRRD, where ITK turns the axes as they say; others (with time, of the scanner) it takes for the last.
 SPACES = re.compile("(ra|la|lp)s|(rightanterior|leftanterior|leftposterior)superior")
 SPATIAL_KINDS = ("", "domain", "space", "???")  # of an NRRD's axes
 QUOTED = '"([^"]*)"'  # a unit of an NRRD
 MILLIMETRES = ("mm", "", "???")
-SLICE_STEP = 0.02  # relative: steps between slices that differ by more are a gap
-TILT = np.cos(np.deg2rad(1.0))  # cosine between the slices' normal and the way from slice to slice
 
 
-def _simple_itk(path: Path) -> ModuleType:
+def simple_itk(path: Path) -> ModuleType:
+    """Import SimpleITK.
+
+    Raises:
+        VolumeError: it is not there to read ``path``.
+    """
     try:
         import SimpleITK
     except ImportError as error:
@@ -42,7 +41,7 @@ def _simple_itk(path: Path) -> ModuleType:
 
 
 @contextmanager
-def _locale_kept() -> Iterator[None]:
+def locale_kept() -> Iterator[None]:
     """Put the process's locale back: GDCM leaves it at C, in which Python opens text files as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     try:
@@ -51,7 +50,7 @@ def _locale_kept() -> Iterator[None]:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def _reason(error: Exception) -> str:
+def last_words(error: Exception) -> str:
     """Return the last words of ITK, which come behind its own file and line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^(sitk|itk)::ERROR:\s*", "", lines[-1]) if lines else type(error).__name__
@@ -75,7 +74,7 @@ def itk_files(path: Path) -> tuple[Path, ...]:
     return (path,) if named == "LOCAL" else (path, path.parent / named)
 
 
-def _check_name(path: Path, file: Path) -> None:
+def check_name(path: Path, file: Path) -> None:
     """Refuse a name that ends the process when ITK is given it."""
     try:
         str(file).encode()
@@ -84,7 +83,7 @@ def _check_name(path: Path, file: Path) -> None:
         raise VolumeError(path, f"{inside}the name is not UTF-8, which ITK cannot open: rename it") from None
 
 
-@_locale_kept()
+@locale_kept()
 def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read one 3D volume of a file.
 
@@ -95,9 +94,9 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
         VolumeError: ITK can't read it, or it holds no single volume of real numbers, or its header states no
             spacing in mm, or axes that are not anatomical.
     """
-    sitk = _simple_itk(path)
+    sitk = simple_itk(path)
     for file in itk_files(path):
-        _check_name(path, file)
+        check_name(path, file)
         try:
             with file.open("rb"):
                 pass
@@ -109,14 +108,10 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise VolumeError(path, f"ITK cannot read it: {_reason(error)}") from error
-    header = _read_header(path)
-    if path.suffix.lower() == ".nrrd":
-        notes = _check_nrrd(path, {key.lower(): value for key, value in header.items()})
-    else:
-        notes = ()
-        _check_spacing(path, header.get("ElementSpacing", header.get("ElementSize")))
-        _check_units(path, [image.GetMetaData(META_UNIT)] if image.HasMetaDataKey(META_UNIT) else [])
+        raise VolumeError(path, f"ITK cannot read it: {last_words(error)}") from error
+    notes = itk_notes(path)
+    if image.HasMetaDataKey(META_UNIT):
+        _check_units(path, [image.GetMetaData(META_UNIT)])
     voxels = sitk.GetArrayViewFromImage(
         image
     )  # axes backwards: (T, Z, Y, X) or (Z, Y, X), and components behind
@@ -131,7 +126,41 @@ def read_itk(path: Path, channel: int | None = None) -> tuple[np.ndarray, np.nda
     if channel is not None and not 0 <= channel < channels:
         raise VolumeError(path, f"found the shape {shape}, expected a channel {channel} on the fourth axis")
     voxels = voxels.reshape(-1, *shape[2::-1])[channel or 0]  # (Z, Y, X)
-    return _real(path, voxels), _affine(image), notes
+    return to_xyz(path, voxels), _affine(image), notes
+
+
+def itk_notes(path: Path) -> tuple[str, ...]:
+    """Check what the header of a file states of its geometry, which ITK fills in; returns what it leaves out.
+
+    Raises:
+        VolumeError: it can't be read, or states no spacing in mm, or axes that are not anatomical.
+    """
+    try:
+        header = _read_header(path)
+    except OSError as error:
+        raise VolumeError(path, f"cannot be read: {error.strerror or error}") from error
+    if path.suffix.lower() == ".nrrd":
+        header = {key.lower(): value for key, value in header.items()}
+        _check_nrrd(path, header)
+        orientation, origin = ["space"], ["space origin", "axis mins", "axismins"]
+    else:
+        orientation, origin = ["TransformMatrix", "Rotation", "Orientation"], ["Offset", "Position", "Origin"]
+        _check_spacing(path, header.get("ElementSpacing", header.get("ElementSize")))
+        named = header.get("AnatomicalOrientation", "RAI").upper()
+        if not any(key in header for key in orientation) and named not in ("RAI", "", "???"):
+            raise VolumeError(
+                path,
+                f"found AnatomicalOrientation {named} and no TransformMatrix, expected RAI or the matrix",
+            )
+    notes = []
+    if not any(key in header for key in orientation):
+        notes.append(
+            f"no orientation in the header (no {orientation[0]}): x is taken to run from right to left, "
+            "y to the back, z to the head"
+        )
+    if not any(key in header for key in origin):
+        notes.append(f"no position in the header (no {origin[0]}): the first voxel is taken to lie at 0 mm")
+    return tuple(notes)
 
 
 def _read_header(path: Path) -> dict[str, str]:
@@ -149,8 +178,8 @@ def _read_header(path: Path) -> dict[str, str]:
     return fields
 
 
-def _check_nrrd(path: Path, header: dict[str, str]) -> tuple[str, ...]:
-    """Refuse an NRRD's header that ITK takes for more than it says; returns notes."""
+def _check_nrrd(path: Path, header: dict[str, str]) -> None:
+    """Refuse an NRRD's header that ITK takes for more than it says."""
     if header.get("data file") or header.get("datafile"):
         raise VolumeError(path, "an NRRD header without voxels; join them in one file")
     space = header.get("space")
@@ -170,10 +199,6 @@ def _check_nrrd(path: Path, header: dict[str, str]) -> tuple[str, ...]:
         re.findall(QUOTED, header.get("units", "")), header.get("kinds", "").split(), fillvalue=""
     )
     _check_units(path, [unit for unit, kind in axes if kind.lower() in SPATIAL_KINDS])
-    if space is not None:
-        return ()
-    return ("no orientation in the header (no space): x is taken to run from right to left, y to the back, "
-            "z to the head",)  # fmt: skip
 
 
 def _check_spacing(path: Path, stated: str | None) -> None:
@@ -194,126 +219,6 @@ def _check_units(path: Path, units: Sequence[str]) -> None:
             raise VolumeError(path, f"found the unit of length {unit}, expected mm")
 
 
-@_locale_kept()
-def read_dicom(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the one series of slices in a folder; what is no image in it (reports, contours) is left out.
-
-    Returns:
-        Voxels (X, Y, Z) float32 with the slices' scaling applied (CT: HU), and the affine (4, 4) float64 from
-        voxel index to RAS position in mm.
-
-    Raises:
-        VolumeError: a name that is not UTF-8; no series or several; slices that are missing, doubled,
-            unevenly spaced, of several sizes or orientations, or shifted against each other (a tilted
-            gantry).
-    """
-    sitk = _simple_itk(folder)
-    _check_name(folder, folder)
-    try:
-        for file in folder.iterdir():
-            _check_name(folder, file)
-    except OSError as error:
-        raise VolumeError(folder, f"cannot be read: {error.strerror}") from error
-    sitk_reader = sitk.ImageSeriesReader()
-    found: dict[str, list[tuple[str, dict[str, str]]]] = {}
-    for series in sitk_reader.GetGDCMSeriesIDs(str(folder)):
-        for file in sitk_reader.GetGDCMSeriesFileNames(str(folder), series):
-            tags = _read_tags(sitk, file)
-            if tags.get(POSITION):
-                found.setdefault(tags.get(SERIES, series), []).append((file, tags))
-            elif int(tags.get(FRAMES, 1)) > 1:
-                raise VolumeError(folder, f"{Path(file).name} is a multi-frame DICOM; convert it to NIfTI")
-    if not found:
-        raise VolumeError(folder, "a folder without a DICOM series of slices")
-    if len(found) > 1:
-        names = ", ".join(
-            f"{tags.get(DESCRIPTION, '').strip() or series} ({len(slices)} slices)"
-            for series, slices in found.items()
-            for tags in [slices[0][1]]
-        )
-        raise VolumeError(
-            folder, f"{len(found)} DICOM series in one folder: {names}; give each its own folder"
-        )
-    (slices,) = found.values()
-    files, affine = _order(folder, slices)
-    sitk_reader.SetFileNames(files)
-    sitk_reader.SetOutputPixelType(sitk.sitkFloat32)
-    try:
-        image = sitk_reader.Execute()
-    except RuntimeError as error:
-        raise VolumeError(folder, f"ITK cannot read it: {_reason(error)}") from error
-    return _real(folder, sitk.GetArrayViewFromImage(image)), affine
-
-
-def _read_tags(sitk: ModuleType, file: str) -> dict[str, str]:
-    """Read the tags of one slice; none if it is no image."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.LoadPrivateTagsOff()
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return {}
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-
-
-def _order(folder: Path, slices: Sequence[tuple[str, dict[str, str]]]) -> tuple[list[str], np.ndarray]:
-    """Order slices along their normal; returns their files and the affine (4, 4) of the volume, in RAS mm."""
-    for tag, what in ((ORIENTATION, "orientations"), (PIXEL_SPACING, "pixel spacings")):
-        values = np.array([_numbers(folder, file, tags, tag) for file, tags in slices])  # (N, 6) or (N, 2)
-        if np.abs(values - values[0]).max() > 1e-3:
-            raise VolumeError(folder, f"slices of several {what} in one DICOM series")
-    sizes = {(tags.get(COLUMNS), tags.get(ROWS)) for _, tags in slices}
-    if len(sizes) > 1:
-        raise VolumeError(folder, f"slices of several sizes in one DICOM series: {sorted(map(str, sizes))}")
-    file, tags = slices[0]
-    right, down = _numbers(folder, file, tags, ORIENTATION).reshape(2, 3)  # along a row, along a column
-    between_rows, between_columns = _numbers(folder, file, tags, PIXEL_SPACING)
-    normal = np.cross(right, down)
-    positions = np.array([_numbers(folder, file, tags, POSITION) for file, tags in slices])  # (N, 3)
-    order = np.argsort(positions @ normal, kind="stable")
-    positions = positions[order]
-    if len(slices) < 2:
-        raise VolumeError(folder, "a DICOM series of one slice is no volume")
-    steps = np.diff(positions, axis=0)  # (N - 1, 3)
-    heights = steps @ normal  # (N - 1,)
-    step = float(np.median(heights))
-    if heights.min() < SLICE_STEP * step or step <= 0:
-        raise VolumeError(
-            folder, "several slices at one place in one DICOM series (several volumes, or doubled files)"
-        )
-    if np.abs(heights / step - 1).max() > SLICE_STEP:
-        gaps = int((heights > 1.5 * step).sum())
-        raise VolumeError(
-            folder,
-            f"slices are missing or unevenly spaced: {heights.min():.4g} to {heights.max():.4g} mm apart, "
-            f"{step:.4g} mm as a rule, {gaps} gaps",
-        )
-    if (heights < TILT * np.linalg.norm(steps, axis=1)).any():
-        raise VolumeError(
-            folder, "the slices are shifted against each other (a tilted gantry); resample them first"
-        )
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = right * between_columns, down * between_rows
-    affine[:3, 2] = (positions[-1] - positions[0]) / (len(slices) - 1)
-    affine[:3, 3] = positions[0]
-    return [slices[number][0] for number in order], LPS_TO_RAS @ affine
-
-
-def _numbers(folder: Path, file: str, tags: dict[str, str], tag: str) -> np.ndarray:
-    expected = {ORIENTATION: 6, PIXEL_SPACING: 2, POSITION: 3}[tag]
-    try:
-        numbers = np.array([float(part) for part in tags.get(tag, "").split("\\")])
-    except ValueError:
-        numbers = np.empty(0)
-    if len(numbers) != expected or not np.isfinite(numbers).all():
-        raise VolumeError(
-            folder,
-            f"{Path(file).name}: found {tags.get(tag)!r} in the tag ({tag}), expected {expected} numbers",
-        )
-    return numbers
-
-
 def _affine(image: Any) -> np.ndarray:
     """Return the affine (4, 4) from voxel index to RAS mm of an ITK image, whose positions are LPS."""
     axes = image.GetDimension()
@@ -323,7 +228,7 @@ def _affine(image: Any) -> np.ndarray:
     return LPS_TO_RAS @ affine
 
 
-def _real(path: Path, voxels: np.ndarray) -> np.ndarray:
+def to_xyz(path: Path, voxels: np.ndarray) -> np.ndarray:
     """Copy voxels (Z, Y, X) to (X, Y, Z) float32."""
     if voxels.dtype.kind not in "iuf":
         raise VolumeError(path, f"found voxels of type {voxels.dtype}, expected integers or floats")

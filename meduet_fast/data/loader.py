@@ -49,6 +49,7 @@ class CropLoader:
     ) -> None:
         self._batches, self._numbers, self._workers = batches, numbers, workers
         self._pin, self._timeout_s = pin_memory, timeout_s
+        self._reads: tuple[float, int] | None = None  # since when, and which batch
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -61,8 +62,28 @@ class CropLoader:
 
     def _read_here(self) -> Iterator[dict[str, Tensor]]:
         for number in self._numbers:
-            batch = self._batches[number]
+            self._reads = time.monotonic(), number
+            try:
+                batch = self._batches[number]
+            finally:
+                self._reads = None
             yield {name: item.pin_memory() for name, item in batch.items()} if self._pin else batch
+
+    def reading(self) -> tuple[float, str] | None:
+        """Say since when (``time.monotonic``) this process reads which batch; None if it reads none.
+
+        Nobody can interrupt it in that; a thread that asks can end it.
+        """
+        if (reads := self._reads) is None:
+            return None
+        return reads[0], f"{self._batches.store.path}: {_contents(self._batches, reads[1])}"
+
+
+def _contents(batches: CropBatches, number: int) -> str:
+    """Name the volumes of a batch, not too many."""
+    volumes = list(dict.fromkeys(batches.store.entries[int(item)].name for item in batches.plan(number)[1]))
+    more = f" and {len(volumes) - 4} more" if len(volumes) > 4 else ""
+    return f"batch {number} is of {', '.join(volumes[:4])}{more}"
 
 
 def crop_loader(
@@ -281,13 +302,9 @@ class _ReadAhead(Iterator[dict[str, Tensor]]):
                 state = reader.state()
                 os.kill(reader.pid, signal.SIGQUIT)  # it prints where it is, if it can
                 time.sleep(0.5)
-                volumes = dict.fromkeys(
-                    store.entries[int(item)].name for item in self._batches.plan(number)[1]
-                )
                 raise UserError(
                     f"{store.path}: no batch for {self._timeout_s:g} s (timeout_s): the reader of latents, "
-                    f"process {reader.pid}, {state}; batch {number} is of {', '.join(list(volumes)[:4])}"
-                    + (f" and {len(volumes) - 4} more" if len(volumes) > 4 else "")
+                    f"process {reader.pid}, {state}; {_contents(self._batches, number)}"
                 )
             answer = reader.connection.recv()
         except (EOFError, ConnectionError) as error:

@@ -14,7 +14,8 @@ from nibabel.orientations import apply_orientation, io_orientation
 
 from meduet_fast.errors import VolumeError
 
-from .itk_formats import ITK_ENDINGS, itk_files, read_dicom, read_itk
+from .dicom import Series, read_dicom
+from .itk_formats import ITK_ENDINGS, itk_files, itk_notes, read_itk
 from .nifti import PAIR_ENDINGS, nifti_files, read_corrections, read_nifti
 from .nifti_geometry import affine_fault
 
@@ -96,15 +97,16 @@ class ScanFacts:
         return tuple(size * edge for size, edge in zip(self.size, self.spacing, strict=True))
 
 
-def read_scan(path: Path, channel: int | None = None) -> Scan:
+def read_scan(path: Path, channel: int | None = None, series: Series | None = None) -> Scan:
     """Read one 3D volume by the ending of its name, in small letters or capitals.
 
     ``.nii``, ``.hdr`` with ``.img``, each also with ``.gz``, are read by nibabel; ``.mha``, ``.mhd``,
-    ``.nrrd``, and a folder, which is taken for one DICOM series, by SimpleITK (the extra ``itk``).
+    ``.nrrd``, and a folder of DICOM slices by SimpleITK (the extra ``itk``).
 
     Args:
         path: the file or folder.
         channel: position on the fourth axis, for files that hold several volumes.
+        series: which of a DICOM folder; None: the one that there is.
 
     Raises:
         VolumeError: with a plain reason, if it cannot be read, is damaged, is not 3D or has no certain
@@ -119,7 +121,7 @@ def read_scan(path: Path, channel: int | None = None) -> Scan:
     elif path.is_dir():
         if channel is not None:
             raise VolumeError(path, f"found a channel ({channel}) for a DICOM series, which has none")
-        voxels, affine = read_dicom(path)
+        voxels, affine = read_dicom(path, series)
     else:
         expected = ", ".join((*NIFTI_ENDINGS, *ITK_ENDINGS))
         raise VolumeError(
@@ -137,8 +139,10 @@ def read_scan(path: Path, channel: int | None = None) -> Scan:
     return Scan(voxels, affine, notes)
 
 
-def scan_files(path: Path) -> tuple[Path, ...]:
-    """Return the files whose bytes are the scan: one, a header and its voxels, or the slices in a folder.
+def scan_files(path: Path, series: Series | None = None) -> tuple[Path, ...]:
+    """Return the files whose bytes are the scan: one, a header and its voxels, or the slices of a series.
+
+    Without ``series`` those are all files of a folder.
 
     Raises:
         VolumeError: one of them is missing, or their folder can't be read.
@@ -148,6 +152,8 @@ def scan_files(path: Path) -> tuple[Path, ...]:
         return nifti_files(path)
     if name.endswith(ITK_ENDINGS) or not path.is_dir():
         return itk_files(path)
+    if series is not None:
+        return tuple(path / name for name in series.files)
     try:
         return tuple(
             sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -161,10 +167,17 @@ def header_corrections(path: Path) -> dict[str, Any]:
 
     Returns:
         ``geometry``: an affine (4, 4), or the reason for which the header is refused; ``offset``: the byte
-        where the voxels begin. Only what is not taken at its face value: what was prepared of other scans
-        before headers were checked is still right. ``grid`` of a scan that lies obliquely: the prepared grid
-        begins with its first voxel, and once began half a voxel beside it.
+        where the voxels begin; ``notes``: what a header of ITK's formats leaves out. Only what is not taken
+        at its face value: what was prepared of other scans before headers were checked is still right.
+        ``grid`` of a NIfTI file that lies obliquely: the prepared grid begins with its first voxel, and once
+        began half a voxel beside it.
     """
+    if path.name.lower().endswith(ITK_ENDINGS):
+        try:
+            notes = itk_notes(path)
+        except VolumeError as error:
+            return {"geometry": error.reason}
+        return {"notes": notes} if notes else {}
     if not path.name.lower().endswith(NIFTI_ENDINGS):
         return {}
     try:

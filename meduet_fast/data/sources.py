@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from meduet_fast.errors import UserError, printable
+from meduet_fast.errors import UserError, VolumeError, printable
+from meduet_fast.files import in_real_folder
 
 from .dataset_json import Channel, read_description
+from .dicom import Series, find_series
 from .folders import VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, refusal, search
 from .intensity import CT as CT
 from .intensity import MR as MR
@@ -28,7 +30,7 @@ class VolumeEntry:
     """Name one volume of the input, not opened yet.
 
     Attributes:
-        path: the file, or the folder of a DICOM series (it may turn out to be absent or bad when it is
+        path: the file, or the folder of DICOM slices (it may turn out to be absent or bad when it is
             loaded).
         domain: the data set, i.e. the style class, it belongs to.
         body_part: as the user calls it.
@@ -36,6 +38,7 @@ class VolumeEntry:
         name: unique within the input; it can name a file. :func:`find_volumes` gives names of ASCII letters,
             digits, ``.``, ``_`` and ``-`` only.
         channel: position on the fourth axis of a file that holds several volumes; None: it holds one.
+        series: the DICOM series in the folder.
     """
 
     path: Path
@@ -44,6 +47,13 @@ class VolumeEntry:
     intensity: IntensityRule | None
     name: str
     channel: int | None = None
+    series: Series | None = None
+
+    def tell(self, reason: str) -> str:
+        """Put before a reason what of the file or folder it is about, if that is not all of it."""
+        if self.series is not None:
+            return f"series {self.series.label}: {reason}"
+        return reason if self.channel is None else f"channel {self.channel}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,13 @@ def find_volumes(
     intensity: IntensityRule | None = None,
     body_part: str = "unknown",
 ) -> Listing:
-    """List the volumes of an input; no volume is opened.
+    """List the volumes of an input; no volume is opened, but the headers of DICOM slices are read.
 
     The input is one of
 
     - a file (an ending of VOLUME_ENDINGS, in capitals too), or a folder that is searched for them and for
-      folders of one DICOM series; files that are hidden, or masks or label maps by their names, are left out;
+      folders of DICOM slices, where each series is a volume; files that are hidden, or masks or label maps
+      by their names, are left out;
     - a Decathlon/MONAI list (``.json``): all its lists, each of paths or of ``{"image": path}``; where
       "image" is a list of channel files, each file is a volume of its own, and where "modality" has several
       channels each channel of a 4D file;
@@ -144,7 +155,8 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
     part = path.is_dir() and not description.is_file() and real.name.startswith("images")
     if part:
         description = real.parent / "dataset.json"
-    if description.is_file() and description.suffix == ".json":
+    listed = description.is_file() and description.suffix == ".json"
+    if listed:
         read = read_description(description)
         volumes, left_out, stated = read.volumes, read.left_out, read.name
         base = description.parent
@@ -165,6 +177,8 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
             f"{path}: expected a folder, a volume ({', '.join(VOLUME_ENDINGS)}), a list (.json) or a "
             "manifest (.yaml)"
         )
+    volumes, others = _split_series(volumes, listed)
+    left_out += others
     if not volumes:
         lines = "; ".join(format_left_out(left_out, 3))
         raise UserError(
@@ -173,26 +187,54 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
         )
     domain = printable(domain or stated or base.resolve().name or "volumes")
     found = []
+    alike = Counter(volume.path for volume in volumes)
     for volume in volumes:
         inside = _relative(volume.path, base)
         stem = _stem(inside.replace(os.sep, "-")) + ("" if volume.index is None else f"_{volume.index:04d}")
         text = domain if stem in (domain, ".") else f"{domain}-{stem}"
+        series = volume.series if alike[volume.path] > 1 else None
+        if series is not None:
+            text += f"-{series.label}"
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-")[:MAX_NAME] or "volume"
         entry = VolumeEntry(
-            volume.path, domain, printable(body_part), intensity or volume.rule, name, volume.index
-        )
-        found.append((entry, f"{domain}/{inside}:{volume.index}"))
+            volume.path, domain, printable(body_part), intensity or volume.rule, name, volume.index,
+            volume.series,
+        )  # fmt: skip
+        found.append((entry, f"{domain}/{inside}:{volume.index if series is None else series.uid}"))
     return _Found(found, left_out)
 
 
+def _split_series(volumes: list[Channel], listed: bool) -> tuple[list[Channel], list[LeftOut]]:
+    """Put the series of each DICOM folder in its place, and leave out what else is in it.
+
+    A folder without a series is left out as a whole; if the user's list names it, it is asked for.
+    """
+    split: list[Channel] = []
+    left_out: list[LeftOut] = []
+    for volume in volumes:
+        try:
+            series, others = find_series(volume.path) if volume.path.is_dir() else ([], [])
+        except VolumeError:  # reading says so
+            split.append(volume)
+            continue
+        split += [replace(volume, series=one) for one in series]
+        if volume.path.is_dir() and not series:
+            others = [replace(item, asked=item.asked or listed) for item in others]
+            others = others or [LeftOut(volume.path, "a folder without a DICOM series of slices", listed)]
+        elif not series:
+            split.append(volume)
+        left_out += others
+    return split, left_out
+
+
 def _is_inside(path: Path, folder: Path) -> bool:
-    return folder in path.parents or folder in (Path(os.path.realpath(path.parent)) / path.name).parents
+    return folder in path.parents or folder in in_real_folder(path).parents
 
 
 def _relative(path: Path, base: Path) -> str:
     """Return a path as seen from the folder of its data set, whatever way either is written."""
     real = os.path.realpath(base)
-    tries = ((path, base), (path, real), (Path(os.path.realpath(path.parent), path.name), real))
+    tries = ((path, base), (path, real), (in_real_folder(path), real))
     seen = [os.path.relpath(*pair) for pair in tries]
     return next((inside for inside in seen if not inside.startswith(os.pardir)), seen[-1])
 

@@ -101,7 +101,7 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
             header or voxels, is a mask or label map, does not suit its intensity rule, or is too small.
     """
     path = entry.path
-    scan = read_scan(path, entry.channel)
+    scan = read_scan(path, entry.channel, entry.series)
     voxels, affine = scan.voxels, scan.affine  # (X, Y, Z) and (4, 4) of the scan
     facts = ScanFacts.of(scan)
     rule = map_to_unit(path, voxels, entry.intensity)
@@ -212,7 +212,7 @@ def content_key(entry: VolumeEntry, config: TransformConfig, tokenizer_identity:
     settings.update(header_corrections(entry.path))  # before headers were checked, other voxels were taken
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     try:
-        for file in scan_files(entry.path):
+        for file in scan_files(entry.path, entry.series):
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):
                     digest.update(chunk)

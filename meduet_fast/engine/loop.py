@@ -88,6 +88,7 @@ def fit(
         set_attention_backend(config.attention, world.device)
         torch.manual_seed(config.seed)
         task, data = make()
+        stop.reading = data.reading
         world.require_same("the weights that the run begins from", json.dumps(task.init))
         checkpoint = find_start(output, config, world.size, data.identity, resume)
         start = read_run(checkpoint)["step"] if checkpoint else 0

@@ -117,6 +117,13 @@ class Batches:
         """
         raise NotImplementedError
 
+    def reading(self) -> tuple[float, str] | None:
+        """Say what the process itself reads, and since when (``time.monotonic``); None: nothing, or not told.
+
+        Another thread asks, and ends the process if it reads for longer than ``timeout_s``.
+        """
+        return None
+
     def names(self, ids: Tensor) -> list[str]:
         """Return what a batch's entry ``volume`` stands for, for messages."""
         return [str(int(item)) for item in ids]

@@ -109,6 +109,7 @@ def prepare_volumes(
         latents = tokenizer.encode(volume.image[None].to(device), config.sample, generator)  # (1, C, x, y, z)
         looked = {} if entry.intensity else {"intensity_from": "values"}
         channel = {} if entry.channel is None else {"channel": str(entry.channel)}
+        series = {} if entry.series is None else {"series": entry.series.label}
         return VolumeRecord(
             name=entry.name,
             domain=entry.domain,
@@ -120,7 +121,7 @@ def prepare_volumes(
             spacing=volume.spacing,
             intensity=asdict(volume.intensity),
             image=volume.image[0],
-            notes={"scan": volume.scan.to_json(), **looked, **channel},
+            notes={"scan": volume.scan.to_json(), **looked, **channel, **series},
         )
 
     def content_keys(volumes: Sequence[VolumeEntry]) -> Outcomes[str]:

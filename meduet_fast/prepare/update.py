@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import VolumeError, printable
+from meduet_fast.files import in_real_folder
 from meduet_fast.progress import ProgressBar
 
 from .describe import VolumeFacts, describe
@@ -81,9 +81,7 @@ def format_summary(summary: PrepareSummary) -> str:
 
 def locate(path: Path) -> str:
     """Return what a store says of where a volume came from: the same whatever way the path is written."""
-    if path.name in ("", os.pardir):
-        path = Path(os.path.realpath(path))
-    return printable(Path(os.path.realpath(path.parent), path.name))
+    return printable(in_real_folder(path))
 
 
 def one_by_one(make: Callable[[VolumeEntry], T]) -> Callable[[Sequence[VolumeEntry]], Outcomes[T]]:
@@ -163,7 +161,8 @@ def update_store(
             metadata[volume.name] = {**record.notes, "intensity": json.dumps(dict(record.intensity))}
     for volume in volumes:  # in their order, whichever was ready first
         if volume.name in failed:
-            summary.failed.append((failed[volume.name].path, failed[volume.name].reason))
+            failure = failed[volume.name]
+            summary.failed.append((failure.path, volume.tell(failure.reason)))
         elif volume.name in up_to_date:
             summary.up_to_date.append(volume.name)
             summary.upgraded += [volume.name] * upgraded[volume.name]

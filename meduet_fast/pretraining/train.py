@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from meduet_fast.data.crops import CropBatches
-from meduet_fast.data.loader import crop_loader
+from meduet_fast.data.loader import CropLoader, crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
 from meduet_fast.engine.distributed import launch_number
@@ -43,6 +43,7 @@ class LatentCrops(Batches):
                 f"model.num_domains is {config.model.num_domains}; raise it"
             )
         self._store, self._config, self.path = store, config, store.path
+        self._loader: CropLoader | None = None
         entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
         self.identity = hashlib.sha256(entries.encode()).hexdigest()
         self._batches = CropBatches(
@@ -51,11 +52,15 @@ class LatentCrops(Batches):
 
     def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
         """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
-        loader = crop_loader(
+        self._loader = crop_loader(
             self._batches, rank=rank, world_size=size, start_step=first, total_steps=last,
             workers=self._config.workers, pin_memory=pin, timeout_s=self._config.timeout_s,
         )  # fmt: skip
-        return iter(loader)
+        return iter(self._loader)
+
+    def reading(self) -> tuple[float, str] | None:
+        """Say which batch this process itself reads; see :class:`~meduet_fast.engine.Batches`."""
+        return self._loader.reading() if self._loader else None
 
     def names(self, ids: Tensor) -> list[str]:
         """Return the volumes' names."""

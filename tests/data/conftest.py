@@ -1,8 +1,9 @@
-"""A factory of small latent stores with random latents."""
+"""A factory of small latent stores with random latents; SimpleITK."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import locale
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,10 @@ def make_store(tmp_path: Path) -> MakeStore:
         return LatentStore.open(path), latents
 
     return make
+
+
+@pytest.fixture
+def sitk() -> Iterator[Any]:
+    before = locale.setlocale(locale.LC_ALL)
+    yield pytest.importorskip("SimpleITK")
+    locale.setlocale(locale.LC_ALL, before)  # which DICOM's writer changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -26,6 +27,15 @@ def mr() -> np.ndarray:
     voxels = np.abs(RANDOM.normal(0, 8, (40, 40, 40)))
     voxels[8:-8, 8:-8, 8:-8] = RANDOM.normal(600, 200, (24, 24, 24)).clip(0)
     return np.rint(voxels)
+
+
+def body() -> np.ndarray:
+    """A CT of fat, soft tissue and bone in air, with noise."""
+    voxels = np.full((40, 40, 40), -1000.0)
+    voxels[6:-6, 6:-6, 6:-6] = -90
+    voxels[9:-9, 9:-9, 9:-9] = RANDOM.uniform(-20, 100, (22, 22, 22))
+    voxels[9:14, 9:-9, 15:20] = RANDOM.uniform(200, 1400, (5, 22, 5))
+    return np.rint(voxels + RANDOM.normal(0, 20, voxels.shape))
 
 
 def scaled(voxels: np.ndarray, high: float) -> np.ndarray:
@@ -87,6 +97,10 @@ def test_hounsfield_units_are_known(voxels: np.ndarray) -> None:
             np.where(RANDOM.random((40, 40, 40)) < 0.3, RANDOM.exponential(3, (40,) * 3), 0), id="suv"
         ),
         pytest.param(mr() - 5 * (RANDOM.random((40, 40, 40)) < 0.01), id="undershoots"),
+        pytest.param(np.pad(mr(), 8), id="zeros-around-noise"),
+        pytest.param(np.pad(mr() / 8, 8), id="zeros-around-noise-of-1"),
+        pytest.param(mr() / mr().max() * 80, id="scaled-to-80"),
+        pytest.param(np.where(RANDOM.random((40,) * 3) < 0.3, RANDOM.gamma(0.5, 9e3, (40,) * 3), 0), id="bq"),
     ],
 )
 def test_magnitude_images_are_known(voxels: np.ndarray) -> None:
@@ -103,6 +117,11 @@ def test_magnitude_images_are_known(voxels: np.ndarray) -> None:
         pytest.param(np.rint(scaled(ct() * 1.3, 255)), "{ct_window: [0, 25", id="bytes"),
         pytest.param(scaled(ct() * 1.3, 255), "{ct_window: [0, 25", id="bytes-as-floats"),
         pytest.param(np.clip(ct(), 0, 190), "{ct_window: [0, 19", id="clipped-at-both-ends"),
+        pytest.param(body().clip(0), "{ct_window: [0, 250]} for a CT that was cut off at 0", id="cut-at-0"),
+        pytest.param(body().clip(0) * 1.001, "{ct_window: [0, 250]}", id="cut-at-0-as-floats"),
+        pytest.param(body().clip(-60) + 60, "{ct_window: [0, 250]}", id="cut-below-0-and-shifted"),
+        pytest.param(body().clip(-200, 300) + 200, "{ct_window: [0, 500]}", id="cut-to-500-and-shifted"),
+        pytest.param(np.pad(body().clip(-1024) + 3024, 8), "{ct_window: [0, 3", id="padded-far-below-air"),
         pytest.param(mr() / mr().max(), "{mr_percentile: [0.5, 99.5]}", id="mr-as-unit"),
         pytest.param((mr() - mr().mean()) / mr().std(), "{mr_percentile: [0.5, 99.5]}", id="z-scores"),
         pytest.param(RANDOM.integers(-4096, 4096, (40, 40, 40)), "{ct_window: [-4", id="phase"),
@@ -121,6 +140,15 @@ def test_values_that_do_not_tell_are_refused_with_the_rules_that_would_fit(
     assert "--intensity '{kind: ct_window, low: " in reason
 
 
+def test_real_scans_are_known_and_those_that_were_cut_off_are_not(sample_data: Path) -> None:
+    for path in sorted((sample_data.parent / "volumes").iterdir()):
+        voxels = np.asarray(nib.load(path).dataobj)[::2, ::2, ::2]  # type: ignore[attr-defined]
+        assert result(voxels) == (CT if path.name.startswith("ct") else MR), path.name
+        if path.name == "ct.nii.gz":
+            for shift in (0, 100, 1024, 3024):
+                assert "ct_window" in refusal(voxels.clip(-shift) + shift), shift
+
+
 @pytest.mark.parametrize(
     ("voxels", "fault"),
     [
@@ -129,6 +157,7 @@ def test_values_that_do_not_tell_are_refused_with_the_rules_that_would_fit(
         pytest.param(scaled(ct(), 10), "flat image after", id="tens"),
         pytest.param(np.rint(scaled(ct(), 255)), "the window does not fit", id="bytes"),
         pytest.param(mr(), "the window does not fit", id="mr"),
+        pytest.param(body().clip(0), "the window does not fit", id="cut-at-0"),
         pytest.param(
             np.where(ct() > -1000, 500, -1000) + RANDOM.integers(0, 9, (40,) * 3), "saturated", id="high"
         ),
@@ -144,6 +173,8 @@ def test_a_stated_window_that_leaves_nothing_is_refused(voxels: np.ndarray, faul
 def test_the_rule_that_a_refusal_names_is_accepted() -> None:
     assert result(ct() + 1024, IntensityRule("ct_window", 849, 1274)).low == 849
     assert result(scaled(ct(), 1), IntensityRule("ct_window", 0, 0.866)).high == 0.866
+    assert result(body().clip(0), IntensityRule("ct_window", 0, 250)).low == 0
+    assert result(body().clip(-200, 300), CT) == CT
     assert result(mr(), MR) == result(ct(), MR) == MR
 
 

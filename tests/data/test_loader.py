@@ -154,6 +154,36 @@ def test_a_reader_that_hangs_is_named_after_the_time_out(
     assert list(stream) == []
 
 
+def test_while_this_process_reads_another_thread_is_told_what(
+    batches: CropBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = crop_loader(batches, start_step=4, total_steps=9)
+    told = []
+    original = LatentStore.read_crops
+
+    def read_crops(store: LatentStore, *args: Any) -> torch.Tensor:
+        told.append(loader.reading())
+        if len(told) == 3:
+            raise UserError("unreadable")
+        return original(store, *args)
+
+    monkeypatch.setattr(LatentStore, "read_crops", read_crops)
+    assert loader.reading() is None
+    stream = iter(loader)
+    for number in (4, 5):
+        next(stream)
+        assert told[-1] is not None
+        since, what = told[-1]
+        assert 0 <= time.monotonic() - since < 60
+        names = {batches.store.entries[index].name for index in batches.plan(number)[1]}
+        assert what.startswith(f"{batches.store.path}: batch {number} is of ")
+        assert sum(name in what for name in names) == min(4, len(names))
+        assert loader.reading() is None
+    with pytest.raises(UserError):
+        next(stream)
+    assert loader.reading() is None
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_killed_reader_is_told(batches: CropBatches, workers: int) -> None:
     before = children()
@@ -231,6 +261,7 @@ def test_no_reader_stays_a_zombie_and_none_is_killed_twice(
     batches: CropBatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever else waits for children: the run's program, or the message about a lost reader."""
+    monkeypatch.setattr(LatentStore, "read_crops", lambda *_: time.sleep(60))  # else one may be ready before
     stream = iter(crop_loader(batches, total_steps=50, workers=3, timeout_s=20))
     first, second, third = (reader.pid for reader in stream._readers)  # type: ignore[attr-defined]
     for pid in (first, second):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import builtins
 import gzip
-import locale
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from meduet_fast.data.scans import Scan, ScanFacts, read_scan, scan_files
+from meduet_fast.data.scans import Scan, ScanFacts, header_corrections, read_scan, scan_files
 from meduet_fast.errors import VolumeError
 
 AFFINE = np.array(
@@ -200,13 +199,6 @@ def test_a_few_bytes_behind_the_voxels_are_noted_and_absent_bits_are_not(tmp_pat
 # --- ITK -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sitk() -> Iterator[Any]:
-    before = locale.setlocale(locale.LC_ALL)
-    yield pytest.importorskip("SimpleITK")
-    locale.setlocale(locale.LC_ALL, before)  # which DICOM's writer changes
-
-
 def itk_image(sitk: Any, voxels: np.ndarray = VOXELS) -> Any:
     """Image whose affine is AFFINE: ITK's x and y are negative, its arrays have their axes backwards."""
     image = sitk.GetImageFromArray(voxels.transpose())
@@ -251,10 +243,25 @@ def test_an_nrrd_in_ras_coordinates(tmp_path: Path, space: str, more: str) -> No
     check(read_scan(nrrd(tmp_path / "a.nrrd", f"space: {space}\n{DIRECTIONS}{more}")))
 
 
-def test_an_nrrd_without_a_space_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        (f"space dimension: 3\n{DIRECTIONS}", ["no orientation in the header (no space)"]),
+        ("spacings: 2 2 2\naxis mins: 1 2 3\n", ["no orientation in the header (no space)"]),
+        (f"{RAS}space directions: {COLUMNS}\n", ["no position in the header (no space origin)"]),
+        (
+            'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n',
+            ["no orientation in the header (no space)", "no position in the header (no space origin)"],
+        ),
+        (f"{RAS}{DIRECTIONS}", []),
+    ],
+)
+def test_an_nrrd_without_a_space_says_so(tmp_path: Path, fields: str, missing: list[str]) -> None:
     pytest.importorskip("SimpleITK")
-    for fields in (f"space dimension: 3\n{DIRECTIONS}", 'spacings: 2 2 2\nunits: "mm" "mm" "mm"\n'):
-        assert "no orientation" in read_scan(nrrd(tmp_path / "a.nrrd", fields)).notes[0]
+    path = nrrd(tmp_path / "a.nrrd", fields)
+    notes = read_scan(path).notes
+    assert [note.partition(":")[0] for note in notes] == missing
+    assert header_corrections(path) == ({"notes": notes} if notes else {})
 
 
 @pytest.mark.parametrize(
@@ -303,14 +310,59 @@ def test_an_nrrd_header_without_voxels_is_refused(tmp_path: Path) -> None:
 )
 def test_a_metaimage_states_its_spacing(tmp_path: Path, fields: str, found: str | None) -> None:
     pytest.importorskip("SimpleITK")
-    path = tmp_path / "a.mha"
-    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}\n"
-    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    path = metaimage(tmp_path / "a.mha", f"{fields}\n")
     if found is None:
         np.testing.assert_array_equal(read_scan(path).affine, np.diag([-2, -3, 4, 1]))
     else:
         with pytest.raises(VolumeError, match=f"found {found} in the header, expected positive numbers of"):
             read_scan(path)
+
+
+def metaimage(path: Path, fields: str) -> Path:
+    header = f"ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementType = MET_SHORT\n{fields}"
+    path.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + VOXELS.tobytes(order="F"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ("", ["no orientation in the header (no TransformMatrix)", "no position in the header (no Offset)"]),
+        ("Offset = 0 0 0\n", ["no orientation in the header (no TransformMatrix)"]),
+        ("transformmatrix = 0 1 0 1 0 0 0 0 1\nOrigin = 1 2 3\n", ["no orientation in the header (no Tra"]),
+        ("AnatomicalOrientation = RAI\nPosition = 1 2 3\n", ["no orientation in the header (no Transform"]),
+        ("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ["no position in the header (no Offset)"]),
+        ("Rotation = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\n", []),
+        ("AnatomicalOrientation = LPI\nOrientation = -1 0 0 0 -1 0 0 0 1\nOrigin = 0 0 0\n", []),
+    ],
+)  # fmt: skip
+def test_a_metaimage_that_leaves_out_its_geometry_says_so(
+    tmp_path: Path, fields: str, missing: list[str]
+) -> None:
+    pytest.importorskip("SimpleITK")
+    path = metaimage(tmp_path / "a.mha", f"ElementSpacing = 2 3 4\n{fields}")
+    notes = read_scan(path).notes
+    assert len(notes) == len(missing)
+    assert all(note.startswith(begin) for note, begin in zip(notes, missing, strict=True))
+    assert header_corrections(path) == ({"notes": notes} if notes else {})
+
+
+@pytest.mark.parametrize("named", ["LPI", "asl"])
+def test_a_metaimage_that_names_axes_without_a_matrix_is_refused(tmp_path: Path, named: str) -> None:
+    pytest.importorskip("SimpleITK")
+    path = metaimage(tmp_path / "a.mha", f"ElementSpacing = 2 3 4\nAnatomicalOrientation = {named}\n")
+    with pytest.raises(
+        VolumeError, match=f"found AnatomicalOrientation {named.upper()} and no Transf"
+    ) as caught:
+        read_scan(path)
+    assert header_corrections(path) == {"geometry": caught.value.reason}
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_an_image_at_the_origin_is_taken_at_its_face_value(tmp_path: Path, sitk: Any, name: str) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(VOXELS.transpose()), str(tmp_path / name))
+    assert read_scan(tmp_path / name).notes == ()
+    assert header_corrections(tmp_path / name) == {}
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_itk_ends_the_process(tmp_path: Path) -> None:
@@ -360,84 +412,6 @@ def test_bad_itk_files_are_refused(tmp_path: Path, sitk: Any) -> None:
     (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = slice%03d.raw 1 9 1\n", encoding="utf-8")
     with pytest.raises(VolumeError, match=r"slice%03d.*expected the name of one file"):
         read_scan(tmp_path / "b.mhd")
-
-
-def dicom(
-    sitk: Any, folder: Path, positions: list[tuple[float, float, float]], series: str = "1.2.3.4",
-    axes: str = "1\\0\\0\\0\\1\\0", description: str = "chest",
-) -> None:  # fmt: skip
-    """Write slices of 6 columns and 5 rows; slice number n has values of 1100 + 100 n."""
-    folder.mkdir(exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for number, position in enumerate(positions):
-        image = sitk.GetImageFromArray((noise(5, 6) % 50 + 1100 + 100 * number).astype(np.int16)[None])
-        image.SetSpacing((0.7, 0.8, 1))
-        tags = {
-            "0008|0060": "CT", "0008|103e": description, "0020|000e": series, "0020|000d": "1.2.3",
-            "0008|0018": f"{series}.{number}", "0020|0032": "\\".join(map(str, position)), "0020|0037": axes,
-            "0028|1052": "-1024", "0028|1053": "1", "0020|0013": str(number),
-        }  # fmt: skip
-        for key, value in tags.items():
-            image.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{series}-{number}.dcm"))
-        writer.Execute(image)
-
-
-def along_z(*heights: float) -> list[tuple[float, float, float]]:
-    return [(10.0, 20.0, height) for height in heights]
-
-
-def test_a_dicom_series(tmp_path: Path, sitk: Any) -> None:
-    dicom(sitk, tmp_path / "s", along_z(4.5, 0.0, 3.0, 1.5))
-    (tmp_path / "s" / "notes.txt").write_text("not an image", encoding="utf-8")
-    locale.setlocale(locale.LC_ALL, "C.UTF-8")
-    scan = read_scan(tmp_path / "s")
-    assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"  # in C Python would open files as ASCII
-    assert scan.voxels.shape == (6, 5, 4)
-    first = scan.voxels[0, 0, 0]
-    np.testing.assert_array_equal(scan.voxels[0, 0] - first, [0, 200, 100, -100])  # by height, not by number
-    assert scan.voxels[:, :, 1].min() >= 1100 + 300 - 1024
-    # Columns lie 0.7 mm apart, rows 0.8 mm; x and y of LPS are turned to RAS.
-    np.testing.assert_allclose(
-        scan.affine, [[-0.7, 0, 0, -10], [0, -0.8, 0, -20], [0, 0, 1.5, 0], [0, 0, 0, 1]]
-    )
-    assert len(scan_files(tmp_path / "s")) == 5
-
-
-@pytest.mark.parametrize(
-    ("positions", "reason"),
-    [
-        (
-            along_z(0, 1.5, 4.5, 6),
-            "missing or unevenly spaced: 1.5 to 3 mm apart, 1.5 mm as a rule, 1 gaps",
-        ),
-        (along_z(0, 1.5, 3.2, 4.7), "unevenly spaced"),
-        (along_z(0, 1.5, 1.5, 3), "several slices at one place"),
-        ([(10, 20 + 0.5 * z, 1.5 * z) for z in range(4)], "tilted gantry"),
-        (along_z(0), "of one slice"),
-    ],
-)
-def test_a_dicom_series_with_a_fault_is_refused(
-    tmp_path: Path, sitk: Any, positions: list[tuple[float, float, float]], reason: str
-) -> None:
-    dicom(sitk, tmp_path / "s", positions)
-    with pytest.raises(VolumeError, match=reason):
-        read_scan(tmp_path / "s")
-
-
-def test_several_series_and_orientations_in_one_folder_are_refused(tmp_path: Path, sitk: Any) -> None:
-    dicom(sitk, tmp_path / "two", along_z(0, 1.5))
-    dicom(sitk, tmp_path / "two", along_z(0, 1.5, 3), series="1.2.3.5", description="scout")
-    with pytest.raises(VolumeError, match=r"2 DICOM series .*\([23] slices\), .* own folder"):
-        read_scan(tmp_path / "two")
-    dicom(sitk, tmp_path / "turned", along_z(0, 1.5, 3))
-    dicom(sitk, tmp_path / "turned" / ".", along_z(4.5), axes="0\\1\\0\\0\\0\\1", series="1.2.3.4")
-    with pytest.raises(VolumeError, match="slices of several orientations"):
-        read_scan(tmp_path / "turned")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(VolumeError, match="a folder without a DICOM series"):
-        read_scan(tmp_path / "empty")
 
 
 def test_without_itk_its_formats_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from meduet_fast.data import sources
+from meduet_fast.data.dicom import Series
 from meduet_fast.data.folders import LeftOut, format_left_out
 from meduet_fast.data.intensity import CT, MR, IntensityRule
 from meduet_fast.data.sources import Listing, VolumeEntry, find_volumes
+from meduet_fast.data.transforms import TransformConfig, content_key
 from meduet_fast.errors import UserError, VolumeError
 
 Touch = Callable[..., None]
@@ -460,6 +463,7 @@ def test_itk_formats_and_dicom_folders_need_itk(
         (tmp_path / f"set/dicom/1.2.840.{number}").write_bytes(bytes(128) + b"DICM")
     found = ModuleSpec("SimpleITK", None) if there else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(sources, "find_series", lambda folder: ([Series("1.2", "1", ())], []))
     listing = find_volumes(tmp_path / "set")
     files = {entry.path.name for entry in listing.volumes}
     if there:
@@ -579,6 +583,87 @@ def test_one_odd_item_is_left_out_and_the_rest_is_taken(
     assert [item.asked for item in listing.left_out] == [True]
     assert reason in listing.left_out[0].reason
     assert "".join(format_left_out(listing.left_out)).isprintable()
+
+
+@pytest.mark.parametrize("key", ["training", "version 1", "dataset"])
+@pytest.mark.parametrize("length", [244, 248, 251, 255, 256, 300])
+@pytest.mark.parametrize("ending", [".nii.gz", ".img", ".hdr", ".mhd", ".xyz"])
+def test_a_long_name_that_is_not_there_fails_alone(
+    tmp_path: Path, touch: Touch, key: str, length: int, ending: str
+) -> None:
+    touch("x.nii", "y_0000.nii.gz")
+    long = "a" * (length - len(ending)) + ending
+    content: dict[str, Any] = {"training": ["x.nii", long]}
+    if key == "dataset":
+        cases = {"a": {"images": ["x.nii"]}, "b": {"images": [long]}}
+        content = {"channel_names": {"0": "CT"}, "dataset": cases}
+    elif key == "version 1":
+        content = {"modality": {"0": "CT"}, "training": ["x.nii", "y.nii.gz", long]}
+    listing = find_volumes(write_json(tmp_path / "list.json", content))
+    found = [entry.path for entry in listing.volumes if len(entry.path.name) < 20]
+    assert len(found) == 1 + (key == "version 1")
+    for entry in listing.volumes:
+        if entry.path not in found:
+            with pytest.raises(VolumeError, match=r"No such file|other half of the pair"):
+                content_key(entry, TransformConfig(), "t")
+    assert len(listing.volumes) - len(found) + sum(item.asked for item in listing.left_out) == 1
+
+
+def test_a_long_name_that_is_there_is_found(tmp_path: Path, touch: Touch) -> None:
+    header, raw = "h" * 251 + ".hdr", "r" * 251 + ".raw"
+    touch(f"set/{header}", f"set/{raw}", "set/a.nii")
+    listing = find_volumes(tmp_path / "set")
+    assert names(listing.volumes) == ["set-a"]
+    assert set(left_out(listing)) == {header, raw}
+
+
+def test_a_listed_file_in_a_closed_folder_fails_alone(
+    tmp_path: Path, touch: Touch, monkeypatch: pytest.MonkeyPatch, as_nobody: AbstractContextManager[None]
+) -> None:
+    touch("set/x.nii", "set/closed/y.nii", "set/closed/z_0000.nii.gz")
+    write_json(tmp_path / "set/l.json", {"training": ["x.nii", "closed/y.nii", "closed\\z.nii.gz"]})
+    (tmp_path / "set/closed").chmod(0)
+    monkeypatch.chdir(tmp_path / "set")
+    with as_nobody:
+        listing = find_volumes(Path("l.json"))
+    assert [entry.path.name for entry in listing.volumes] == ["x.nii"]
+    assert [item.asked for item in listing.left_out] == [True, True]
+    assert all("Permission denied" in item.reason for item in listing.left_out)
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked"),
+    [
+        (["l1.nii", "l2.nii"], False),  # one for each image of a list
+        (["l1.nii", "l2.nii", "l3.nii"], False),  # of all
+        (["labelsTr/1.nii"], False),
+        (["a_seg.nii", "b_mask.nii", "/data/gt/c.nii"], False),
+        (["p1.nii", "p2.nii", "p3.nii", "p4.nii"], True),
+        (["p1_ct.nii", "a_seg.nii", "x.nii", "y.nii"], True),
+        ([{"file": "p1_ct.nii"}] * 4, True),
+    ],
+)
+@pytest.mark.parametrize("key", ["segmentations", "training_labels"])
+def test_a_list_of_labels_by_its_name_that_may_be_one_of_scans_is_asked_for(
+    tmp_path: Path, touch: Touch, labels: list[Any], asked: bool, key: str
+) -> None:
+    touch("a.nii", "b.nii")
+    (item,) = find_volumes(
+        write_json(tmp_path / "list.json", {"training": ["a.nii", "b.nii"], "test": ["c.nii"], key: labels})
+    ).left_out
+    assert item.reason.startswith(f"'{key}' is a list of labels by its name")
+    assert item.asked == asked
+    assert item.reason.endswith("if it is one of scans, give it another") == asked
+
+
+def test_an_image_of_an_nnunet_folder_with_a_name_like_a_label_is_taken(tmp_path: Path, touch: Touch) -> None:
+    touch("Dataset001/imagesTs/mask_7_0000.nii.gz", "Dataset001/imagesTs/mask_7_0001.nii.gz")
+    touch("Dataset001/imagesTs/p2_0001.nii.gz", "Dataset001/imagesTs/p2_seg.nii.gz")
+    listing = find_volumes(nnunet(tmp_path, touch))
+    assert [entry.path.name for entry in listing.volumes if "mask" in entry.path.name] == [
+        "mask_7_0000.nii.gz", "mask_7_0001.nii.gz",
+    ]  # fmt: skip
+    assert set(left_out(listing)) == {"p2_seg.nii.gz"}
 
 
 def test_labels_beside_an_image_are_not_named(tmp_path: Path, touch: Touch) -> None:

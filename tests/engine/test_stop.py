@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,69 @@ def test_a_call_that_keeps_all_of_python_waiting_is_ended_too(
     assert "in hold_the_lock" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_call_that_kept_all_of_python_waiting_before_the_request_is_ended_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(stop_module, "LAST_WORDS_S", 0.2)
+
+    def hold_the_lock(stop: StopRequest) -> None:
+        sys.setswitchinterval(1000)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
+        ctypes.PyDLL(None).sleep(1000)  # nobody wakes it
+
+    code, said = in_child(tmp_path, hold_the_lock, capfd, number)
+    assert code == -signal.SIGKILL
+    assert "in hold_the_lock" in said
+    what = "killed, because no thread of it could run for 0.7 s after a request to stop (grace_s)"
+    assert f"{tmp_path}: {what}; its checkpoints are in {tmp_path}/checkpoints\n" in said
+
+
+def test_one_that_takes_note_of_requests_is_not_killed_and_its_watcher_ends(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_module, "LAST_WORDS_S", 0.1)
+
+    def act(stop: StopRequest) -> None:
+        assert stop._watcher is not None
+        os.write(2, b" %d " % stop._watcher.pid)
+        while stop.signal is None:
+            time.sleep(0.01)
+        ctypes.PyDLL(None).sleep(1)  # longer than it may, but noted before
+        for step in range(20):
+            stop.at(f"step {step}")
+            time.sleep(0.1)
+
+    code, said = in_child(tmp_path, act, capfd, signal.SIGTERM, grace_s=1.2)
+    assert code == 0, said
+    watcher = int(said.split()[1])
+    assert not Path(f"/proc/{watcher}").exists()
+
+
+def test_the_watcher_ends_with_a_process_that_is_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def act(stop: StopRequest) -> None:
+        assert stop._watcher is not None
+        os.write(2, b" %d " % stop._watcher.pid)
+        time.sleep(60)
+
+    code, said = in_child(tmp_path, act, capfd, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    watcher, deadline = Path(f"/proc/{int(said.split()[1])}"), time.monotonic() + PATIENCE_S
+    while watcher.exists() and "Z" not in (watcher / "stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_where_no_process_can_be_started_the_run_goes_without_a_watcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    with StopRequest(tmp_path, 1.0, 60.0) as stop:
+        assert stop._watcher is None
+
+
 def test_sigquit_prints_where_each_thread_is_and_the_run_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +225,34 @@ def test_before_a_time_out_each_process_prints_where_it_is(
     assert code == 0
     assert re.search(rf"{tmp_path}: step 3 is not over after \d s; where each thread is:\n", said)
     assert said.count("in hang_a_while") == 1
+
+
+@pytest.mark.parametrize(("since", "ended"), [(0.0, True), (1000.0, False), (None, False)])
+def test_one_that_reads_for_too_long_is_ended_with_what_it_reads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], since: float | None, ended: bool
+) -> None:
+    def read_from_a_disk_that_does_not_answer(stop: StopRequest) -> None:
+        began = time.monotonic()
+        stop.reading = lambda: None if since is None else (began + since, "store: batch 7 is of a, b")
+        time.sleep(2.5)
+
+    code, said = in_child(tmp_path, read_from_a_disk_that_does_not_answer, capfd, timeout_s=0.8)
+    assert code == (2 if ended else 0)
+    line = "ended, because no batch was read for 0.8 s (timeout_s), store: batch 7 is of a, b; there is no "
+    assert (f"{tmp_path}: {line}" in said) == ended
+    assert "in read_from_a_disk_that_does_not_answer" in said
+
+
+def test_a_run_that_reads_in_its_own_process_does_not_wait_for_ever(
+    tiny_store: Path, tiny_settings: PretrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny_settings, steps=8, timeout_s=4, workers=0)
+    with Team(tiny_store, tmp_path / "run", config, 2, "hangs in a reader", 3) as team:
+        assert team.wait() == [2, 2], team.said()
+        said = team.said(1)
+    what = rf"no batch was read for 4 s \(timeout_s\), {tiny_store}: batch \d is of \w+, .*;"
+    assert re.search(rf"ended, because {what} the last good checkpoint is .*/checkpoints/2\n", said), said
+    assert said.count("ended, because") == 1
 
 
 @pytest.mark.parametrize(("fault", "workers"), [("step", 0), ("checkpoint", 0), ("reader", 1)])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
+from meduet_fast.data.dicom import Series
 from meduet_fast.data.folders import LeftOut
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
@@ -284,6 +285,21 @@ def test_a_bad_volume_is_named_and_the_rest_goes_on(volumes: list[VolumeEntry], 
     text = format_summary(summary)
     assert "2 volumes of 2 domains (2 written, 0 up to date, 0 removed, 1 failed)" in text
     assert f"failed: {volumes[1].path}: {summary.failed[0][1]}" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [({"channel": 5}, "channel 5"), ({"series": Series("1.2", "3 Lung", ())}, "series 3 Lung")],
+)
+def test_a_failure_says_which_part_of_a_file_it_is_about(
+    volumes: list[VolumeEntry], store: Path, part: dict[str, Any], said: str
+) -> None:
+    if "series" in part:
+        volumes[1].path.unlink()
+        volumes[1].path.mkdir()
+    ((path, reason),) = run([replace(volumes[1], **part)], store).failed
+    assert path == volumes[1].path
+    assert reason.startswith(f"{said}: ")
 
 
 def test_a_volume_that_went_bad_does_not_keep_its_old_latents(
