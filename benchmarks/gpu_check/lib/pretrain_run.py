@@ -23,7 +23,7 @@ from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, start_cuda
 
 # Where the loop finds the function of one optimiser step, which has an argument `step`.
 LOOP, STEP = "meduet_fast.engine.loop", "train_step"
-MFTD, STEPS, PROFILED = (4, 8, 2) if REHEARSE else (30, 60, 3)
+MFTD, STEPS, PROFILED = (4, 8, 1) if REHEARSE else (30, 60, 3)
 WINDOWS = {
     MFTD - PROFILED: "without MFTD",
     STEPS - PROFILED: "with MFTD",
