@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .dtypes import constant
 from .launch import recording
 
 try:
@@ -95,7 +96,7 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _auto_choice(device: str) -> bool:
     """Choose for a CUDA device, and log it at its first use."""
     if device not in _auto_choices:

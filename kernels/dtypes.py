@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +21,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function whose result ``torch.compile`` may take for a constant.
+
+    ``torch.compiler.assume_constant_result`` does no more, but imports the compiler: a second at every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _has_autocast(device_type: str) -> bool:
     """Return whether a kind of device has autocast; before torch 2.12 Dynamo can't trace the question."""
     return torch.amp.is_autocast_available(device_type)

@@ -41,6 +41,7 @@ except ImportError as error:
 else:
     import torch
     from meduet_fast.models import MeDUET, MeDUETConfig
+    assert "torch._dynamo" not in sys.modules, "a second at every start"
     model = MeDUET(MeDUETConfig(embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,
                    decoder_num_heads=2, latent_size=8))
     print("content", tuple(model(torch.zeros(1, 4, 8, 8, 8)).content.shape))

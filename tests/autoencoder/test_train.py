@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,15 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
+@pytest.fixture
+def small_gains() -> Iterator[None]:
+    """What latents do to the image is measured on few of them: on all it takes longer than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "GAIN_CROP", 6)
+        yield
+
+
+@pytest.mark.usefixtures("small_gains")
 def test_training_lowers_the_loss_and_writes_a_tokenizer(
     volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +108,7 @@ def test_a_strange_volume_is_named(volumes: Path, monkeypatch: pytest.MonkeyPatc
         VolumeCrops(volumes, TINY, 4)
 
 
+@pytest.mark.usefixtures("small_gains")
 def test_same_seed_same_weights(volumes: Path, tmp_path: Path) -> None:
     short = replace(TINY, steps=3, batch_size=2)
     for name, config in (("a", short), ("b", short), ("c", replace(short, seed=1))):
@@ -109,6 +120,7 @@ def test_same_seed_same_weights(volumes: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.usefixtures("small_gains")
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(
     volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

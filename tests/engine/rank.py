@@ -96,6 +96,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], None]]] = {
     "hangs in a step": (torch.optim.AdamW, "step", hang),
     "hangs in a checkpoint": (FileSystemWriter, "write_data", hang),
     "hangs in a reader": (LatentStore, "read_crops", hang),
+    "asked to stop": (torch.optim.AdamW, "step", lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "stopped": (torch.optim.AdamW, "step", lambda: os.kill(os.getpid(), signal.SIGSTOP)),
 }
 

@@ -14,13 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from meduet_fast.engine.checkpoint import latest_checkpoint
+from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
 from meduet_fast.engine.metrics import read_metrics
 from meduet_fast.errors import UserError
 from meduet_fast.pretraining import PretrainConfig, pretrain
 from meduet_fast.pretraining.losses import LOSSES
 
-from .team import assert_same_losses, train, train_alone
+from .team import Team, assert_same_losses, train, train_alone
 
 STEPS, PER_STEP = 50, 4  # batches of a step
 
@@ -84,10 +84,13 @@ def test_any_number_goes_on_where_another_stopped(
 ) -> None:
     """2 processes, then 4, then 1; in other modes; the stream of batches goes on."""
     run = tmp_path / "run"
-    for end, size, parallel in ((20, 2, "fsdp"), (40, 4, "hsdp"), (STEPS, 1, "ddp")):
+    for begin, end, size, parallel in ((0, 20, 2, "fsdp"), (20, 40, 4, "hsdp"), (40, STEPS, 1, "ddp")):
         stage = spread(config, size, parallel)
         if size > 1:
-            train(tiny_store, run, stage, size)
+            # Three steps more, since DCP makes the optimiser's state with a step, or two.
+            with Team(tiny_store, run, stage, size, "asked to stop", end - begin + 3) as team:
+                assert team.wait() == [0] * size, team.said()
+            assert end in checkpoint_steps(run / "checkpoints")
             for step in range(end + 1, STEPS + 1):
                 forget(run, step)
         else:
@@ -127,8 +130,12 @@ def test_resuming_on_as_many_is_exact_to_the_bit(
 def test_sharded_blocks_compiled_and_recomputed(
     alone: Path, tiny_store: Path, config: PretrainConfig, tmp_path: Path
 ) -> None:
-    train(tiny_store, tmp_path / "run", spread(config, 2, "fsdp", compile=True, recompute=True), 2)
-    assert_same_losses(tmp_path / "run", alone)
+    """Five steps with all losses; not compiled, all fifty are compared above."""
+    steps = config.mftd_start_step + 5
+    stage = spread(config, 2, "fsdp", compile=True, recompute=True)
+    with Team(tiny_store, tmp_path / "run", stage, 2, "asked to stop", steps) as team:
+        assert team.wait() == [0, 0], team.said()
+    assert_same_losses(tmp_path / "run", alone, steps=steps)
 
 
 @pytest.mark.slow

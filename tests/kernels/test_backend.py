@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from meduet_fast.kernels import backend, kernel_backend, set_kernel_backend
+from meduet_fast.kernels.dtypes import constant
 from meduet_fast.kernels.launch import Options, config, launch, override_config
 
 
@@ -85,3 +87,10 @@ def test_launches_that_a_gpu_would_not_survive_are_refused() -> None:
         launch(None, (1,), (near, far), {}, options)
     with pytest.raises(ValueError, match="some_op: too many samples or tokens for one launch"):
         launch(None, (1, 65536), (near,), {}, options)
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    def marked(mark: Callable[..., Any]) -> dict[str, Any]:
+        return vars(mark(lambda: None))
+
+    assert marked(constant) == marked(torch.compiler.assume_constant_result) != {}

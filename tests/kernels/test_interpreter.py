@@ -16,11 +16,13 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "pretraining" / "test_parity.py"]
+SHARES = [FILES[start::3] for start in range(3)]  # a process takes seconds to import all that it needs
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_kernels_in_the_interpreter(file: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(file)]
+@pytest.mark.parametrize("files", SHARES, ids=lambda paths: ", ".join(path.stem for path in paths))
+def test_kernels_in_the_interpreter(files: list[Path]) -> None:
+    options = ["-q", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # `-m` puts the working directory on sys.path: not the root, where `kernels` would be found.
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE, timeout=900)

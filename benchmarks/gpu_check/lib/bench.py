@@ -20,7 +20,7 @@ from benchmarks import run
 from benchmarks.harness import OUT_OF_TIME, WRONG
 from benchmarks.results import Results, Row
 
-from .common import LOGS, OUT, REHEARSE, WORK, emit, left, start_cuda
+from .common import LOGS, OUT, REHEARSE, WORK, emit, left, require_cuda, start_cuda
 from .probe import DATA_SHEET
 
 RESULTS = OUT / "benchmarks.json"
@@ -118,14 +118,15 @@ def measure(part: str, names: Sequence[str]) -> int:
 
 def main() -> int:
     """Run the part that is named; return the exit code."""
-    start_cuda()
-    if REHEARSE:
-        from .fake_cuda import small_benchmarks
-
-        small_benchmarks()
     part, *rest = sys.argv[1:]
     if part == "--child":
+        start_cuda()
+        if REHEARSE:
+            from .fake_cuda import small_benchmarks
+
+            small_benchmarks()
         return run.main(rest)
+    require_cuda()
     names = [share.name for share in run.SETS["gpu"]]
     kernels = [share.name for share in run.SETS["gpu"] if share.seconds and share.name not in ALONE]
     return measure(part, {"official": names, "kernels": kernels}.get(part, [part]))

@@ -45,6 +45,12 @@ def first_lines(error: BaseException) -> str:
     return f"{type(error).__name__}: " + " | ".join(lines[:3])[:600]
 
 
+def require_cuda() -> None:
+    """Exit where torch sees no GPU, in a process that starts others which use it; a rehearsal needs none."""
+    if not REHEARSE:
+        start_cuda()
+
+
 def start_cuda() -> None:
     """Exit where torch sees no GPU; in a rehearsal, put the stand-in in its place."""
     try:

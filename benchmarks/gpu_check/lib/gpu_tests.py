@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .common import LOGS, OUT, REHEARSE, emit, left, start_cuda
+from .common import LOGS, OUT, REHEARSE, emit, left, require_cuda, start_cuda
 
 ORDER = (
     "test_training", "test_exact-bfloat16", "test_no_operation", "test_compiled", "test_exact-float32",
@@ -103,7 +103,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def main() -> int:
     """Run the part; return the exit code."""
-    start_cuda()
+    require_cuda()
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", __spec__.name, "-p", "no:cacheprovider"]
     command += ["-q", "--no-header", "-rfE", "--tb=short", f"--junitxml={OUT / 'tests.xml'}"]
     command += ["-o", "addopts=--import-mode=importlib --strict-markers"]

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, start_cuda
+from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, require_cuda, start_cuda
 
 # Where the loop finds the function of one optimiser step, which has an argument `step`.
 LOOP, STEP = "meduet_fast.engine.loop", "train_step"
-MFTD, STEPS, PROFILED = (4, 8, 2) if REHEARSE else (30, 60, 3)
+MFTD, STEPS, PROFILED = (4, 8, 1) if REHEARSE else (30, 60, 3)
 WINDOWS = {
     MFTD - PROFILED: "without MFTD",
     STEPS - PROFILED: "with MFTD",
@@ -192,7 +192,7 @@ def main() -> int:
     """Run the part; return the exit code."""
     if sys.argv[1:2] == ["--child"]:
         return child(sys.argv[2], sys.argv[3] == "profile", sys.argv[4:])
-    start_cuda()
+    require_cuda()
     data = store()
     common = ["--steps", str(STEPS), "--mftd_start_step", str(MFTD), "--log_every", "2" if REHEARSE else "5"]
     common += ["--workers", "0" if REHEARSE else "8", "--checkpoint_every", "100000"]

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from .common import LOGS, REHEARSE, emit, first_lines, left, start_cuda
+from .common import LOGS, REHEARSE, emit, first_lines, left, require_cuda, start_cuda
 from .table import records
 
 HEAVY = 2e11  # FLOP of a forward pass: last
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return sanitize()
     if options.worker is not None:
         return work(options.worker)
-    start_cuda()
+    require_cuda()
     todo = items()
     if options.only:
         return work([name for name in todo if options.only in name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +28,29 @@ def _filled(original: Any) -> Any:
     return fresh
 
 
+def _once(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Leave the language patched, module by module of kernels.
+
+    The interpreter looks through it again at every call of a function within a kernel, which takes as long as
+    all the rest.
+    """
+    done: dict[int, Any] = {}
+
+    def patch(function: Any) -> SimpleNamespace:
+        if id(function.__globals__) not in done:
+            done[id(function.__globals__)] = patch_lang(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    return patch
+
+
 @pytest.fixture(autouse=True, scope="session")
 def triton_kernels() -> Iterator[None]:
     """Every test runs the kernels, on memory that shows what was not written."""
+    from triton.runtime import interpreter
+
     patch = pytest.MonkeyPatch()
+    patch.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang))
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -117,9 +117,9 @@ def test_block_sizes(rows: int, steps: int, block: int) -> None:
         override_config("assemble_streams_forward", options),
         override_config("assemble_streams_backward", {**options, "STEPS": steps}),
     ):
-        inputs = convolution(2, 7, 9, True, torch.float32)
+        inputs = convolution(2, 5, 6, True, torch.float32)
         require(style_convolution, style_conv.style_convolution_reference, inputs)
-        inputs = streams(2, 7, 9, 1, torch.float32, (True, True))
+        inputs = streams(2, 5, 6, 1, torch.float32, (True, True))
         require(assemble_streams, decoder_streams.assemble_streams_reference, inputs)
 
 
