@@ -28,7 +28,9 @@ def _check_versions(python: tuple[int, int], torch_version: str) -> None:
 if find_spec("torch") is None:
     raise ImportError("meduet_fast needs torch 2.11 to 2.15, and torch is not installed")
 try:  # without importing it, which takes a second or two: who only reads volumes needs no torch
-    _torch_version = version("torch")
-except PackageNotFoundError:  # put on the path by hand
+    _torch_version = version("torch") or ""
+except (PackageNotFoundError, KeyError):
+    _torch_version = ""
+if not _torch_version:  # put on the path by hand, or beside what another installation left behind
     from torch import __version__ as _torch_version
 _check_versions(sys.version_info[:2], str(_torch_version))

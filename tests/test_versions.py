@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,12 @@ else:
         "triton": "content (1, 8, 12)",
     }
     assert done.stdout.strip() == expected[missing]
+
+
+@pytest.mark.parametrize("metadata", ["", "Metadata-Version: 2.1\nName: torch\n"])
+def test_metadata_without_a_version_do_not_count(tmp_path: Path, metadata: str) -> None:
+    """As an installation that was broken off leaves behind."""
+    (tmp_path / "torch-9.dist-info").mkdir()
+    (tmp_path / "torch-9.dist-info" / "METADATA").write_text(metadata)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import meduet_fast, torch"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

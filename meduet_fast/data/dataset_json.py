@@ -178,7 +178,8 @@ def _images(
     with_images = any(isinstance(item, dict) and "image" in item for item in items)
     if _LABELS.search(key.casefold()) and not with_images:
         reason = f"'{key}' is a list of labels by its name"
-        sure = _are_labels(items, [others for name, others in lists.items() if not _LABELS.search(name)])
+        images = [others for name, others in lists.items() if not _LABELS.search(name.casefold())]
+        sure = _are_labels(items, images)
         reason += "" if sure else "; if it is one of scans, give it another"
         description.left_out.append(LeftOut(path, reason, asked=not sure))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,9 +11,9 @@ from types import ModuleType
 
 import numpy as np
 
-from meduet_fast.errors import VolumeError
+from meduet_fast.errors import VolumeError, printable
 
-from .folders import LeftOut, format_left_out, is_dicom
+from .folders import LeftOut, format_left_out, is_dicom, is_torn_dicom
 from .itk_formats import LPS_TO_RAS, check_name, last_words, locale_kept, simple_itk, to_xyz
 
 # Tags, as ITK writes them.
@@ -26,6 +25,7 @@ NUMBERS = {POSITION: 3, ORIENTATION: 6, PIXEL_SPACING: 2}
 
 SLICE_STEP = 0.02  # relative: steps between slices that differ by more are a gap
 TILT = np.cos(np.deg2rad(1.0))  # cosine between the slices' normal and the way from slice to slice
+SAME_TURN = 0.01  # between the cosines of an orientation: less is a rounding
 MIN_SLICES = 4  # fewer are no volume
 FEW_SLICES = 16  # of one orientation in a localizer that does not say that it is one
 _LOCALIZER = re.compile(r"\b(locali[sz]ers?|scouts?|topograms?|scanograms?|surveys?|surviews?)\b")
@@ -52,7 +52,7 @@ class Series:
 
     Attributes:
         uid: its SeriesInstanceUID.
-        label: its number and description; if it states neither, the UID.
+        label: its number and description; if it states neither, the UID. What is no UTF-8 is escaped.
         files: names of the slices in their folder, sorted.
     """
 
@@ -109,9 +109,12 @@ def find_series(folder: Path) -> tuple[list[Series], list[LeftOut]]:
     try:
         for path in sorted(folder.iterdir()):
             check_name(folder, path)
-            if path.name.startswith(".") or path.name.casefold() == "dicomdir" or not is_dicom(path):
+            if path.name.startswith(".") or path.name.casefold() == "dicomdir":
                 continue
-            if tags := _read_tags(sitk, path):
+            if not is_dicom(path):
+                if is_torn_dicom(path):
+                    left_out.append(LeftOut(path, DAMAGED, asked=True))
+            elif tags := _read_tags(sitk, path):
                 groups.setdefault(tags.get(SERIES, ""), []).append(_Image(path, tags))
             else:
                 damaged = _is_of_image(path)
@@ -122,6 +125,7 @@ def find_series(folder: Path) -> tuple[list[Series], list[LeftOut]]:
     for uid, images in groups.items():
         first = images[0].tags
         label = " ".join(filter(None, (first.get(NUMBER), first.get(DESCRIPTION)))) or uid or "without UID"
+        label = printable(label)  # Latin-1 as a rule in Europe, which no file of the store takes
         kinds: dict[str | None, list[_Image]] = {}
         for image in images:
             kinds.setdefault(_fault(image), []).append(image)
@@ -179,16 +183,30 @@ def _no_volume(slices: Sequence[_Image]) -> str | None:
         return SINGLE if slices else None
     try:
         positions = np.array([image.numbers(POSITION) for image in slices])  # (N, 3)
-        turns = Counter(tuple(image.numbers(ORIENTATION).round(2).tolist()) for image in slices)
+        turns = _count_alike([image.numbers(ORIENTATION) for image in slices])
         height = float(np.ptp(positions @ slices[0].normal()))  # mm
     except VolumeError:  # reading says so
         return None
     words = re.sub(r"[\W_]+", " ", slices[0].tags.get(DESCRIPTION, "").casefold())
-    if max(turns.values()) <= FEW_SLICES and (len(turns) > 1 or _LOCALIZER.search(words)):
+    if max(turns) <= FEW_SLICES and (len(turns) > 1 or _LOCALIZER.search(words)):
         return LOCALIZER
     if len(turns) == 1 and height < 1e-3:
         return ONE_PLACE
     return TOO_FEW if len(slices) < MIN_SLICES else None
+
+
+def _count_alike(orientations: Sequence[np.ndarray]) -> list[int]:
+    """Count the slices (each (6,)) of each orientation; what a rounding tells apart is one."""
+    kinds: list[np.ndarray] = []
+    counts: list[int] = []
+    for orientation in orientations:
+        alike = (number for number, kind in enumerate(kinds) if np.abs(kind - orientation).max() < SAME_TURN)
+        number = next(alike, len(kinds))
+        if number == len(kinds):
+            kinds.append(orientation)
+            counts.append(0)
+        counts[number] += 1
+    return counts
 
 
 @locale_kept()

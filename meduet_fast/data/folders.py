@@ -15,9 +15,11 @@ from .itk_formats import ITK_ENDINGS
 
 # Read, in capitals too; of a scan in two forms the first. An .hdr has its .img beside it.
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", ".hdr.gz", *ITK_ENDINGS)
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 ITK_MISSING = "needs ITK to be read: pip install 'meduet-fast[itk]'"
 NOT_READ = "of a format that is not read"
 IS_LABEL = "by its name a mask or label map; if it is a scan, name it in a list or a manifest"
+ONE_DICOM = "one DICOM file: name its folder"
 BARE_DICOM = "DICOM without the 132 bytes that a file begins with; a DICOM tool can rewrite it"
 HIDDEN = "hidden"
 
@@ -111,7 +113,7 @@ def refusal(path: Path) -> str | None:
     stem = path.name.removesuffix(ending_of(path.name))
     if ending.startswith(".hdr") and path.exists() and not _beside(path, stem, _IMAGES):
         return "a header without its .img file"
-    return None if ending else "one DICOM file: name its folder" if is_dicom(path) else NOT_READ
+    return None if ending else ONE_DICOM if is_dicom(path) else NOT_READ
 
 
 def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
@@ -133,6 +135,7 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
         hidden = any(part.startswith(".") for part in below.parts)
         labels = _is_of_labels(below)
         stems: set[str] = set()
+        torn: list[Path] = []
         dicom = False
         for name in sorted(names, key=_preference):
             path, stem = root / name, name.removesuffix(ending_of(name))
@@ -144,6 +147,8 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
                     continue
                 elif may_be and _is_bare_dicom(path):
                     left_out.append(LeftOut(path, BARE_DICOM))
+                elif is_torn_dicom(path):
+                    torn.append(path)
                 elif looks_like_volume(name) and not _is_part(path):
                     left_out.append(LeftOut(path, NOT_READ))
             elif hidden or name.startswith("."):
@@ -161,8 +166,10 @@ def search(folder: Path) -> tuple[list[Path], list[LeftOut]]:
             reason = HIDDEN if hidden else IS_LABEL if labels else None if _has_itk() else ITK_MISSING
             if reason:
                 left_out.append(LeftOut(root, reason))
-            else:
+            else:  # reading its headers names what is torn
                 found.append(root)
+                torn.clear()
+        left_out += [LeftOut(path, NOT_READ) for path in torn if looks_like_volume(path.name)]
     return sorted(found), sorted(left_out, key=lambda item: item.path)
 
 
@@ -218,7 +225,7 @@ def _beside(path: Path, stem: str, endings: tuple[str, ...]) -> bool:
 
 def _may_be_dicom(name: str) -> bool:
     suffix = Path(name).suffix.casefold()
-    known = suffix in ("", ".dcm", ".dicom", ".ima") or suffix[1:].isdigit()
+    known = suffix in ("", *DICOM_ENDINGS) or suffix[1:].isdigit()
     return known and name.casefold() != "dicomdir" and not name.startswith(".")
 
 
@@ -228,6 +235,17 @@ def is_dicom(path: Path) -> bool:
         return False
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
+
+
+def is_torn_dicom(path: Path) -> bool:
+    """Tell whether a file is DICOM by its name, and does not begin so; without an ending, if it is blank."""
+    if not (_may_be_dicom(path.name) and path.is_file()) or is_dicom(path) or _is_bare_dicom(path):
+        return False
+    if path.suffix.casefold() in DICOM_ENDINGS:
+        return True
+    with path.open("rb") as stream:
+        blank = not stream.read(132).strip(b"\0")
+    return blank and any(map(str.isdigit, path.name))
 
 
 def _is_bare_dicom(path: Path) -> bool:

@@ -263,6 +263,10 @@ def _advise(sample: np.ndarray, voxels: np.ndarray) -> str:
         window, name = _STORED_CT, "a CT saved with 1024 added"
     elif _looks_hounsfield(sample):
         window, name = CT, "a CT"
+        first = np.floor(np.percentile(sample, 0.1))
+        if first - CT.low > MAX_UNUSED * (CT.high - CT.low):
+            window = IntensityRule("ct_window", float(first), CT.high)
+            name = f"a CT that was cut off at {first:g} HU"
     elif _looks_cut(sample):
         window, name = _CUT_CT, "a CT that was cut off at 0 HU"
     else:

@@ -17,7 +17,7 @@ from meduet_fast.files import in_real_folder
 
 from .dataset_json import Channel, read_description
 from .dicom import Series, find_series
-from .folders import VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, refusal, search
+from .folders import ONE_DICOM, VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, is_dicom, refusal, search
 from .intensity import CT as CT
 from .intensity import MR as MR
 from .intensity import IntensityRule as IntensityRule
@@ -172,6 +172,8 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
             raise UserError(f"{path}: {reason}")
         volumes, left_out = [Channel(path)], []
         domain = domain or _stem(path.name)
+    elif is_dicom(path):
+        raise UserError(f"{path}: {ONE_DICOM}")
     else:
         raise UserError(
             f"{path}: expected a folder, a volume ({', '.join(VOLUME_ENDINGS)}), a list (.json) or a "

@@ -14,6 +14,7 @@ without unpickling objects: anybody's can be loaded.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import uuid
@@ -366,9 +367,13 @@ def _cause(error: BaseException, world: World | None = None) -> str:
         for rank, wrapped in error.failures.items():
             named = f"rank {rank}: " if world is not None and world.grouped else ""
             return named + _cause(wrapped[0])
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{Path(os.fsdecode(error.filename)).name}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, pickle.UnpicklingError):  # PyTorch says how to load it all the same
+    # PyTorch's own words are of its reader, or how to load it all the same.
+    damaged = isinstance(error, pickle.UnpicklingError | EOFError | UnicodeError)
+    if damaged or "PytorchStreamReader" in str(error):
         return "a part is damaged, or is no tensor"
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 

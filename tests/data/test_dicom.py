@@ -220,6 +220,19 @@ def test_names_of_series_are_unique_and_stable(tmp_path: Path, sitk: Any) -> Non
     assert set(names) < {entry.name for entry in find_volumes(tmp_path / "s").volumes}
 
 
+def test_a_description_that_is_not_utf8_is_escaped(tmp_path: Path, sitk: Any) -> None:
+    """As of most scanners in Europe; it also becomes a part of the stored metadata."""
+    for series, number in (("1.2.1", "1"), ("1.2.2", "2")):
+        dicom(sitk, tmp_path / "s", STACK, series=series, number=number, description="Schaedel")
+    for path in (tmp_path / "s").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"Schaedel", "Sch\xe4del\n".encode("latin1")))
+    listing = find_volumes(tmp_path / "s")
+    assert [entry.name for entry in listing.volumes] == ["s-1_Sch_xe4del", "s-2_Sch_xe4del"]
+    series = listing.volumes[0].series
+    assert series is not None
+    assert series.label == "1 Sch\\xe4del"
+
+
 def test_a_list_that_names_a_folder_means_its_series(tmp_path: Path, sitk: Any, study: Path) -> None:
     dicom(sitk, tmp_path / "scout", along_z(0, 1), description="Topogram 0.6")
     path = tmp_path / "list.json"
@@ -262,6 +275,45 @@ def test_what_is_no_volume_is_left_out_by_name(
         find_volumes(tmp_path / "set/b")
     with pytest.raises(VolumeError, match=r"a folder without a DICOM series of slices; left out: .*series 7"):
         read_scan(tmp_path / "set/b")
+
+
+def test_a_rounding_of_the_orientation_makes_no_localizer(tmp_path: Path, sitk: Any) -> None:
+    axes = [f"0.992157\\{0.125 + rest}\\0\\-0.125\\0.992157\\0" for rest in (1e-5, -1e-5, 0, 1e-5)]
+    dicom(sitk, tmp_path / "s", STACK, more={"0020|0037": axes})
+    (entry,) = find_volumes(tmp_path / "s").volumes
+    assert read_scan(entry.path, series=entry.series).voxels.shape == (6, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "torn"),
+    [
+        ("x.dcm", b"", True),
+        ("x.dcm", b"<html>", True),
+        ("IM0005", b"", True),
+        ("IM0005", bytes(300), True),
+        ("1.2.3.5", bytes(60), True),
+        ("IM0005", b"notes", False),
+        ("VERSION", b"", False),
+        ("notes.txt", b"", False),
+    ],
+)
+def test_a_slice_that_is_not_even_dicom_any_more_is_named(
+    tmp_path: Path, sitk: Any, name: str, content: bytes, torn: bool
+) -> None:
+    dicom(sitk, tmp_path / "set/s", STACK)
+    (tmp_path / "set/s" / name).write_bytes(content)
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["set/s"]}))
+    for path in (tmp_path / "set", tmp_path / "list.json"):
+        listing = find_volumes(path)
+        assert len(listing.volumes) == 1
+        assert [(item.path.name, item.asked) for item in listing.left_out] == [(name, True)] * torn
+        assert all("is the file whole?" in item.reason for item in listing.left_out)
+
+
+def test_one_file_of_a_series_is_no_input(tmp_path: Path, sitk: Any) -> None:
+    dicom(sitk, tmp_path / "s", STACK)
+    with pytest.raises(UserError, match=r"1\.2\.3\.4-1\.dcm: one DICOM file: name its folder"):
+        find_volumes(tmp_path / "s" / "1.2.3.4-1.dcm")
 
 
 def test_a_long_stack_named_after_a_scout_is_a_volume(tmp_path: Path, sitk: Any) -> None:

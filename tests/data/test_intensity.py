@@ -140,6 +140,17 @@ def test_values_that_do_not_tell_are_refused_with_the_rules_that_would_fit(
     assert "--intensity '{kind: ct_window, low: " in reason
 
 
+@pytest.mark.parametrize("stated", [None, CT])
+def test_the_rule_that_is_refused_is_not_the_one_that_would_fit(stated: IntensityRule | None) -> None:
+    """Of a CT that was cut off between 0 HU and the window's lower end."""
+    voxels = np.clip(RANDOM.normal(20, 60, (40, 40, 40)), -50, 600).round()
+    reason = refusal(voxels, stated)
+    assert "the window does not fit" in reason
+    assert "state {ct_window: [-50, 250]} for a CT that was cut off at -50 HU" in reason
+    window = IntensityRule("ct_window", -50.0, 250.0)
+    assert result(voxels, window) == window
+
+
 def test_real_scans_are_known_and_those_that_were_cut_off_are_not(sample_data: Path) -> None:
     for path in sorted((sample_data.parent / "volumes").iterdir()):
         voxels = np.asarray(nib.load(path).dataobj)[::2, ::2, ::2]  # type: ignore[attr-defined]

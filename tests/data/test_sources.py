@@ -643,7 +643,7 @@ def test_a_listed_file_in_a_closed_folder_fails_alone(
         ([{"file": "p1_ct.nii"}] * 4, True),
     ],
 )
-@pytest.mark.parametrize("key", ["segmentations", "training_labels"])
+@pytest.mark.parametrize("key", ["segmentations", "training_labels", "Labels"])
 def test_a_list_of_labels_by_its_name_that_may_be_one_of_scans_is_asked_for(
     tmp_path: Path, touch: Touch, labels: list[Any], asked: bool, key: str
 ) -> None:

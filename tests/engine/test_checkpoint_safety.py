@@ -107,7 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a fraction": (lambda index: first_part(index).update(size=[0.5]), "TypeError"),
     "another number of axes": (lambda index: first_part(index).update(size=[1]), "not a readable"),
     "no tensor": (lambda index: index.update(teacher="bytes"), "TypeError"),
-    "a file that is not there": (lambda index: first_part(index).update(file="none"), "No such file"),
+    "a file that is not there": (lambda index: first_part(index).update(file="none"), "none: No such file"),
     "an absent tensor": (lambda index: index.pop("student.cls_token"), "Missing key.*student.cls_token"),
     "another size": (lambda index: index["student.cls_token"].update(size=[3]), "Size mismatch"),
 }
@@ -132,7 +132,15 @@ def test_truncated_files_are_refused(
     state: Path, resume: Callable[[], object], name: str, kept: float
 ) -> None:
     os.truncate(state / name, int((state / name).stat().st_size * kept))
-    with pytest.raises(UserError, match=str(state.parent)):
+    message = "not a readable index" if name == INDEX_FILE else "a part is damaged"
+    with pytest.raises(UserError, match=f"{state.parent}.*{message}"):
+        resume()
+
+
+def test_parts_of_noise_are_refused(state: Path, resume: Callable[[], object]) -> None:
+    """Other noise ends PyTorch's reading in other ways; see that no message is of bytes or characters."""
+    (state / PARTS).write_bytes(b"\xfb" * (state / PARTS).stat().st_size)
+    with pytest.raises(UserError, match=r"this model: a part is damaged, or is no tensor$"):
         resume()
 
 
