@@ -180,7 +180,7 @@ def _images(
         reason = f"'{key}' is a list of labels by its name"
         images = [others for name, others in lists.items() if not _LABELS.search(name.casefold())]
         sure = _are_labels(items, images)
-        reason += "" if sure else "; if it is one of scans, give it another"
+        reason += "" if sure else "; if it is one of scans, give it another name"
         description.left_out.append(LeftOut(path, reason, asked=not sure))
         return
     for number, item in enumerate(items):

@@ -43,6 +43,7 @@ COLOURS = "DICOM images in colours"
 LOCALIZER = "a localizer (scout)"
 SINGLE = "a single DICOM image"
 ONE_PLACE = "DICOM images of one place, one after another"
+SPREAD = "the slices of one DICOM series lie in several folders: put them into one"
 TOO_FEW = f"a DICOM series of fewer than {MIN_SLICES} slices is no volume"
 
 
@@ -54,11 +55,23 @@ class Series:
         uid: its SeriesInstanceUID.
         label: its number and description; if it states neither, the UID. What is no UTF-8 is escaped.
         files: names of the slices in their folder, sorted.
+        modality: as the slices state it: CT, MR, PT, ...
+        images: SOPInstanceUIDs of the slices.
+        fault: why these slices are no volume by themselves; empty if they may be one.
     """
 
     uid: str
     label: str
     files: tuple[str, ...] = field(repr=False)
+    modality: str = ""
+    images: frozenset[str] = field(repr=False, default=frozenset())
+    fault: str = ""
+
+    def left_out(self, folder: Path) -> LeftOut:
+        """Say that these slices, which have a fault, are no volume."""
+        if len(self.files) == 1:
+            return LeftOut(folder / self.files[0], self.fault, part=f"series {self.label}")
+        return LeftOut(folder, self.fault, part=f"series {self.label}, {len(self.files)} images")
 
 
 @dataclass(frozen=True)
@@ -93,11 +106,11 @@ class _Image:
 
 @locale_kept()
 def find_series(folder: Path) -> tuple[list[Series], list[LeftOut]]:
-    """Find the series in a folder that may be volumes, by the headers of its files; none is opened further.
+    """Find the series of slices in a folder, by the headers of its files; none is opened further.
 
     Returns:
-        The series, by number and UID, and what else is DICOM in the folder: what is no image, no slice in
-        space, or too few of them. Whether the slices of a series make a grid :func:`read_dicom` says.
+        The series, by number and UID, and what else is DICOM in the folder: what is no image, or no slice in
+        space. Whether the slices of a series without a fault make a grid :func:`read_dicom` says.
 
     Raises:
         VolumeError: the folder cannot be read, or holds a name that is not UTF-8; SimpleITK is missing.
@@ -130,11 +143,12 @@ def find_series(folder: Path) -> tuple[list[Series], list[LeftOut]]:
         for image in images:
             kinds.setdefault(_fault(image), []).append(image)
         slices = kinds.pop(None, [])
-        if reason := _no_volume(slices):
-            kinds.setdefault(reason, []).extend(slices)
-        elif slices:
+        if slices:
             files = tuple(image.path.name for image in slices)
-            found.append((slices[0].count(NUMBER), Series(uid, label, files)))
+            modality = slices[0].tags.get(MODALITY, "")
+            own = frozenset(image.tags.get(IMAGE_UID, "") for image in slices)
+            one = Series(uid, label, files, modality, own, _no_volume(slices) or "")
+            found.append((slices[0].count(NUMBER), one))
         for fault, others in kinds.items():
             assert fault is not None
             alone = len(others) == 1
@@ -229,6 +243,8 @@ def read_dicom(folder: Path, series: Series | None = None) -> tuple[np.ndarray, 
     sitk = simple_itk(folder)
     if series is None:
         found, left_out = find_series(folder)
+        left_out += [one.left_out(folder) for one in found if one.fault]
+        found = [one for one in found if not one.fault]
         if len(found) != 1:
             what = f"{len(found)} DICOM series" if found else "a folder without a DICOM series of slices"
             names = [f"series {one.label}, {len(one.files)} slices" for one in found]
@@ -285,7 +301,7 @@ def _order(folder: Path, slices: Sequence[_Image]) -> tuple[list[str], np.ndarra
         raise VolumeError(
             folder,
             f"slices are missing or unevenly spaced: {heights.min():.4g} to {heights.max():.4g} mm apart, "
-            f"{step:.4g} mm as a rule, {gaps} gaps",
+            f"{step:.4g} mm as a rule" + (f", {gaps} gaps" if gaps else ""),
         )
     if (heights < TILT * np.linalg.norm(steps, axis=1)).any():
         raise VolumeError(

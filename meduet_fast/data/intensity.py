@@ -73,7 +73,7 @@ _CT_WORD = re.compile(
 )
 _OTHER_WORD = re.compile(
     r"mri?|[fdc]?mri|mra|mrt|irm|fdg|t[12]\w*|flair|pdw?|adc|dwi|dti|swi|mprage|spgr|tof|bold|magnetic|"
-    r"pet|spect|suv|emission|ultrasound|us"
+    r"pet|pt|spect|nm|suv|emission|ultrasound|us"
 )
 
 

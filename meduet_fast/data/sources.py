@@ -16,11 +16,12 @@ from meduet_fast.errors import UserError, VolumeError, printable
 from meduet_fast.files import in_real_folder
 
 from .dataset_json import Channel, read_description
-from .dicom import Series, find_series
+from .dicom import SPREAD, Series, find_series
 from .folders import ONE_DICOM, VOLUME_ENDINGS, LeftOut, ending_of, format_left_out, is_dicom, refusal, search
 from .intensity import CT as CT
 from .intensity import MR as MR
 from .intensity import IntensityRule as IntensityRule
+from .intensity import rule_of_modality
 
 MAX_NAME = 100
 
@@ -100,8 +101,8 @@ def find_volumes(
           intensity: {ct_window: [-175, 250]}     # or {mr_percentile: [0.5, 99.5]}; optional
 
     A folder with a ``dataset.json`` is read by that file, and so is an ``images...`` folder beside one. Where
-    no intensity rule is given, the modality that a ``dataset.json`` states decides (CT: the CT window; MR,
-    PET, ultrasound: MR percentiles); without one, the values of each volume.
+    no intensity rule is given, the modality that a ``dataset.json`` or a DICOM series states decides (CT: the
+    CT window; MR, PET, ultrasound: MR percentiles); without one, the values of each volume.
 
     The result does not depend on how the path is written.
 
@@ -209,24 +210,50 @@ def _read_dataset(path: Path, domain: str | None, intensity: IntensityRule | Non
 def _split_series(volumes: list[Channel], listed: bool) -> tuple[list[Channel], list[LeftOut]]:
     """Put the series of each DICOM folder in its place, and leave out what else is in it.
 
-    A folder without a series is left out as a whole; if the user's list names it, it is asked for.
+    A folder without a series is left out as a whole; if the user's list names it, it is asked for. Where no
+    list states a modality, the series' own decides.
     """
     split: list[Channel] = []
     left_out: list[LeftOut] = []
+    found: list[tuple[Channel, list[Series], list[LeftOut]]] = []
     for volume in volumes:
         try:
-            series, others = find_series(volume.path) if volume.path.is_dir() else ([], [])
+            if volume.path.is_dir():
+                found.append((volume, *find_series(volume.path)))
+            else:
+                split.append(volume)
         except VolumeError:  # reading says so
             split.append(volume)
-            continue
-        split += [replace(volume, series=one) for one in series]
-        if volume.path.is_dir() and not series:
+    spread = _spread([(volume.path, one) for volume, series, _ in found for one in series])
+    for volume, series, others in found:
+        whole = [one for one in series if one.uid not in spread]
+        others += [one.left_out(volume.path) for one in whole if one.fault]
+        whole = [one for one in whole if not one.fault]
+        split += [
+            replace(volume, series=one, rule=volume.rule or rule_of_modality(one.modality)) for one in whole
+        ]
+        if not whole:
             others = [replace(item, asked=item.asked or listed) for item in others]
-            others = others or [LeftOut(volume.path, "a folder without a DICOM series of slices", listed)]
-        elif not series:
-            split.append(volume)
+            if not others and not series:
+                others = [LeftOut(volume.path, "a folder without a DICOM series of slices", listed)]
         left_out += others
-    return split, left_out
+    return split, [*left_out, *spread.values()]
+
+
+def _spread(series: list[tuple[Path, Series]]) -> dict[str, LeftOut]:
+    """Find the series, by UID, whose slices lie in several folders; copies of the same do not count."""
+    places: dict[str, list[tuple[Path, Series]]] = {}
+    for folder, one in series:
+        if one.uid:
+            places.setdefault(one.uid, []).append((folder, one))
+    spread = {}
+    for uid, parts in places.items():
+        images = frozenset[str]().union(*(one.images for _, one in parts))
+        if len(images) > max(len(one.images) for _, one in parts):
+            where = Path(os.path.commonpath([folder for folder, _ in parts]))
+            part = f"series {parts[0][1].label}, {len(images)} images in {len(parts)} folders"
+            spread[uid] = LeftOut(where, SPREAD, asked=True, part=part)
+    return spread
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -143,6 +143,8 @@ def load_volume(entry: VolumeEntry, config: TransformConfig) -> PreparedVolume:
 def _resample(voxels: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
     """Turn a scan to RAS and interpolate it trilinearly, on a grid that begins with its first voxel.
 
+    A sheared scan gets the grid of MONAI's ``Spacing``.
+
     Args:
         voxels: (X, Y, Z) float32.
         affine: (4, 4) float64, voxel index to RAS position in mm.

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meduet_fast.data.dicom import Series, find_series
+from meduet_fast.data.dicom import SPREAD, Series, find_series
 from meduet_fast.data.folders import LeftOut, format_left_out
+from meduet_fast.data.intensity import MR, IntensityRule
 from meduet_fast.data.scans import read_scan, scan_files
 from meduet_fast.data.sources import VolumeEntry, find_volumes
 from meduet_fast.data.transforms import TransformConfig, content_key
@@ -205,7 +206,7 @@ def test_only_its_own_files_decide_whether_a_series_is_up_to_date(
     for file in study.glob("1.2.9-*"):
         shutil.copy(file, alone)
     (entry,) = find_volumes(alone).volumes
-    plain = VolumeEntry(alone, "d", "b", None, "n")
+    plain = VolumeEntry(alone, "d", "b", IntensityRule(), "n")
     assert content_key(entry, TransformConfig(), "t") == content_key(plain, TransformConfig(), "t")
 
 
@@ -383,6 +384,36 @@ def test_a_slice_that_went_bad_after_it_was_listed_is_refused(tmp_path: Path, si
         path.unlink(missing_ok=True)
     with pytest.raises(VolumeError, match="cannot be read: No such file"):
         content_key(entry, TransformConfig(), "t")
+
+
+@pytest.mark.parametrize(
+    ("modality", "rule"), [("CT", IntensityRule()), ("MR", MR), ("PT", MR), ("OT", None), ("", None)]
+)
+def test_the_modality_of_a_series_decides_where_none_is_stated(
+    tmp_path: Path, sitk: Any, modality: str, rule: IntensityRule | None
+) -> None:
+    dicom(sitk, tmp_path / "s", STACK, more={"0008|0060": modality})
+    stated = IntensityRule("ct_window", 0, 80)
+    assert [entry.intensity for entry in find_volumes(tmp_path / "s").volumes] == [rule]
+    assert [entry.intensity for entry in find_volumes(tmp_path / "s", intensity=stated).volumes] == [stated]
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_a_series_in_several_folders_is_named_and_no_part_of_it_is_taken(
+    tmp_path: Path, sitk: Any, slices: int
+) -> None:
+    heights = np.arange(8) * 1.5
+    for number in range(8 // slices):
+        part = along_z(*heights[number * slices : (number + 1) * slices])
+        dicom(sitk, tmp_path / f"study/{number}", part, number="3", first=number * slices)
+    dicom(sitk, tmp_path / "study" / "whole", STACK, series="1.2.7")
+    listing = find_volumes(tmp_path / "study")
+    assert [entry.path.name for entry in listing.volumes] == ["whole"]
+    assert listing.left_out == [
+        LeftOut(tmp_path / "study", SPREAD, True, f"series 3 chest, 8 images in {8 // slices} folders")
+    ]
+    shutil.copytree(tmp_path / "study" / "whole", tmp_path / "study" / "copy")  # which prepare names
+    assert [entry.path.name for entry in find_volumes(tmp_path / "study").volumes] == ["copy", "whole"]
 
 
 def test_a_folder_without_slices_is_no_series(tmp_path: Path) -> None:

@@ -653,7 +653,7 @@ def test_a_list_of_labels_by_its_name_that_may_be_one_of_scans_is_asked_for(
     ).left_out
     assert item.reason.startswith(f"'{key}' is a list of labels by its name")
     assert item.asked == asked
-    assert item.reason.endswith("if it is one of scans, give it another") == asked
+    assert item.reason.endswith("if it is one of scans, give it another name") == asked
 
 
 def test_an_image_of_an_nnunet_folder_with_a_name_like_a_label_is_taken(tmp_path: Path, touch: Touch) -> None:
