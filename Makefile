@@ -19,7 +19,7 @@ demo: $(READY)
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
 # Two workers of one thread each: eight to twelve minutes on two cores, less than one worker of two takes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --benchmark-disable
 
 # The same suite on the oldest versions that setup.py admits, in .venv-oldest: about 2 GB to download, 6 GB on disk.
 # PYTHON=python3.10 makes Python the oldest one, too.

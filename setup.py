@@ -62,7 +62,7 @@ setup(
         "flash2": ["flash-attn>=2.8"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "xformers": ["xformers>=0.0.35"],
-        "itk": ["SimpleITK>=2.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
+        "itk": ["SimpleITK>=2.5.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
             "einops",
@@ -75,7 +75,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "torchao",
-            "SimpleITK>=2.4",
+            "SimpleITK>=2.5.4",
         ],
     },
     entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def setup(*arguments: object, cwd: Path) -> None:
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The distribution's folder, unpacked away from the repository."""
     folder = tmp_path_factory.mktemp("sdist")
-    setup("egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder, cwd=ROOT)
+    with (ROOT / "setup.py").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another test process may be at it: sdist makes a folder in ROOT
+        setup("egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder, cwd=ROOT)
     [archive] = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")

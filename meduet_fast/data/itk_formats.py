@@ -30,12 +30,16 @@ def simple_itk(path: Path) -> ModuleType:
     """Import SimpleITK.
 
     Raises:
-        VolumeError: it is not there to read ``path``.
+        VolumeError: it is not there to read ``path``, or too old.
     """
     try:
         import SimpleITK
     except ImportError as error:
         raise VolumeError(path, "needs SimpleITK to be read: pip install 'meduet-fast[itk]'") from error
+    version = SimpleITK.Version.VersionString()
+    if [int(part) for part in re.findall(r"\d+", version)[:3]] < [2, 5, 4]:
+        reason = f"needs SimpleITK 2.5.4 or later, found {version}, which reads slices that are cut short"
+        raise VolumeError(path, reason)
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is checked here
     return SimpleITK
 

@@ -416,6 +416,15 @@ def test_a_series_in_several_folders_is_named_and_no_part_of_it_is_taken(
     assert [entry.path.name for entry in find_volumes(tmp_path / "study").volumes] == ["copy", "whole"]
 
 
+def test_an_old_simple_itk_which_does_not_miss_what_is_cut_off_is_refused(
+    tmp_path: Path, sitk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dicom(sitk, tmp_path / "s", STACK)
+    monkeypatch.setattr(sitk.Version, "VersionString", lambda: "2.5.3")
+    with pytest.raises(VolumeError, match=r"needs SimpleITK 2\.5\.4 or later, found 2\.5\.3"):
+        read_scan(tmp_path / "s")
+
+
 def test_a_folder_without_slices_is_no_series(tmp_path: Path) -> None:
     pytest.importorskip("SimpleITK")
     with pytest.raises(VolumeError, match="a folder without a DICOM series"):
