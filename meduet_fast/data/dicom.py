@@ -69,9 +69,14 @@ class Series:
 
     def left_out(self, folder: Path) -> LeftOut:
         """Say that these slices, which have a fault, are no volume."""
-        if len(self.files) == 1:
-            return LeftOut(folder / self.files[0], self.fault, part=f"series {self.label}")
-        return LeftOut(folder, self.fault, part=f"series {self.label}, {len(self.files)} images")
+        return _left_out(folder, self.label, self.files, self.fault)
+
+
+def _left_out(folder: Path, label: str, files: Sequence[str], reason: str) -> LeftOut:
+    """Name one image of a series by its file, several by their number."""
+    if len(files) == 1:
+        return LeftOut(folder / files[0], reason, part=f"series {label}")
+    return LeftOut(folder, reason, part=f"series {label}, {len(files)} images")
 
 
 @dataclass(frozen=True)
@@ -139,22 +144,19 @@ def find_series(folder: Path) -> tuple[list[Series], list[LeftOut]]:
         first = images[0].tags
         label = " ".join(filter(None, (first.get(NUMBER), first.get(DESCRIPTION)))) or uid or "without UID"
         label = printable(label)  # Latin-1 as a rule in Europe, which no file of the store takes
-        kinds: dict[str | None, list[_Image]] = {}
+        kinds: dict[str, list[_Image]] = {}
         for image in images:
             kinds.setdefault(_fault(image), []).append(image)
-        slices = kinds.pop(None, [])
+        slices = kinds.pop("", [])
         if slices:
             files = tuple(image.path.name for image in slices)
             modality = slices[0].tags.get(MODALITY, "")
             own = frozenset(image.tags.get(IMAGE_UID, "") for image in slices)
-            one = Series(uid, label, files, modality, own, _no_volume(slices) or "")
-            found.append((slices[0].count(NUMBER), one))
+            found.append(
+                (slices[0].count(NUMBER), Series(uid, label, files, modality, own, _no_volume(slices)))
+            )
         for fault, others in kinds.items():
-            assert fault is not None
-            alone = len(others) == 1
-            count = "" if alone else f", {len(others)} images"
-            path = others[0].path if alone else folder
-            left_out.append(LeftOut(path, fault, part=f"series {label}{count}"))
+            left_out.append(_left_out(folder, label, [image.path.name for image in others], fault))
     found.sort(key=lambda item: (item[0], item[1].uid))
     return [series for _, series in found], left_out
 
@@ -180,33 +182,33 @@ def _is_of_image(path: Path) -> bool:
     return not tag or _IMAGES.fullmatch(kind) is not None
 
 
-def _fault(image: _Image) -> str | None:
-    """Say why an image is no slice of a volume; None if it may be one."""
+def _fault(image: _Image) -> str:
+    """Say why an image is no slice of a volume; empty if it may be one."""
     if image.count(FRAMES) > 1:
         return MULTI_FRAME
     if image.count(SAMPLES) > 1:
         return COLOURS
     if not image.tags.get(POSITION):
         return NOT_IN_SPACE
-    return LOCALIZER if "LOCALIZER" in image.tags.get(IMAGE_TYPE, "").upper().split("\\") else None
+    return LOCALIZER if "LOCALIZER" in image.tags.get(IMAGE_TYPE, "").upper().split("\\") else ""
 
 
-def _no_volume(slices: Sequence[_Image]) -> str | None:
-    """Say why slices are never a volume; None if they may be one, or there are none."""
-    if len(slices) < 2:
-        return SINGLE if slices else None
+def _no_volume(slices: Sequence[_Image]) -> str:
+    """Say why slices are no volume by themselves; empty if they may be one."""
+    if len(slices) == 1:
+        return SINGLE
     try:
         positions = np.array([image.numbers(POSITION) for image in slices])  # (N, 3)
         turns = _count_alike([image.numbers(ORIENTATION) for image in slices])
         height = float(np.ptp(positions @ slices[0].normal()))  # mm
     except VolumeError:  # reading says so
-        return None
+        return ""
     words = re.sub(r"[\W_]+", " ", slices[0].tags.get(DESCRIPTION, "").casefold())
     if max(turns) <= FEW_SLICES and (len(turns) > 1 or _LOCALIZER.search(words)):
         return LOCALIZER
     if len(turns) == 1 and height < 1e-3:
         return ONE_PLACE
-    return TOO_FEW if len(slices) < MIN_SLICES else None
+    return TOO_FEW if len(slices) < MIN_SLICES else ""
 
 
 def _count_alike(orientations: Sequence[np.ndarray]) -> list[int]:
