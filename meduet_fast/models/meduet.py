@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
-from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution
+from meduet_fast.kernels import MixIndex, assemble_streams, style_convolution, unpatchify_3d
 from meduet_fast.layers import PatchEmbed3d
 from meduet_fast.weight_files import METADATA, Weights, misfit, plain_name, read_file, weight_file
 
@@ -221,29 +221,57 @@ class MeDUET(nn.Module):
         self, factors: Factors, index: MixIndex, straight: bool = True, swapped: bool = True
     ) -> Streams:
         """Reconstruct both sources of a mixed encoding, each alone, with own or exchanged styles."""
-        # Fusion and decoder_embed are both linear: their product acts on each factor once, and the swap
-        # is a choice between style parts.
+        content, style, cls = self._decoder_inputs(factors)
+        x = assemble_streams(
+            content, style, cls,
+            self.mask_token.flatten(),  # (E,)
+            self.decoder_pos_embed[0],  # (1+L, E)
+            index, straight, swapped,
+        )  # (n*B, 1+L, E)  # fmt: skip
+        tokens = self._predict(x)  # (n*B, L, p^3*C)
+        own = 2 * len(factors.cls) * straight
+        return Streams(tokens, tokens[:own], tokens[own:])
+
+    def reconstruct(self, factors: Factors) -> Tensor:
+        """Put crops together from factors of all their tokens, with nothing hidden.
+
+        The published losses train the decoder to fill in hidden tokens; a run with
+        ``objective.lambda_whole`` trains it for this, too. Another style in ``factors`` changes the style
+        of the crops.
+
+        Args:
+            factors: what :meth:`forward` returns, or content and style of different origins.
+
+        Returns:
+            Latents (B, C, S, S, S).
+        """
+        content, style, cls = self._decoder_inputs(factors)
+        x = torch.cat([cls, content + style], 1) + self.decoder_pos_embed  # (B, 1+L, E)
+        patch = self.config.patch_size
+        edge = self.config.latent_size // patch
+        return unpatchify_3d(self._predict(x), patch, (edge, edge, edge))  # (B, C, S, S, S)
+
+    def _decoder_inputs(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what content and style add to a decoder token, (B, L, E) each, and CLS (B, 1, E)."""
+        # Fusion and decoder_embed are both linear: their product acts on each factor once, and a swap is a
+        # choice between style parts.
         fusion, embed = self.latent_entanglement.proj, self.decoder_embed
         assert fusion.bias is not None
         weight = embed.weight @ fusion.weight.squeeze(-1)  # (E, D+Ds)
         bias = F.linear(fusion.bias, embed.weight, embed.bias)  # (E,)
         dim = self.config.embed_dim
-        x = assemble_streams(
+        return (
             F.linear(factors.content, weight[:, :dim], bias),  # (B, L, E)
             F.linear(factors.style, weight[:, dim:]),  # (B, L, E)
             embed(factors.cls),  # (B, 1, E)
-            self.mask_token.flatten(),  # (E,)
-            self.decoder_pos_embed[0],  # (1+L, E)
-            index,
-            straight,
-            swapped,
-        )  # (n*B, 1+L, E)
+        )
+
+    def _predict(self, x: Tensor) -> Tensor:
+        """Run the decoder on sequences (N, 1+L, E): tokens (N, L, p^3*C)."""
         x = residual_stream(x)
         for block in self.decoder_blocks:
-            x = block(x)  # (n*B, 1+L, E)
-        tokens = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (n*B, L, p^3*C)
-        own = 2 * len(factors.cls) * straight
-        return Streams(tokens, tokens[:own], tokens[own:])
+            x = block(x)  # (N, 1+L, E)
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
 
     def transformer_blocks(self) -> list[nn.Module]:
         """Return the blocks of encoder and decoder: nearly all of a pass's work."""

@@ -112,9 +112,10 @@ def activation_bytes(
         batch: crops at once.
         recompute: whether only the inputs of blocks are kept.
     """
-    # Passes of the whole batch: mixed; then straight and exchanged streams, two of each.
-    encoded = 1 + 2 * objective.mftd + 2 * objective.siqc
-    decoded = 2 + 2 * objective.siqc
+    # Passes of the batch: mixed; unmixed; then straight and exchanged streams, two of each.
+    whole = objective.lambda_whole > 0
+    encoded = 1 + whole + 2 * objective.mftd + 2 * objective.siqc
+    decoded = 2 + whole + 2 * objective.siqc
     per_block = _RECOMPUTED_BYTES if recompute else _block_bytes(config)
     encoder = encoded * config.embed_dim * (config.depth * per_block + _AROUND_BYTES)
     decoder = decoded * config.decoder_embed_dim * (config.decoder_depth * per_block + _AROUND_BYTES)

@@ -70,7 +70,8 @@ def format_plan(
 
     def losses(step: int) -> str:
         objective = config.objective_at(step)
-        return " + ".join(["reconstruction", *["MFTD"] * objective.mftd, *["SiQC"] * objective.siqc])
+        whole = ["whole crops"] * (objective.lambda_whole > 0)
+        return " + ".join(["reconstruction", *whole, *["MFTD"] * objective.mftd, *["SiQC"] * objective.siqc])
 
     with torch.device("meta"):
         task = MeDUETPretraining(config)

@@ -37,6 +37,9 @@ class ObjectiveConfig:
     """Weights and variants of the losses; the defaults are the published ones, but for the pairing.
 
     Attributes:
+        lambda_whole: weight of reconstructing whole crops, unmixed and with nothing hidden, from their own
+            factors: what :meth:`~meduet_fast.models.MeDUET.reconstruct` needs, and with it a change of style.
+            The published losses have no such term (0); it costs an encoding and half a decoding.
         lambda_domain: weight of both domain classification losses.
         lambda_mftd: weight of the mixed-factor token distillation.
         lambda_siqc: weight of the quadruplet contrast.
@@ -55,6 +58,7 @@ class ObjectiveConfig:
             the encoder.
     """
 
+    lambda_whole: float = 0.0
     lambda_domain: float = 0.2
     lambda_mftd: float = 0.5
     lambda_siqc: float = 0.3
@@ -67,7 +71,9 @@ class ObjectiveConfig:
     content_adversary: Literal["reversal", "erasure"] = "reversal"
 
     def __post_init__(self) -> None:
-        check_numbers(self, FROM_0, "lambda_domain", "lambda_mftd", "lambda_siqc", "lambda_content")
+        check_numbers(
+            self, FROM_0, "lambda_whole", "lambda_domain", "lambda_mftd", "lambda_siqc", "lambda_content"
+        )
 
 
 PUBLISHED = ObjectiveConfig()  # made here: torch.compile can't trace the checks of a configuration
@@ -110,11 +116,12 @@ def pretraining_losses(
         config: weights and variants.
         check_values: look at the values of mask and domain too, which waits for the device; shapes are
             always checked.
-        domain_means: takes in this batch, if given, at the price of one more encoding without gradient.
+        domain_means: takes in this batch, if given, at the price of one more encoding without gradient, which
+            ``whole`` does anyway.
 
     Returns:
         Scalars by name, in the order of :data:`LOSSES`; only ``total`` is meant for backward. ``mftd`` and
-        ``siqc`` are zero while they are off.
+        ``siqc`` are zero while they are off. If it has a weight, ``whole`` stands behind ``reconstruction``.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -129,14 +136,19 @@ def pretraining_losses(
     predicted = student.decode(mixed, index, swapped=config.siqc)  # straight and swapped (2B, L, p^3 C)
     content, content_mean = pool(mixed.content, index.mask)  # (2B, D), (2B, D)
     style, style_mean = pool(mixed.style, index.mask)  # (2B, Ds), (2B, Ds)
+    if config.lambda_whole or domain_means is not None:
+        with torch.set_grad_enabled(config.lambda_whole > 0 and torch.is_grad_enabled()):
+            encoded_whole = student.encode(student.embed(latents))  # (B, 1+L, D)
     if domain_means is not None:
-        watch_domains(domain_means, student, latents, encoded, domain, index)
+        watch_domains(domain_means, encoded, encoded_whole, domain, index)
 
     losses = {
         "reconstruction": dual_reconstruction_loss(
             predicted.straight, latents, index.mask, student.config.patch_size, config.pairing
         )
     }
+    if config.lambda_whole:
+        losses["whole"] = whole_loss(student, student.factorize(encoded_whole), latents)
     if config.content_adversary == "erasure":
         content_mean = content_mean.detach()
     logits_content, logits_style = student.domain_classifier(content_mean, style_mean)  # (2B, domains)
@@ -165,6 +177,8 @@ def pretraining_losses(
         + config.lambda_mftd * losses["mftd"]
         + config.lambda_siqc * losses["siqc"]
     )
+    if config.lambda_whole:
+        losses["total"] = losses["total"] + config.lambda_whole * losses["whole"]
     return losses
 
 
@@ -176,12 +190,11 @@ def pool(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def watch_domains(
-    means: DomainMeans, student: MeDUET, latents: Tensor, encoded: Tensor, domain: Tensor, index: MixIndex
+    means: DomainMeans, encoded: Tensor, encoded_whole: Tensor, domain: Tensor, index: MixIndex
 ) -> None:
-    """Show pooled encodings of mixed and of whole crops, with their domains, to the erasure."""
-    whole = student.encode(student.embed(latents))  # (B, 1+L, D)
+    """Show encodings (B, 1+L, D) of mixed and of whole crops, with their domains, to the erasure."""
     of_mixed = pool(encoded[:, 1:], index.mask)[1]  # (2B, D)
-    of_whole = pool(whole[:, 1:])[1]  # (B, D)
+    of_whole = pool(encoded_whole[:, 1:])[1]  # (B, D)
     means.watch((of_mixed, torch.cat([domain, domain.flip(0)])), (of_whole, domain))
 
 
@@ -211,6 +224,11 @@ def teach(
     content = torch.cat([pool(mixed.content, index.mask)[0], pool(again.content)[0]])  # (4B, D)
     style = torch.cat([pool(mixed.style, index.mask)[0], pool(again.style)[0]])  # (4B, Ds)
     return (content, style), targets
+
+
+def whole_loss(student: MeDUET, factors: Factors, latents: Tensor) -> Tensor:
+    """Compute the mean squared error of crops (B, C, S, S, S) put together from all their factors."""
+    return F.mse_loss(at_least_float32(student.reconstruct(factors)), at_least_float32(latents))
 
 
 def domain_loss(logits: Tensor, domains: Tensor) -> Tensor:

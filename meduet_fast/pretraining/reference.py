@@ -88,6 +88,17 @@ def reconstruct(model: MeDUET, cls: Tensor, content: Pair, style: Pair, mask: Te
     return model.decoder_pred(model.decoder_norm(x))[:, 1:]
 
 
+def reconstruct_whole(model: MeDUET, latents: Tensor) -> Tensor:
+    """Encode unmixed crops and put them together again, with nothing hidden."""
+    encoded = _encode(model, _embed(model, latents))  # (B, 1+L, D)
+    factors = torch.cat(_factorize(model, encoded[:, 1:]), -1)  # (B, L, D+Ds)
+    fused = model.latent_entanglement.proj(factors.transpose(1, 2)).transpose(1, 2)  # (B, L, D)
+    x = model.decoder_embed(torch.cat([encoded[:, :1], fused], 1)) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    return _volume(model, model.decoder_pred(model.decoder_norm(x))[:, 1:])
+
+
 def _volume(model: MeDUET, tokens: Tensor) -> Tensor:
     edge = model.config.latent_size // model.config.patch_size
     return unpatchify_3d(tokens, model.config.patch_size, (edge, edge, edge))
@@ -134,6 +145,8 @@ def reference_losses(
     losses = {
         "reconstruction": dual_reconstruction_loss_reference(straight, latents, mask, patch, config.pairing)
     }
+    if config.lambda_whole:
+        losses["whole"] = F.mse_loss(reconstruct_whole(student, latents), latents)
     heads, domains = student.domain_classifier, (domain, domain.flip(0))
     for name, pooled, head in (
         ("content", [reverse_gradient(half.mean(1)) for half in mixed.content], heads.domain_classifier_c),
@@ -167,4 +180,6 @@ def reference_losses(
         + config.lambda_mftd * losses["mftd"]
         + config.lambda_siqc * losses["siqc"]
     )
+    if config.lambda_whole:
+        losses["total"] = losses["total"] + config.lambda_whole * losses["whole"]
     return losses

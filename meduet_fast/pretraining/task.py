@@ -48,6 +48,8 @@ class MeDUETPretraining(Task):
         self.domain_means = None
         if config.objective.content_adversary == "erasure":
             self.domain_means = DomainMeans(config.model.num_domains, config.model.embed_dim)
+        if config.objective.lambda_whole:
+            self.labels = {**self.labels, "whole": "whole"}
         self._phases = [(start, config.objective_at(start)) for start in sorted({0, *self.phase_starts()})]
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:

@@ -2,24 +2,44 @@
 
 from .crops import ProbeCrops, choose_crops, same_anatomy_groups, structured_starts
 from .factors import FactorTable, extract_factors, factor_table
+from .hidden_tokens import FillErrors, fill_errors, fill_hidden, hiding_masks, interpolate_hidden
 from .probe import FactorScores, ProbeResult, probe_factors, untrained_like
-from .style_swap import StyleSwap, SwapErrors, far_start, swap_errors, swap_styles
+from .style_swap import (
+    PairVerdict,
+    Restyled,
+    RestyledRegion,
+    StyleChange,
+    StyleStatistics,
+    measure_change,
+    restyle,
+    restyle_region,
+    style_statistics,
+)
 
 __all__ = [
     "FactorScores",
     "FactorTable",
+    "FillErrors",
+    "PairVerdict",
     "ProbeCrops",
     "ProbeResult",
-    "StyleSwap",
-    "SwapErrors",
+    "Restyled",
+    "RestyledRegion",
+    "StyleChange",
+    "StyleStatistics",
     "choose_crops",
     "extract_factors",
     "factor_table",
-    "far_start",
+    "fill_errors",
+    "fill_hidden",
+    "hiding_masks",
+    "interpolate_hidden",
+    "measure_change",
     "probe_factors",
+    "restyle",
+    "restyle_region",
     "same_anatomy_groups",
     "structured_starts",
-    "swap_errors",
-    "swap_styles",
+    "style_statistics",
     "untrained_like",
 ]

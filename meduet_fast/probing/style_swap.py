@@ -1,4 +1,9 @@
-"""Reconstruct crops with swapped styles, and measure the error where the truth is known."""
+"""Change the style of crops, by another volume's statistics and by rank, and measure it where truth is known.
+
+"By rank" is the published way: the r-th token of one crop gets the style of the r-th token of another. "By
+statistics" shifts and scales the styles of a crop's own tokens, dimension by dimension, from the mean and the
+spread that its volume has to those of the other volume.
+"""
 
 from __future__ import annotations
 
@@ -6,101 +11,223 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import build_mix_index, random_mix_mask, unpatchify_3d
+from meduet_fast.data.windows import blend, cut, window_starts
+from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 
-from .crops import ProbeCrops, Start
+from .crops import Start
+from .hidden_tokens import hiding_masks
 
-PLACES = 16  # pairs of crops that errors are averaged over
+BATCH = 24
 
 
-class StyleSwap(NamedTuple):
-    """Predicted latents, each (N, C, S, S, S): crops of two kinds, as they are and with swapped styles."""
+class StyleStatistics(NamedTuple):
+    """Mean and standard deviation of every dimension of a volume's style tokens, (Ds,) each."""
 
-    first: Tensor
-    second: Tensor
-    first_in_second_style: Tensor
-    second_in_first_style: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+
+class Restyled(NamedTuple):
+    """Predicted latents, each (N, C, S, S, S) or (C, X, Y, Z), float32 on the CPU.
+
+    Attributes:
+        kept: own content, own style.
+        by_statistics: own content, own style moved to the donor's mean and spread.
+        by_rank: own content, styles of the donor's tokens.
+    """
+
+    kept: Tensor
+    by_statistics: Tensor
+    by_rank: Tensor
 
 
 @torch.inference_mode()
-def swap_styles(model: MeDUET, first: Tensor, second: Tensor, seed: int = 0) -> StyleSwap:
-    """Mix pairs of crops, take them apart again and reconstruct each with its own and the other's style.
+def style_statistics(
+    model: MeDUET, store: LatentStore, volume: int, starts: Sequence[Start]
+) -> StyleStatistics:
+    """Measure the styles of unmixed crops of one volume.
 
-    A pair is mixed twice, with a random mask and with the sources swapped, so that each token of each crop
-    is hidden from the decoder in one of the two passes; that prediction is the one returned. No token that is
-    returned was visible to the decoder at its place.
+    Args:
+        volume: position in ``store.entries``.
+        starts: first corners of the crops, in latent voxels.
+    """
+    styles = []
+    for first in range(0, len(starts), BATCH):
+        crops = sample_crops(store, volume, list(starts[first : first + BATCH]), model.config.latent_size)
+        styles.append(model(crops.to(model.cls_token.device, torch.float32)).style.flatten(0, 1))
+    tokens = torch.cat(styles)  # (N L, Ds)
+    return StyleStatistics(tokens.mean(0), tokens.std(0).clamp_min(1e-6))
+
+
+@torch.inference_mode()
+def restyle(
+    model: MeDUET, crops: Tensor, donors: Tensor, own: StyleStatistics, donor: StyleStatistics, whole: bool
+) -> Restyled:
+    """Reconstruct crops with their own style and, both ways, with that of donors.
 
     Args:
         model: works on its own device.
-        first, second: latents (N, C, S, S, S); ``first[i]`` is mixed with ``second[i]``.
-        seed: of the masks.
+        crops, donors: latents (N, C, S, S, S).
+        own, donor: statistics of the volumes that they come from.
+        whole: encode crops unmixed and put them together from all their tokens, which takes a network that
+            was trained with ``objective.lambda_whole``. Otherwise as in the published training: a crop is
+            mixed with its donor, and each token is returned from a pass in which it was hidden.
     """
-    config, count = model.config, len(first)
-    edge = config.latent_size // config.patch_size
-    mask = random_mix_mask(count, config.num_tokens, torch.Generator().manual_seed(seed))  # (N, L)
-    # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources swapped.
-    latents = torch.cat([first, second.flip(0)]).to(model.cls_token.device).float()  # (2N, C, S, S, S)
-    index = build_mix_index(torch.cat([mask, mask.flip(0)]).to(latents.device))  # of (2N, L)
+    device = model.cls_token.device
+    crops, donors = crops.to(device, torch.float32), donors.to(device, torch.float32)
+
+    def moved(style: Tensor) -> Tensor:
+        return (style - own.mean) / own.deviation * donor.deviation + donor.mean  # (.., Ds)
+
+    if whole:
+        factors, given = model(crops), model(donors).style  # (N, L, Ds)
+        styles = (factors.style, moved(factors.style), given)
+        return Restyled(*(model.reconstruct(factors._replace(style=s)).float().cpu() for s in styles))
+
+    masks, count = hiding_masks(model.config, len(crops), seed=0), len(crops)  # (N, L)
+    index = build_mix_index(torch.cat([masks, masks.flip(0)]).to(device))  # of (2N, L)
+    latents = torch.cat([crops, donors.flip(0)])  # (2N, C, S, S, S); with the same mask the sources swapped
     mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
-    straight_1, straight_2, swapped_1, swapped_2 = model.decode(mixed, index).tokens.chunk(
-        4
-    )  # (2N, L, K) each
-    volumes: list[Tensor] = []
-    for source_1, source_2 in ((straight_1, straight_2), (swapped_1, swapped_2)):
-        tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))  # (2N, L, K)
-        pairs = unpatchify_3d(tokens, config.patch_size, (edge, edge, edge)).cpu()  # (2N, C, S, S, S)
-        volumes += [pairs[:count], pairs[count:].flip(0)]
-    return StyleSwap(*volumes)
+    streams = model.decode(mixed, index)
+    # A crop's own tokens are those of source 1 in the first half of the rows, of source 2 in the second.
+    is_own = torch.cat([~index.mask[:count], index.mask[count:]]).unsqueeze(-1)  # (2N, L, 1)
+    shifted = mixed._replace(style=torch.where(is_own, moved(mixed.style), mixed.style))
+    side = model.config.latent_size // model.config.patch_size
+
+    def hidden(tokens: Tensor) -> Tensor:
+        source_1, source_2 = tokens.chunk(2)  # (2N, L, K) each
+        own_tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))[:count]  # (N, L, K)
+        return unpatchify_3d(own_tokens, model.config.patch_size, (side, side, side)).float().cpu()
+
+    by_statistics = model.decode(shifted, index, swapped=False).straight
+    return Restyled(hidden(streams.straight), hidden(by_statistics), hidden(streams.swapped))
+
+
+class RestyledRegion(NamedTuple):
+    """A region put together from windows, latents (C, X, Y, Z): what became of it, and the donor's windows.
+
+    Attributes:
+        result: the region with its own and with changed style.
+        donated: the donor's windows in the places of those that they were paired with by rank.
+    """
+
+    result: Restyled
+    donated: Tensor
+
+
+def restyle_region(
+    model: MeDUET,
+    region: Tensor,
+    donor_region: Tensor,
+    own: StyleStatistics,
+    donor: StyleStatistics,
+    whole: bool,
+) -> RestyledRegion:
+    """Change the style of a region of any size, in windows that overlap by half; see :func:`restyle`.
+
+    Windows and donors are paired in opposite order, so that in one anatomy no window meets its own place
+    but by chance in the middle.
+
+    Args:
+        region, donor_region: latents (C, X, Y, Z) of the region and of what the donor's windows are cut from.
+    """
+    size = model.config.latent_size
+    stride = max(1, size // 2)
+    starts = window_starts(region.shape[1:], size, stride)
+    others = window_starts(donor_region.shape[1:], size, stride)
+    paired = [others[-1 - number * len(others) // len(starts)] for number in range(len(starts))]
+    parts: list[Restyled] = []
+    for first in range(0, len(starts), BATCH):
+        rows = slice(first, first + BATCH)
+        crops, donors = cut(region, starts[rows], size), cut(donor_region, paired[rows], size)
+        parts.append(restyle(model, crops, donors, own, donor, whole))
+    blended = [blend(torch.cat(windows), starts, region.shape[1:]) for windows in zip(*parts, strict=True)]
+    donated = blend(cut(donor_region, paired, size).float(), starts, region.shape[1:])
+    return RestyledRegion(Restyled(*blended), donated)
 
 
 @dataclass(frozen=True)
-class SwapErrors:
-    """Mean squared errors of latents (about unit variance), over both directions of a swap.
+class StyleChange:
+    """What a change of style did to one region of one volume.
 
     Attributes:
-        swapped: a place with the style of the other volume, against that volume's own crop of the place.
-        kept: the same place with its own style against the same crop: what leaving the style alone gives.
-        own: the place with its own style against its own crop: how well this network reconstructs at all.
-        places: pairs of crops averaged over.
+        own: mean squared error of the reconstruction in the own style, against the region's own latents.
+        kept, by_statistics, by_rank: mean squared errors against the other acquisition's own latents of the
+            region; None if it shows another anatomy.
+        stays_by_statistics, stays_by_rank: whether the anatomy stays: whether the result correlates more with
+            the reconstruction in the own style than with the donor's windows.
     """
 
-    swapped: float
-    kept: float
     own: float
-    places: int
+    kept: float | None
+    by_statistics: float | None
+    by_rank: float | None
+    stays_by_statistics: bool
+    stays_by_rank: bool
 
 
-def far_start(start: Start, others: Sequence[Start]) -> Start:
-    """Return the one of ``others`` that is farthest away."""
-    return max(others, key=lambda other: sum((a - b) ** 2 for a, b in zip(start, other, strict=True)))
-
-
-def swap_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, first: int, second: int) -> SwapErrors:
-    """Measure the errors of swapping styles between two volumes of one group, on held-out crops.
-
-    The style comes from the farthest of the crops, lest the encoder see the truth.
+def measure_change(region: Tensor, changed: RestyledRegion, truth: Tensor | None) -> StyleChange:
+    """Measure a change of style.
 
     Args:
-        first, second: positions in ``store.entries``.
+        region: latents (C, X, Y, Z).
+        changed: what became of it.
+        truth: the same region of the other acquisition, (C, X, Y, Z), if it is known.
     """
-    places = crops.tested[first][:PLACES]
-    far = [far_start(place, crops.tested[first]) for place in places]
-    size = model.config.latent_size
-    own = sample_crops(store, first, places, size), sample_crops(store, second, far, size)
-    truth = sample_crops(store, second, places, size), sample_crops(store, first, far, size)
-    result = swap_styles(model, *own)
+    result = changed.result
 
-    def error(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-        squares = [(a - b.float()).square().mean() for a, b in zip(predictions, targets, strict=True)]
-        return float(np.mean(squares))
+    def error(guess: Tensor, goal: Tensor) -> float:
+        return float((guess - goal.float()).square().mean())
 
-    straight = (result.first, result.second)
-    swapped = (result.first_in_second_style, result.second_in_first_style)
-    return SwapErrors(error(swapped, truth), error(straight, truth), error(straight, own), len(places))
+    def stays(guess: Tensor) -> bool:
+        rows = [x.flatten() for x in (guess, result.kept, changed.donated)]
+        to_own, to_donor = torch.corrcoef(torch.stack(rows))[0, 1:]
+        return bool(to_own > to_donor)
+
+    kept, by_statistics, by_rank = (None if truth is None else error(guess, truth) for guess in result)
+    return StyleChange(
+        error(result.kept, region), kept, by_statistics, by_rank,
+        stays(result.by_statistics), stays(result.by_rank),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """Both directions of a change of style between two acquisitions of one anatomy.
+
+    Attributes:
+        first, second: names of the domains.
+        own, kept, by_statistics, by_rank: means of both directions; see :class:`StyleChange`.
+        stays_by_statistics, stays_by_rank: whether the anatomy stays in both.
+    """
+
+    first: str
+    second: str
+    own: float
+    kept: float
+    by_statistics: float
+    by_rank: float
+    stays_by_statistics: bool
+    stays_by_rank: bool
+
+    @classmethod
+    def of(cls, first: str, second: str, changes: Sequence[StyleChange]) -> PairVerdict:
+        """Sum up the two directions."""
+        names = ("own", "kept", "by_statistics", "by_rank")
+        means = [sum(getattr(change, name) for change in changes) / len(changes) for name in names]
+        stays = [all(getattr(change, f"stays_{way}") for change in changes) for way in names[2:]]
+        return cls(first, second, *means, *stays)
+
+    def gain(self, way: str) -> float:
+        """Return the part of the kept style's error that a way, "by_statistics" or "by_rank", removes."""
+        return 1 - float(getattr(self, way)) / self.kept
+
+    def works(self, way: str) -> bool:
+        """Tell whether a way brings the image nearer to the other acquisition, and keeps the anatomy."""
+        return self.gain(way) > 0 and bool(getattr(self, f"stays_{way}"))

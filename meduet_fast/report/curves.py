@@ -45,6 +45,7 @@ LOSS_PANELS = {
     "reconstruction": LossPanel(
         "Reconstruction of hidden tokens", "squared error", note="Latents have a variance of about 1."
     ),
+    "whole": LossPanel("Whole crops from their own factors", "squared error"),
     "siqc": LossPanel("Contrast of factors (SiQC)", mark="SiQC"),
     "mftd": LossPanel(
         "Token distillation (MFTD)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,21 +23,24 @@ from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
 from meduet_fast.pretraining.config import doubts
 from meduet_fast.probing import (
     FactorTable,
+    FillErrors,
+    PairVerdict,
     ProbeResult,
-    SwapErrors,
+    StyleChange,
     choose_crops,
+    fill_errors,
     probe_factors,
-    swap_errors,
     untrained_like,
 )
 from meduet_fast.progress import track
 
 from .curves import HEADLINE_LOSS, Records
-from .pictures import Side, choose_pairs, make_sides, prepared_image
+from .pictures import FilledPicture, Painter, StylePicture, choose_pairs
 
-RECIPE = 3  # raised when the code makes other reports of the same run, so that earlier ones count as stale
+RECIPE = 4  # raised when the code makes other reports of the same run, so that earlier ones count as stale
 # The average of the weights over the last steps: steadier than the student, and what users take downstream.
 NETWORK = "teacher"
+WAYS = ("by_statistics", "by_rank")  # to change a style, see probing.style_swap
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class ReportInputs:
     step: int
     store: LatentStore
     tokenizer: Tokenizer | None
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the network was trained to put whole crops together."""
+        return bool(self.config["objective"].get("lambda_whole", 0))
 
     def doubts(self) -> list[str]:
         """Return what the run warned about at its start."""
@@ -125,16 +134,35 @@ class Findings:
         separation: None if the store cannot tell.
         why_not: the reason, then.
         table: factors of the trained network; None as above.
-        swaps: names of two domains of one anatomy, and the errors of swapping their styles.
-        pictures: pairs of crops and what became of them.
+        filled: how well hidden tokens are filled in, for each volume looked at.
+        verdicts: on changes of style between two acquisitions of one anatomy, both directions together.
+        panels: every direction of every pair: own domain, the other's, and what was measured.
+        filled_pictures: regions whose tokens were filled in.
+        style_pictures: regions whose style was changed.
     """
 
     loss: tuple[float, float]
     separation: ProbeResult | None
     why_not: str
     table: FactorTable | None
-    swaps: list[tuple[str, str, SwapErrors]]
-    pictures: list[tuple[Side, Side]]
+    filled: list[FillErrors]
+    verdicts: list[PairVerdict]
+    panels: list[tuple[str, str, StyleChange]]
+    filled_pictures: list[FilledPicture]
+    style_pictures: list[StylePicture]
+
+    def fill_gain(self) -> float:
+        """Return the part of interpolation's error that the network removes; negative if it adds to it."""
+        errors = [(item.network, item.interpolation) for item in self.filled]
+        return 1 - sum(network for network, _ in errors) / sum(smooth for _, smooth in errors)
+
+    def best_way(self) -> str:
+        """Return the way, "by_statistics" or "by_rank", that brings images nearer to the truth on average."""
+        return max(WAYS, key=self.style_gain)
+
+    def style_gain(self, way: str) -> float:
+        """Return the mean over the pairs of :meth:`PairVerdict.gain`."""
+        return fmean(verdict.gain(way) for verdict in self.verdicts)
 
     def numbers(self) -> dict[str, Any]:
         """Return everything but the images, as JSON values."""
@@ -143,19 +171,32 @@ class Findings:
             f"{HEADLINE_LOSS}_loss": {"first_tenth": first, "last_tenth": last},
             "separation": self.separation.to_dict() if self.separation else None,
             "why_no_separation": self.why_not,
-            "swaps": [
-                {"first": first, "second": second, "errors": asdict(errors)}
-                for first, second, errors in self.swaps
+            "filled": [asdict(item) for item in self.filled],
+            "fill_gain": self.fill_gain() if self.filled else None,
+            "style_pairs": [
+                {
+                    **asdict(verdict),
+                    **{f"gain_{way}": verdict.gain(way) for way in WAYS},
+                    **{f"works_{way}": verdict.works(way) for way in WAYS},
+                }
+                for verdict in self.verdicts
+            ],
+            "style_gain": {way: self.style_gain(way) for way in WAYS} if self.verdicts else None,
+            "style_panels": [
+                {"domain": own, "style_of": other, **asdict(change)} for own, other, change in self.panels
             ],
             "pictures": [
-                {"first": sides[0].own, "second": sides[1].own, "psnr_db": [side.psnr() for side in sides]}
-                for sides in self.pictures
+                *({"domain": item.region.domain, "psnr_db": item.psnr} for item in self.filled_pictures),
+                *(
+                    {"domain": item.region.domain, "style_of": item.other, "away": item.away}
+                    for item in self.style_pictures
+                ),
             ],
         }
 
 
 def measure(inputs: ReportInputs) -> Findings:
-    """Measure separation and swap styles, on held-out crops."""
+    """Measure separation, what is filled in, and changes of style, on held-out crops and regions."""
     loss = first_and_last(inputs.records, HEADLINE_LOSS)
     model = MeDUET.from_pretrained(inputs.weights)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,20 +204,29 @@ def measure(inputs: ReportInputs) -> Findings:
     try:
         crops = choose_crops(store, model.config.latent_size, config["held_out_fraction"])
     except UserError as error:  # the rest of the report is worth having; the page gives the reason
-        return Findings(loss, None, str(error), None, [], [])
+        return Findings(loss, None, str(error), None, [], [], [], [], [])
     untrained = untrained_like(model.config, config["seed"]).to(model.cls_token.device)
     separation, table = probe_factors(model, untrained, store, crops)
+    filled = fill_errors(model, store, crops)
+    painter = Painter(model, inputs.whole, store, crops, inputs.tokenizer)
     pairs = choose_pairs(store, crops)
-    swaps: list[tuple[str, str, SwapErrors]] = []
-    for pair in track([pair for pair in pairs if pair.same_anatomy], "Swapping styles", unit="pair"):
-        first, second = (store.entries[index].domain for index in pair.volumes)
-        swaps.append((first, second, swap_errors(model, store, crops, *pair.volumes)))
-    pictures: list[tuple[Side, Side]] = []
+    verdicts: list[PairVerdict] = []
+    panels: list[tuple[str, str, StyleChange]] = []
+    style_pictures: list[StylePicture] = []
+    for pair in track(pairs, "Changing styles", unit="pair"):
+        first, second = pair.volumes
+        domains = store.entries[first].domain, store.entries[second].domain
+        changed, forth = painter.change(first, second, pair.same_anatomy)
+        _, back = painter.change(second, first, pair.same_anatomy)
+        panels += [(*domains, forth), (*domains[::-1], back)]
+        if pair.same_anatomy:
+            verdicts.append(PairVerdict.of(*domains, (forth, back)))
+        if inputs.tokenizer is not None:
+            style_pictures.append(painter.draw_style(first, second, pair.same_anatomy, changed, forth))
+    filled_pictures: list[FilledPicture] = []
     if inputs.tokenizer is not None:
-        volumes = sorted({index for pair in pairs for index in pair.volumes})
-        images = {
-            index: prepared_image(store, index) for index in track(volumes, "Reading images", unit="volume")
-        }
-        for pair in track(pairs, "Decoding", unit="pair"):
-            pictures.append(make_sides(model, inputs.tokenizer, store, pair, images))
-    return Findings(loss, separation, "", table, swaps, pictures)
+        shown = [pairs[0].volumes, *(pair.volumes[::-1] for pair in pairs if not pair.same_anatomy)][:2]
+        filled_pictures = [
+            painter.draw_filled(*volumes) for volumes in track(shown, "Filling in", unit="volume")
+        ]
+    return Findings(loss, separation, "", table, filled, verdicts, panels, filled_pictures, style_pictures)

@@ -1,108 +1,163 @@
-"""Draw crops of two volumes: input, tokenizer round trip, reconstruction, swapped styles, and the truth."""
+"""Show whole held-out regions: what the network fills in, and what a change of style makes of them."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure, FigureBase, SubFigure
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
-from meduet_fast.data.crops import sample_crops
+from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
+from meduet_fast.data.windows import blend, cut, window_starts
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
-from meduet_fast.probing import ProbeCrops, far_start, structured_starts, swap_styles
-from meduet_fast.probing.crops import Start, holds_both
+from meduet_fast.probing import (
+    ProbeCrops,
+    RestyledRegion,
+    StyleChange,
+    StyleStatistics,
+    fill_hidden,
+    hiding_masks,
+    interpolate_hidden,
+    measure_change,
+    restyle_region,
+    style_statistics,
+)
+from meduet_fast.probing.crops import evaluation_starts, holds_both
+from meduet_fast.probing.style_swap import BATCH
 
 from .plotting import GREY, WIDTH, new_figure, styled
 
 SAME_ANATOMY_PAIRS = 3
 OTHER_PAIRS = 2
+MOST_CROPS = 8  # edge of the region that is looked at, in crops: more tells the same, and takes its time
+STATISTICS_CROPS = 64  # of the training region, whose styles stand for their volume
+MARGIN = 2  # latent voxels that are decoded on both sides of a slice, for the decoder's surroundings
+PLANES = ("axial", "coronal", "sagittal")
+BAR_MM = 50
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # middle slices in [0, 1], rows from top to bottom
+
+
+@dataclass(frozen=True)
+class Region:
+    """The held-out part of a volume, or the middle of it.
+
+    Attributes:
+        volume: position in ``store.entries``.
+        domain: its data set.
+        first: first corner in latent voxels.
+        latents: (C, X, Y, Z) float32.
+        mm: edge of a voxel of the prepared image.
+        low, high: what is drawn black and white, in HU; None for other images than CT.
+    """
+
+    volume: int
+    domain: str
+    first: tuple[int, int, int]
+    latents: Tensor
+    mm: float
+    low: float | None
+    high: float | None
+
+    @property
+    def grey(self) -> str:
+        """Say what black and white are."""
+        if self.low is None or self.high is None:
+            return "black and white are the limits of the scan's intensity rule"
+        return (
+            f"black is {self.low:.0f} HU, white {self.high:.0f} HU (level {(self.low + self.high) / 2:.0f}, "
+            f"window {self.high - self.low:.0f})"
+        )
+
+    @property
+    def scale(self) -> tuple[float, str]:
+        """Return what an image's range of 1 is, and in which unit."""
+        if self.low is None or self.high is None:
+            return 100.0, "% of the range"
+        return self.high - self.low, "HU"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of image in a figure; ``planes`` is None if its source is not there unchanged."""
+
+    title: str
+    planes: Planes | None
+
+
+@dataclass(frozen=True)
+class FilledPicture:
+    """A region in which every token was filled in while it was hidden.
+
+    Attributes:
+        region: where.
+        columns: scan, tokenizer, network, interpolation.
+        psnr: in dB, of network and interpolation against the tokenizer's image, on the slices drawn.
+    """
+
+    region: Region
+    columns: list[Column]
+    psnr: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StylePicture:
+    """A region in its own style and in that of another domain.
+
+    Attributes:
+        region: where.
+        other: the domain whose style it gets.
+        columns: scan, own style, both changes, truth or where the style comes from.
+        change: what was measured on the whole region.
+        away: root mean square difference from the truth on the slices drawn, in HU, or in percent of the
+            range for other images than CT: own style, by statistics, by rank. Empty without a truth.
+    """
+
+    region: Region
+    other: str
+    columns: list[Column]
+    change: StyleChange
+    away: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two crops whose styles are swapped.
-
-    Attributes:
-        volumes: positions in ``store.entries``.
-        starts: first corners in latent voxels.
-        same_anatomy: whether each volume shows the other's place too, so that the truth is known.
-    """
+    """Two volumes, positions in ``store.entries``; the truth is known where they show one anatomy."""
 
     volumes: tuple[int, int]
-    starts: tuple[Start, Start]
     same_anatomy: bool
-
-
-@dataclass(frozen=True)
-class Side:
-    """The pictures of one of the two crops; images are (X, Y, Z) in [0, 1].
-
-    Attributes:
-        own, other: domains of this crop and of the one whose style it gets.
-        image: crop of the prepared image; None if its source is not there unchanged.
-        decoded: the crop's latents, decoded: the best that the network could do.
-        reconstructed: with its own style.
-        swapped: with the other's style.
-        truth: the other volume's own crop of this place, decoded; None if it shows another anatomy.
-    """
-
-    own: str
-    other: str
-    image: Tensor | None
-    decoded: Tensor
-    reconstructed: Tensor
-    swapped: Tensor
-    truth: Tensor | None
-
-    def psnr(self) -> dict[str, float]:
-        """Compute PSNR in dB: reconstruction against ``decoded``; with and without swap against ``truth``."""
-        values = {"reconstruction": _psnr(self.reconstructed, self.decoded)}
-        if self.truth is not None:
-            values["swapped"] = _psnr(self.swapped, self.truth)
-            values["kept"] = _psnr(self.reconstructed, self.truth)
-        return values
-
-
-def _psnr(image: Tensor, truth: Tensor) -> float:
-    return -10 * math.log10(max(float((image - truth).square().mean()), 1e-10))
 
 
 def choose_pairs(store: LatentStore, crops: ProbeCrops) -> list[Pair]:
     """Pair the first volume of the first group with others of it, and with other body parts.
 
-    Without a group: the first volume with those of other domains. Places are held out; within a group, the
-    second crop is far from the first, so that the network never sees the answer while it swaps.
+    Without a group: the first volume with those of other domains.
     """
     first = crops.groups[0][0] if crops.groups else crops.volumes[0]
-    place = crops.tested[first][0]
-    pairs, known = [], {store.entries[first].domain}
+    known, pairs = {store.entries[first].domain}, []
     if crops.groups:
-        far = far_start(place, crops.tested[first][: max(2, len(crops.tested[first]) // 2)])
         for other in _one_of_each_domain(store, crops.groups[0], known)[:SAME_ANATOMY_PAIRS]:
-            pairs.append(Pair((first, other), (place, far), True))
+            pairs.append(Pair((first, other), True))
         known |= {store.entries[index].domain for index in crops.groups[0]}
     usable = [
         index
         for index in range(len(store.entries))
         if holds_both(store, index, crops.crop_size, crops.fraction)
     ]
-    for other in _one_of_each_domain(store, usable, known)[:OTHER_PAIRS]:
-        there = structured_starts(store, [other], crops.crop_size, crops.fraction, 16)[0]
-        pairs.append(Pair((first, other), (place, there), False))
-    return pairs
+    others = _one_of_each_domain(store, usable, known)[:OTHER_PAIRS]
+    return [*pairs, *(Pair((first, other), False) for other in others)]
 
 
 def _one_of_each_domain(store: LatentStore, indices: Sequence[int], without: set[str]) -> list[int]:
@@ -132,104 +187,214 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
         return None
 
 
-@torch.inference_mode()
-def make_sides(
-    model: MeDUET,
-    tokenizer: Tokenizer,
-    store: LatentStore,
-    pair: Pair,
-    images: dict[int, Tensor | None],
-) -> tuple[Side, Side]:
-    """Swap the styles of a pair and decode everything to images.
+def held_out_region(store: LatentStore, index: int, crops: ProbeCrops) -> Region:
+    """Read the held-out slab of a volume, at most :data:`MOST_CROPS` crops along each axis."""
+    entry = store.entries[index]
+    border = held_out_start(entry.grid[0], crops.fraction, crops.crop_size)
+    first, size = [border, 0, 0], [entry.grid[0] - border, *entry.grid[1:]]
+    for axis in range(3):
+        kept = min(size[axis], MOST_CROPS * crops.crop_size)
+        first[axis] += (size[axis] - kept) // 2
+        size[axis] = kept
+    x, y, z = (slice(start, start + edge) for start, edge in zip(first, size, strict=True))
+    rule = json.loads(store.metadata(index).get("intensity", "{}"))
+    low, high = (rule.get("low"), rule.get("high")) if rule.get("kind") == "ct_window" else (None, None)
+    latents = store.read_volume(index)[:, x, y, z].float()
+    place = (first[0], first[1], first[2])
+    return Region(index, entry.domain, place, latents, entry.spacing[0], low, high)
+
+
+def middle_slices(image: Tensor) -> Planes:
+    """Cut the middle slices of an image (X, Y, Z).
+
+    Superior (axial: anterior) is up, the patient's right (sagittal: anterior) is on the right.
+    """
+    x, y, z = (size // 2 for size in image.shape)
+    axial, coronal, sagittal = (
+        np.flipud(plane.numpy().T) for plane in (image[:, :, z], image[:, y], image[x])
+    )
+    return axial, coronal, sagittal
+
+
+def decode_slices(tokenizer: Tokenizer, latents: Tensor) -> Planes:
+    """Decode the middle slices of a region (C, X, Y, Z), from thin slabs around them."""
+    factor, planes = tokenizer.compression, []
+    for axis in (3, 2, 1):
+        edge = latents.shape[axis]
+        voxel = factor * edge // 2  # as middle_slices of the whole image
+        first = max(0, voxel // factor - MARGIN)
+        slab = latents.narrow(axis, first, min(edge, voxel // factor + MARGIN + 1) - first)
+        decoded = tokenizer.decode(slab[None])[0, 0].cpu()  # (X, Y, Z) of the slab
+        plane = decoded.select(axis - 1, voxel - factor * first)
+        planes.append(np.flipud(plane.numpy().T))
+    axial, coronal, sagittal = planes
+    return axial, coronal, sagittal
+
+
+def root_mean_square(one: Planes, other: Planes) -> float:
+    """Return the root mean square difference over all pixels of the slices."""
+    squares = np.concatenate([np.square(a - b).ravel() for a, b in zip(one, other, strict=True)])
+    return float(np.sqrt(squares.mean()))
+
+
+class Painter:
+    """Make the pictures of one run; what several of them share is read, measured and decoded once.
 
     Args:
-        images: prepared images by volume.
+        model: the network, on its own device.
+        whole: see :func:`~meduet_fast.probing.restyle`.
+        store: the latents.
+        crops: which volumes and places are looked at.
+        tokenizer: decodes latents; None draws nothing, and styles are measured all the same.
     """
-    size, factor = model.config.latent_size, store.index.compression
-    (first, second), (here, there) = pair.volumes, pair.starts
 
-    def crop(index: int, start: Start) -> Tensor:
-        return sample_crops(store, index, [start], size).float()
+    def __init__(
+        self, model: MeDUET, whole: bool, store: LatentStore, crops: ProbeCrops, tokenizer: Tokenizer | None
+    ) -> None:
+        self.model, self.whole, self.store, self.crops, self.tokenizer = model, whole, store, crops, tokenizer
+        self._regions: dict[int, Region] = {}
+        self._statistics: dict[int, StyleStatistics] = {}
+        self._scans: dict[int, Planes | None] = {}
+        self._kept: dict[int, Planes] = {}
 
-    own = crop(first, here), crop(second, there)
-    result = swap_styles(model, *own)
-    latents = [
-        own[0], result.first, result.first_in_second_style,
-        own[1], result.second, result.second_in_first_style,
-    ]  # fmt: skip
-    if pair.same_anatomy:
-        latents += [crop(second, here), crop(first, there)]
-    decoded = tokenizer.decode(torch.cat(latents))[:, 0].cpu()  # (6 or 8, X, Y, Z)
+    def region(self, index: int) -> Region:
+        """Return the held-out region of a volume."""
+        if index not in self._regions:
+            self._regions[index] = held_out_region(self.store, index, self.crops)
+        return self._regions[index]
 
-    def side(number: int) -> Side:
-        image = images[pair.volumes[number]]
-        if image is not None:
-            x, y, z = (slice(factor * edge, factor * (edge + size)) for edge in pair.starts[number])
-            image = image[x, y, z]
-        return Side(
-            own=store.entries[pair.volumes[number]].domain,
-            other=store.entries[pair.volumes[1 - number]].domain,
-            image=image,
-            decoded=decoded[3 * number],
-            reconstructed=decoded[3 * number + 1],
-            swapped=decoded[3 * number + 2],
-            truth=decoded[6 + number] if pair.same_anatomy else None,
+    def statistics(self, index: int) -> StyleStatistics:
+        """Return the style of a volume, measured away from the region."""
+        if index not in self._statistics:
+            starts = evaluation_starts(
+                self.store.entries[index].grid, self.crops.crop_size, self.crops.fraction, STATISTICS_CROPS,
+                seed=0, held_out=False,
+            )  # fmt: skip
+            self._statistics[index] = style_statistics(self.model, self.store, index, starts)
+        return self._statistics[index]
+
+    def scan(self, index: int) -> Planes | None:
+        """Return the slices of the prepared image itself."""
+        if index not in self._scans:
+            image, region = prepared_image(self.store, index), self.region(index)
+            factor = self.store.index.compression
+            x, y, z = (
+                slice(factor * start, factor * (start + edge))
+                for start, edge in zip(region.first, region.latents.shape[1:], strict=True)
+            )
+            self._scans[index] = None if image is None else middle_slices(image[x, y, z])
+        return self._scans[index]
+
+    def change(self, own: int, donor: int, same_anatomy: bool) -> tuple[RestyledRegion, StyleChange]:
+        """Give the region of one volume the style of another, and measure it."""
+        region, other = self.region(own), self.region(donor)
+        changed = restyle_region(
+            self.model,
+            region.latents,
+            other.latents,
+            self.statistics(own),
+            self.statistics(donor),
+            self.whole,
         )
+        truth = other.latents if same_anatomy else None
+        return changed, measure_change(region.latents, changed, truth)
 
-    return side(0), side(1)
+    def draw_style(
+        self, own: int, donor: int, same_anatomy: bool, changed: RestyledRegion, change: StyleChange
+    ) -> StylePicture:
+        """Decode what a change of style made."""
+        assert self.tokenizer is not None
+        region, other = self.region(own), self.region(donor).domain
+        if own not in self._kept:
+            self._kept[own] = decode_slices(self.tokenizer, changed.result.kept)
+        kept = self._kept[own]
+        moved = decode_slices(self.tokenizer, changed.result.by_statistics)
+        ranked = decode_slices(self.tokenizer, changed.result.by_rank)
+        goal, away, said = self.scan(donor), {}, {"kept": "", "by_statistics": "", "by_rank": ""}
+        if same_anatomy and goal is not None:
+            scale, unit = region.scale
+            for name, planes in (("kept", kept), ("by_statistics", moved), ("by_rank", ranked)):
+                away[name] = scale * root_mean_square(planes, goal)
+                said[name] = f"\n{away[name]:.0f} {unit} from the truth"
+        columns = [
+            Column(f"{region.domain}: scan", self.scan(own)),
+            Column(f"its content,\nits own style{said['kept']}", kept),
+            Column(f"its content, style of\n{other}{said['by_statistics']}", moved),
+            Column(f"the same, token by\ntoken (by rank){said['by_rank']}", ranked),
+            Column(
+                f"truth: scan of\n{other}" if same_anatomy else f"where the style\nis from: {other}", goal
+            ),
+        ]
+        return StylePicture(region, other, columns, change, away)
 
-
-def _subfigures(figure: FigureBase, rows: int, columns: int) -> list[SubFigure]:
-    """Divide a figure, row by row."""
-    parts: Any = figure.subfigures(rows, columns, squeeze=False, wspace=0.03)
-    return list(parts.flat)
+    def draw_filled(self, own: int, partner: int) -> FilledPicture:
+        """Fill in every token of a region while it is hidden, by the network and by interpolation."""
+        assert self.tokenizer is not None
+        region, config = self.region(own), self.model.config
+        shape = region.latents.shape[1:]
+        starts = window_starts(shape, config.latent_size, max(1, config.latent_size // 2))
+        others = window_starts(self.region(partner).latents.shape[1:], config.latent_size, config.latent_size)
+        masks = hiding_masks(config, len(starts), seed=0)  # (N, L)
+        windows = cut(region.latents, starts, config.latent_size)  # (N, C, S, S, S)
+        partners = [others[number % len(others)] for number in range(len(starts))]
+        given = cut(self.region(partner).latents, partners, config.latent_size)  # (N, C, S, S, S)
+        parts = [
+            fill_hidden(self.model, windows[rows], given[rows], masks[rows])
+            for rows in (slice(first, first + BATCH) for first in range(0, len(starts), BATCH))
+        ]
+        goal = decode_slices(self.tokenizer, region.latents)
+        network = decode_slices(self.tokenizer, blend(torch.cat(parts), starts, shape))
+        smooth = interpolate_hidden(windows, masks, config.patch_size)
+        interpolation = decode_slices(self.tokenizer, blend(smooth, starts, shape))
+        first, second = (
+            -20 * math.log10(max(root_mean_square(planes, goal), 1e-5)) for planes in (network, interpolation)
+        )
+        columns = [
+            Column(f"{region.domain}: scan", self.scan(own)),
+            Column("through the\ntokenizer", goal),
+            Column(f"filled in by the\nnetwork: {first:.1f} dB", network),
+            Column(f"by interpolation:\n{second:.1f} dB", interpolation),
+        ]
+        return FilledPicture(region, columns, (first, second))
 
 
 @styled
-def draw_pair(sides: tuple[Side, Side]) -> Figure:
-    """Draw both sides beside each other, three planes each, one row for each kind of picture."""
-    left, right = (_rows(side) for side in sides)
-    kinds = [kind for kind in left if left[kind][1] is not None or right[kind][1] is not None]
-    figure = new_figure(0.2 + len(kinds) * (WIDTH / 6.2 + 0.3))
-    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
-    for half, rows in zip(_subfigures(figure, 1, 2), (left, right), strict=True):
-        bands = _subfigures(half, len(kinds), 1)
-        for number, (band, kind) in enumerate(zip(bands, kinds, strict=True)):
-            title, image = rows[kind]
-            band.suptitle(title, fontsize=10, x=0.01, ha="left")
-            for ax, (plane, pixels) in zip(band.subplots(1, 3), _planes(image), strict=True):
-                ax.set_axis_off()
-                if number == 0:
-                    ax.set_title(plane, fontsize=9, loc="center", color=GREY, pad=2)
-                if pixels is None:
-                    ax.text(0.5, 0.5, "source not found\nas it was", ha="center", va="center", color=GREY)
-                else:
-                    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+def draw_columns(columns: Sequence[Column], mm: float) -> Figure:
+    """Draw kinds of images beside each other, one row for each plane, all at one scale.
+
+    Args:
+        mm: edge of a pixel.
+    """
+    shapes = next([plane.shape for plane in column.planes] for column in columns if column.planes is not None)
+    widest = max(width for _, width in shapes)
+    inches = WIDTH / len(columns) * 0.94 / widest  # of a pixel
+    figure = new_figure(sum(height for height, _ in shapes) * inches + 1.1)
+    axes = figure.subplots(
+        len(PLANES), len(columns), squeeze=False, height_ratios=[height for height, _ in shapes]
+    )
+    for row, (name, (height, width)) in enumerate(zip(PLANES, shapes, strict=True)):
+        for number, (column, ax) in enumerate(zip(columns, axes[row], strict=True)):
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.grid(False)
+            for spine in ax.spines.values():
+                spine.set_visible(False)
+            if row == 0:
+                ax.set_title(column.title, fontsize=9.5, loc="center")
+            if number == 0:
+                ax.set_ylabel(name, color=GREY)
+            if column.planes is None:
+                ax.text(width / 2, height / 2, "source not found\nas it was", ha="center", color=GREY)
+            else:  # in the middle, for another anatomy has another size
+                tall, wide = column.planes[row].shape
+                left, top = (width - wide) / 2 - 0.5, (height - tall) / 2 - 0.5
+                extent = (left, left + wide, top + tall, top)
+                ax.imshow(column.planes[row], cmap="gray", vmin=0, vmax=1, extent=extent)
+            if number == 0:
+                ax.plot([2, 2 + BAR_MM / mm], [height - 5] * 2, color="#ffd400", linewidth=2.5)
+                if row == 0:
+                    ax.text(2, height - 9, f"{BAR_MM} mm", color="#ffd400", fontsize=8, va="bottom")
+            ax.set_xlim(-0.5 - (widest - width) / 2, width - 0.5 + (widest - width) / 2)
+            ax.set_ylim(height - 0.5, -0.5)
+            ax.set_aspect("equal")
     return figure
-
-
-def _rows(side: Side) -> dict[str, tuple[str, Tensor | None]]:
-    """Return title and image of each kind of picture."""
-    psnr = side.psnr()
-    swapped, truth = f"content of {side.own}, style of {side.other}", ""
-    if side.truth is not None:
-        swapped += f": {psnr['swapped']:.1f} dB (own style: {psnr['kept']:.1f})"
-        truth = f"truth: the same place in {side.other}"
-    reconstructed = f"{side.own}: reconstructed ({psnr['reconstruction']:.1f} dB)"
-    return {
-        "image": (f"{side.own}: input", side.image),
-        "decoded": (f"{side.own}: through the tokenizer", side.decoded),
-        "reconstructed": (reconstructed, side.reconstructed),
-        "swapped": (swapped, side.swapped),
-        "truth": (truth, side.truth),
-    }
-
-
-def _planes(image: Tensor | None) -> list[tuple[str, np.ndarray | None]]:
-    """Cut middle slices: superior (axial: anterior) is up, the patient's right (sagittal: anterior) right."""
-    names = ("axial", "coronal", "sagittal")
-    if image is None:
-        return [(name, None) for name in names]
-    x, y, z = (size // 2 for size in image.shape)
-    slices = (image[:, :, z], image[:, y], image[x])
-    return [(name, np.flipud(part.numpy().T)) for name, part in zip(names, slices, strict=True)]

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 import meduet_fast
-from meduet_fast.probing import FactorScores
+from meduet_fast.probing import FactorScores, PairVerdict, StyleChange
 
 from .curves import HEADLINE_LOSS, LOSS_PANELS, LossPanel
 from .inputs import NETWORK, Findings, ReportInputs
 from .page import details, figure, paragraph, table
+from .pictures import BAR_MM, StylePicture
 
 
 def percent(value: float | None) -> str:
@@ -35,7 +36,29 @@ def headline(findings: Findings) -> str:
         f"  content {percent(probe.content)} (untrained {percent(probe.untrained_content)})",
         f"  style above content: {separation.gap_points:.1f} points",
     ]
+    if findings.filled:
+        lines.append(f"Hidden tokens on held-out crops: {_filled(findings)}")
+    if findings.verdicts:
+        lines.append("Changing style, scans of the same anatomy:")
+        lines += [f"  {_verdict(verdict, findings.best_way())}" for verdict in findings.verdicts]
     return "\n".join(lines)
+
+
+def _filled(findings: Findings) -> str:
+    """Say how the network fills in hidden tokens, beside interpolation without any network."""
+    gain = 100 * findings.fill_gain()
+    said = "less" if gain >= 0 else "more"
+    return f"the network's error is {abs(gain):.0f} % {said} than that of smooth interpolation"
+
+
+def _verdict(verdict: PairVerdict, way: str) -> str:
+    """Say whether a change of style works, in plain words."""
+    gain = 100 * verdict.gain(way)
+    how = "by statistics" if way == "by_statistics" else "by rank"
+    nearer = f"{abs(gain):.0f} % {'nearer to' if gain > 0 else 'farther from'} the real scan"
+    stays = "the anatomy stays" if getattr(verdict, f"stays_{way}") else "the donor's anatomy comes along"
+    word = "works" if verdict.works(way) else "does not work"
+    return f"{verdict.first} and {verdict.second}: {word} ({how}): {nearer} than without the change; {stays}"
 
 
 def summary(inputs: ReportInputs, findings: Findings) -> str:
@@ -57,9 +80,34 @@ def summary(inputs: ReportInputs, findings: Findings) -> str:
         separation.probe_chance,
     )
     before = 100 * (separation.probe.untrained_style - separation.probe.untrained_content)
-    return body + paragraph(
+    body += paragraph(
         f"Style above content: {separation.gap_points:+.1f} percentage points (untrained: {before:+.1f}). "
-        "In a well separated pair of factors style is near 100 % and content near chance."
+        "In a well separated pair of factors style is near 100 % and content near chance. "
+        f"{_adversary(inputs)}"
+    )
+    body += paragraph(f"Hidden tokens on held-out crops: {_filled(findings)}.")
+    if findings.verdicts:
+        gains = " and ".join(
+            f"{100 * findings.style_gain(way):.0f} % {words}"
+            for way, words in (("by_statistics", "by statistics"), ("by_rank", "by rank, the published way"))
+        )
+        body += paragraph(
+            "Giving a scan the style of another acquisition, on pairs that show the same anatomy, so that "
+            f"the right answer is known: on average over the pairs this removes {gains} of the error that a "
+            "scan left in its own style has (a minus adds to it). "
+            + ". ".join(_verdict(verdict, findings.best_way()) for verdict in findings.verdicts)
+            + "."
+        )
+    return body
+
+
+def _adversary(inputs: ReportInputs) -> str:
+    """Say by which means content was kept from knowing the domain."""
+    if inputs.config["objective"].get("content_adversary") != "erasure":
+        return "Content was kept from knowing the domain by the published adversary (reversal of gradients)."
+    return (
+        "Content was kept from knowing the domain by erasure, which is not the published adversary; that one "
+        "was not run here (--objective.content_adversary reversal)."
     )
 
 
@@ -85,7 +133,7 @@ def losses(png: Path, panels: dict[str, LossPanel]) -> str:
 
 
 def separation(findings: Findings, png: Path | None) -> str:
-    """Tell how separation was measured; show retrieval, scatter, and the errors of swaps."""
+    """Tell how separation was measured; show retrieval and scatter."""
     found = findings.separation
     if found is None:
         return paragraph(f"Not measured: {findings.why_not}.")
@@ -124,59 +172,130 @@ def separation(findings: Findings, png: Path | None) -> str:
         body += paragraph(
             "Content should find the place again, whatever the acquisition; style should not know places."
         )
-    if findings.swaps:
-        places = 2 * findings.swaps[0][2].places
+    return body
+
+
+def filling(findings: Findings, pngs: list[Path]) -> str:
+    """Tell how well hidden tokens are filled in, in numbers and pictures."""
+    if not findings.filled:
+        return paragraph(f"Not measured: {findings.why_not}.")
+    body = table(
+        "Hidden tokens on held-out crops: mean squared error of their latents, as a part of the latents' "
+        "variance",
+        ["", "network", "smooth interpolation", "network / interpolation"],
+        [
+            [
+                item.domain,
+                f"{item.network / item.variance:.3f}",
+                f"{item.interpolation / item.variance:.3f}",
+                f"{item.network / item.interpolation:.2f}",
+            ]
+            for item in findings.filled
+        ],
+    )
+    body += paragraph(
+        f"Half of a crop's tokens are hidden and have to be filled in from the others: {_filled(findings)}. "
+        "Smooth interpolation uses no network: every hidden value is the mean of its neighbours (a harmonic "
+        "function). Below 1 in the last column the network has learnt more than that images are smooth."
+    )
+    for png, picture in zip(pngs, findings.filled_pictures, strict=True):
+        network, smooth = picture.psnr
+        body += figure(
+            png,
+            f"The held-out part of {picture.region.domain}, put together from overlapping windows. In each "
+            "half of the tokens was hidden, then the other half; only what was filled in while it was hidden "
+            f"is shown. Network {network:.1f} dB, interpolation {smooth:.1f} dB (PSNR against the "
+            "tokenizer's image, which is the best that both can reach; higher is closer). What only one "
+            f"window shows differently is averaged away. {picture.region.grey}; the bar is {BAR_MM} mm.",
+            f"Slices of {picture.region.domain}: scan, through the tokenizer, filled in by network and "
+            "interpolation",
+        )
+    return body
+
+
+def styles(inputs: ReportInputs, findings: Findings, pngs: list[Path]) -> str:
+    """Tell what changes of style do, in numbers and pictures."""
+    if not findings.panels:
+        return paragraph(f"Not measured: {findings.why_not}.")
+    body = paragraph(
+        (
+            "A scan is encoded, its style is replaced, its content is kept, and both are put together again. "
+            if inputs.whole
+            else "Crops are mixed, taken apart and filled in as in the training, with the style replaced; "
+            "this network was not trained to put whole crops together (objective.lambda_whole is 0), so all "
+            "that is shown is a guess. "
+        )
+        + "By statistics: each dimension of the style is moved from the mean and spread that it has in the "
+        "scan's own volume to those in the other volume, measured in other places. By rank (the published "
+        "way): each token gets the style of one token of a crop of the other volume, from another place."
+    )
+    if findings.verdicts:
         body += table(
-            "Swapping styles: squared error of latents against the other acquisition's own crop of the "
-            f"place, mean over {places} held-out crops",
-            ["", "style swapped", "own style kept", "plain reconstruction"],
+            "Same anatomy, two acquisitions: mean squared error of latents against the other acquisition's "
+            "own, over the whole held-out region, mean of both directions",
+            ["", "own style kept", "by statistics", "by rank", "reconstruction itself", "verdict"],
             [
                 [
-                    f"{first} and {second}",
-                    f"{errors.swapped:.3f}",
-                    f"{errors.kept:.3f}",
-                    f"{errors.own:.3f}",
+                    f"{verdict.first} and {verdict.second}",
+                    f"{verdict.kept:.3f}",
+                    f"{verdict.by_statistics:.3f} ({-100 * verdict.gain('by_statistics'):+.0f} %)",
+                    f"{verdict.by_rank:.3f} ({-100 * verdict.gain('by_rank'):+.0f} %)",
+                    f"{verdict.own:.3f}",
+                    "works" if verdict.works(findings.best_way()) else "does not work",
                 ]
-                for first, second, errors in findings.swaps
+                for verdict in findings.verdicts
             ],
         )
+        how = "by statistics" if findings.best_way() == "by_statistics" else "by rank"
         body += paragraph(
-            "A swap works if its error is below that of keeping the own style; the error of plain "
-            "reconstruction, against the crop itself, is about what it can reach."
+            f"The verdict is on the way that is better on average ({how}). It works if the result is nearer "
+            "to the real scan of the other acquisition than the scan left in its own style is, and if the "
+            "anatomy stays in both directions. Noise can't be copied: it is random, so where acquisitions "
+            "differ by noise alone no change of style comes nearer."
         )
-    return body
-
-
-def pictures(findings: Findings, pngs: list[Path]) -> str:
-    """Show crops with swapped styles, and say what to see in them."""
-    if not pngs:
-        why = findings.why_not or "the store holds imported latents, whose tokenizer is unknown"
-        return paragraph(f"None: {why}.")
-    body = paragraph(
-        "Each picture shows two held-out crops, in three middle planes each. The network sees them mixed: "
-        "half of the blocks from one, the other half from the other. It takes them apart, and its decoder "
-        "gets the blocks of one crop alone and fills in the rest. Every block shown is one that it had to "
-        "fill in: two passes, each hiding the half that the other shows. So a reconstruction is a guess from "
-        "the surroundings, and blurred. It cannot be better than the row above it, which is what the "
-        "tokenizer keeps of the input. Figures in dB (PSNR) tell how close an image is to its goal, the "
-        "second row or the truth: higher is closer."
+    rows = [
+        [f"{own} in the style of {other}", *("yes" if stays else "no" for stays in _stays(change))]
+        for own, other, change in findings.panels
+    ]
+    body += table(
+        "Does the anatomy stay? The result resembles (correlation) its own content more than the style's "
+        "donor",
+        ["", "by statistics", "by rank"],
+        rows,
     )
-    for png, (left, right) in zip(pngs, findings.pictures, strict=True):
-        caption = (
-            f"Different anatomy: {left.own} and {right.own}. The last row should show the anatomy of its own "
-            "side with the brightness and grain of the other. There is no truth to compare with here."
+    for png, picture in zip(pngs, findings.style_pictures, strict=True):
+        body += figure(
+            png,
+            _style_caption(picture),
+            f"Slices of {picture.region.domain}: its own style, and that of {picture.other}",
         )
-        if left.truth is not None:
-            gains = [f"{psnr['swapped'] - psnr['kept']:+.1f}" for psnr in (left.psnr(), right.psnr())]
-            caption = (
-                f"Two places of the same body, the left one scanned as {left.own}, the right one as "
-                f"{right.own}. The fourth row keeps the anatomy and takes the style from the other side; it "
-                "is good if it has the shapes of the third row with the brightness, sharpness and grain of "
-                "the last one, which is the real scan of that place. The swap brings the image "
-                f"{gains[0]} dB (left) and {gains[1]} dB (right) nearer to it."
-            )
-        body += figure(png, caption, f"Crops of {left.own} and {right.own} with swapped styles")
+    if not pngs:
+        body += paragraph("No pictures: the store holds imported latents, whose tokenizer is unknown.")
     return body
+
+
+def _stays(change: StyleChange) -> tuple[bool, bool]:
+    return change.stays_by_statistics, change.stays_by_rank
+
+
+def _style_caption(picture: StylePicture) -> str:
+    region, away = picture.region, picture.away
+    caption = (
+        f"The held-out part of {region.domain}, put together from overlapping windows: the scan; rebuilt "
+        f"from its own content and style; with the style of {picture.other} by statistics, and by rank. "
+    )
+    if picture.change.kept is None:
+        caption += "Another anatomy: there is no truth; the shapes should be those of the first column. "
+    elif away:
+        unit = region.scale[1]
+        nearer = away["kept"] - away["by_statistics"]
+        caption += (
+            f"The last column is the real scan in {picture.other}. On these slices the result by statistics "
+            f"is {away['by_statistics']:.0f} {unit} away from it (root mean square), the scan left in its "
+            f"own style {away['kept']:.0f}: {abs(nearer):.0f} {unit} "
+            f"{'nearer' if nearer > 0 else 'farther'}. "
+        )
+    return f"{caption}{region.grey}; the bar is {BAR_MM} mm."
 
 
 def speed(png: Path) -> str:

@@ -16,7 +16,7 @@ from . import sections
 from .curves import draw_losses, draw_speed, loss_panels
 from .inputs import NETWORK, Findings, ReportInputs, measure, open_run
 from .page import page
-from .pictures import draw_pair
+from .pictures import FilledPicture, StylePicture, draw_columns
 from .plotting import save_png
 from .scatter import draw_scatter
 
@@ -72,11 +72,16 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
         if f"{name}_start_step" in config
     }
     losses, speed, scatter = (folder / f"{name}.png" for name in ("losses", "speed", "factors"))
-    pairs = [folder / f"styles{number + 1}.png" for number in range(len(findings.pictures))]
+    fills = [folder / f"filled{number + 1}.png" for number in range(len(findings.filled_pictures))]
+    styles = [folder / f"styles{number + 1}.png" for number in range(len(findings.style_pictures))]
+    shown: list[FilledPicture | StylePicture] = [*findings.filled_pictures, *findings.style_pictures]
     figures = [
         (losses, partial(draw_losses, inputs.records, starts, len(domains))),
         (speed, partial(draw_speed, inputs.records)),
-        *((path, partial(draw_pair, sides)) for path, sides in zip(pairs, findings.pictures, strict=True)),
+        *(
+            (path, partial(draw_columns, picture.columns, picture.region.mm))
+            for path, picture in zip([*fills, *styles], shown, strict=True)
+        ),
     ]
     if findings.table is not None and findings.separation is not None:
         figures.append((scatter, partial(draw_scatter, findings.table, domains, findings.separation)))
@@ -89,7 +94,8 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
             "Summary": sections.summary(inputs, findings),
             "Losses": sections.losses(losses, panels),
             "Separation": sections.separation(findings, scatter if findings.table is not None else None),
-            "Pictures": sections.pictures(findings, pairs),
+            "Styles": sections.styles(inputs, findings, styles),
+            "Filling in": sections.filling(findings, fills),
             "Speed": sections.speed(speed),
             "Settings": sections.settings(inputs),
         },

@@ -31,11 +31,13 @@ def batch() -> tuple[MeDUET, MeDUET, Tensor, Tensor, Tensor]:
 def test_equals_the_method_read_aloud(batch: tuple[MeDUET, MeDUET, Tensor, Tensor, Tensor]) -> None:
     """fp64, source pairing: every loss, and the gradient of everything but the reversed content head's."""
     student = batch[0]
-    losses, literal = pretraining_losses(*batch), reference_losses(*batch, ObjectiveConfig())
+    config = ObjectiveConfig(lambda_whole=0.7)
+    losses, literal = pretraining_losses(*batch, config), reference_losses(*batch, config)
+    assert losses.keys() == literal.keys()
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(literal[name].item(), rel=1e-10), name
     names = [name for name, _ in student.named_parameters()]
-    for term in ("reconstruction", "domain_style", "mftd", "siqc"):
+    for term in ("reconstruction", "whole", "domain_style", "mftd", "siqc"):
         ours = torch.autograd.grad(
             losses[term], list(student.parameters()), retain_graph=True, allow_unused=True
         )

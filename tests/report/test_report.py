@@ -23,7 +23,7 @@ from meduet_fast.report.pictures import prepared_image
 
 from .conftest import point_to, write_tokenizer
 
-SECTIONS = ["summary", "losses", "separation", "pictures", "speed", "settings"]
+SECTIONS = ["summary", "losses", "separation", "styles", "filling-in", "speed", "settings"]
 
 
 class Page(HTMLParser):
@@ -90,8 +90,8 @@ def test_images_are_embedded_and_lie_beside_the_page(written: Path) -> None:
         embedded.append(content)
     files = [path.read_bytes() for path in written.parent.glob("*.png")]
     assert sorted(embedded) == sorted(files)
-    # Losses, factors, speed; bright and sharp, bright and head.
-    assert len(files) == 5
+    # Losses, factors, speed; bright in the style of sharp and of head; bright and head filled in.
+    assert len(files) == 7
 
 
 def test_a_loss_that_the_report_does_not_know_is_drawn_under_its_own_name() -> None:
@@ -115,12 +115,30 @@ def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
         assert 0 <= value <= 1
         assert f"{100 * value:.1f} %" in text
     assert f"{numbers['reconstruction_loss']['last_tenth']:.3f}" in text
-    (swap,) = numbers["swaps"]
-    assert f"{swap['errors']['swapped']:.3f}" in text
-    assert [(p["first"], p["second"], len(p["psnr_db"])) for p in numbers["pictures"]] == [
-        ("bright", "sharp", 2),
-        ("bright", "head", 2),
+    (pair,) = numbers["style_pairs"]
+    assert (pair["first"], pair["second"]) == ("bright", "sharp")
+    for error in ("kept", "by_statistics", "by_rank", "own"):
+        assert f"{pair[error]:.3f}" in text
+    best = max(numbers["style_gain"], key=numbers["style_gain"].get)
+    verdict = "works" if pair[f"works_{best}"] else "does not work"
+    assert f"bright and sharp: {verdict}" in text
+    assert f"bright and sharp: {verdict}" in numbers["headline"]
+    assert [(item["domain"], item["style_of"]) for item in numbers["style_panels"]] == [
+        ("bright", "sharp"),
+        ("sharp", "bright"),
+        ("bright", "head"),
+        ("head", "bright"),
     ]
+    assert [item["domain"] for item in numbers["filled"]] == ["bright", "sharp"]
+    for item in numbers["filled"]:
+        assert f"{item['network'] / item['interpolation']:.2f}" in text
+    assert [item["domain"] for item in numbers["pictures"]] == [
+        "bright",
+        "head",
+        "bright",
+        "bright",
+    ]
+    assert "black is 0 HU, white 250 HU (level 125, window 250); the bar is 50 mm" in text
     assert "style above content:" in numbers["headline"]
     assert numbers["step"] == 8
     assert numbers["network"] == "teacher"
@@ -225,10 +243,12 @@ def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
     page = Page(write_report(copied, tmp_path / "store").read_text())
     assert len(page.images) == 3
     assert "imported latents, whose tokenizer is unknown" in page.text
+    assert "Does the anatomy stay?" in page.text
     numbers = read_numbers(copied)
     assert not numbers["separation"]["same_anatomy"]
     assert numbers["separation"]["domains"] == ["bright", "head", "sharp"]
-    assert numbers["pictures"] == numbers["swaps"] == []
+    assert numbers["pictures"] == numbers["style_pairs"] == []
+    assert numbers["style_gain"] is None
 
 
 def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: Path, tmp_path: Path) -> None:
