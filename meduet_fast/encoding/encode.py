@@ -76,7 +76,7 @@ def window_stride(config: MeDUETConfig, stride: int | None) -> int:
     return stride
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what inference_mode gives could not be trained on
 def encode_latents(
     model: MeDUET,
     latents: Tensor,
@@ -242,8 +242,8 @@ class Encoder:
         """Load network and tokenizer.
 
         Args:
-            weights: folder of a run, of whose last checkpoint the teacher is taken; what ``meduet-fast
-                export`` made of one ("meduet" or "reference"); or a published checkpoint.
+            weights: folder of a run, of whose last checkpoint the teacher is taken; a checkpoint's file; what
+                ``meduet-fast export`` made of one ("meduet" or "reference"); or a published checkpoint.
             config: how scans are encoded.
 
         Raises:
@@ -251,11 +251,12 @@ class Encoder:
                 or they do not fit together.
         """
         weights, config = Path(weights), config or EncodeConfig()
-        store = None
+        run = weights.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
         if (weights / "checkpoints").is_dir():
-            store = read_run(weights, of_checkpoint=False)["data"]
-            weights = latest_checkpoint(weights) / "teacher.safetensors"
+            run, weights = weights, latest_checkpoint(weights) / "teacher.safetensors"
         file = weight_file(weights)
+        of_run = file.parent.parent.name == "checkpoints" and (run / "run.json").is_file()
+        store = read_run(run, of_checkpoint=False)["data"] if of_run else None
         own = "meduet_config" in read_file(file).get(METADATA, {})
         model = MeDUET.from_pretrained(file) if own else MeDUET.from_reference(file)
         index = read_index(Path(store)) if store and index_path(Path(store)).exists() else None
@@ -479,7 +480,7 @@ class _Table:
         values = tensor.contiguous().numpy()
         place = [self._size, self._size + values.nbytes]
         self._header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
-        self._data.write(values.tobytes())
+        self._data.write(values.data)
         self._size += values.nbytes
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:

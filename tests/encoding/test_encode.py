@@ -91,6 +91,12 @@ def test_one_window_is_what_the_network_says(latents: Tensor) -> None:
     assert (found.first, found.windows) == ((0, 0, 0), 1)
 
 
+def test_a_head_can_be_trained_on_tokens(latents: Tensor) -> None:
+    head = torch.nn.Linear(6, 1)
+    head(encode_latents(network(), latents).style).sum().backward()
+    assert head.weight.grad is not None
+
+
 def test_windows_overlap_by_half_and_batches_make_no_difference(latents: Tensor) -> None:
     model, told = network(), []
     found = encode_latents(model, latents.bfloat16(), batch_size=4, show=lambda *counts: told.append(counts))
@@ -257,6 +263,8 @@ def test_a_run_brings_its_last_teacher_its_tokenizer_and_its_spacing(
         "patch": "2",
         "stride": "4",
     }
+    (run / "checkpoints" / "4" / "teacher.safetensors").write_bytes(weights.read_bytes())
+    assert Encoder.load(run / "checkpoints" / "4" / "teacher.safetensors").tokenizer.identity == identity
     assert Encoder.load(run, EncodeConfig(tokenizer=spec, spacing=1.0)).transform.spacing == 1.0
     with pytest.raises(
         UserError, match=rf"'builtin' is builtin-\w+, .* on latents of {identity} \(.*store\)"
