@@ -207,6 +207,29 @@ def _export(arguments: Namespace) -> int:
     return 0
 
 
+def _encode_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.encoding import EncodeConfig
+
+    parser.add_argument(
+        "weights",
+        type=Path,
+        help="folder of a run (the teacher of its last checkpoint), an export (meduet or reference), or a "
+        "published checkpoint",
+    )
+    parser.add_argument("--input", type=Path, required=True, help="scans, as `prepare` takes them")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    _settings(parser, EncodeConfig)
+
+
+def _encode(arguments: Namespace) -> int:
+    from meduet_fast.encoding import EncodeConfig, encode_scans
+
+    config = _built(EncodeConfig, arguments)
+    summary = encode_scans(arguments.weights, arguments.input, arguments.output, config)
+    print(summary)
+    return 0 if summary.complete else EXIT_FAILED
+
+
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run that `pretrain` wrote")
     parser.add_argument("--data", type=Path, help="latent store, if it is not where the run found it")
@@ -271,6 +294,7 @@ COMMANDS = {
     "pretrain": Command("pretrain MeDUET on a store", _pretrain_arguments, _pretrain),
     "launch": Command("run pretrain or train-tokenizer in several processes", None, _launch),
     "export": Command("write a run's weights for use elsewhere", _export_arguments, _export),
+    "encode": Command("write content and style of whole scans into a table", _encode_arguments, _encode),
     "sizes": Command(
         "list the packaged configurations: parameters, FLOPs, memory", lambda parser: None, _sizes
     ),

@@ -25,7 +25,7 @@ class ProgressBar:
 
     Args:
         description: what is being done.
-        total: how many units there are.
+        total: how many units there are; the attribute may change as more is known.
         unit: name of one unit, for the rate.
         initial: units that were done before (a resumed run); they do not count towards the rate.
         shown: of several processes one shows the display.
@@ -84,8 +84,9 @@ class ProgressBar:
             self.text = text
         if self._progress is not None and self._task is not None:
             self._progress.update(
-                self._task, completed=self.done, rate=f"{self.rate:.3g} {self.unit}/s", text=self.text
-            )
+                self._task, completed=self.done, total=self.total, text=self.text,
+                rate=f"{self.rate:.3g} {self.unit}/s",
+            )  # fmt: skip
         elif self._shown and time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
             self._print_line()
 

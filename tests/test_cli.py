@@ -62,6 +62,7 @@ def test_units_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "--config", "absent", "--data", "x", "--output", "y"], "of the packaged ones (demo"),
         (["prepare", "--input", "nowhere", "--output", "store"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["encode", "nowhere", "--input", "x", "--output", "y"], "x: no such file or folder"),
         (["train-tokenizer", "--input", "nowhere", "--output", "x.safetensors"], "nowhere"),
         (["import-cache", "nowhere", "--output", "x"], "nowhere"),
     ],
@@ -89,6 +90,9 @@ PATHS = [
     ["import-cache", "PATH", "--output", "store"],
     ["export", "PATH", "--output", "x"],
     ["report", "PATH"],
+    ["encode", "PATH", "--input", "file.nii", "--output", "x.safetensors"],
+    ["encode", "x", "--input", "PATH", "--output", "x.safetensors"],
+    ["encode", "x", "--input", "file.nii", "--output", "PATH/x.safetensors"],
     ["train-tokenizer", "--input", "PATH", "--output", "x.safetensors"],
     ["train-tokenizer", "--input", "file.nii", "--output", "PATH/x.safetensors"],
     ["sample-data", "PATH"],
@@ -104,6 +108,7 @@ def test_what_the_system_refuses_is_one_line(
 ) -> None:
     """A folder that may not be searched, and a name too long."""
     import meduet_fast.data.samples
+    import meduet_fast.encoding
     import meduet_fast.prepare.import_cache
     import meduet_fast.pretraining.dry_run
     import meduet_fast.pretraining.export

@@ -9,11 +9,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
-from meduet_fast.autoencoder import load_tokenizer
-from meduet_fast.data.sources import find_volumes
-from meduet_fast.data.transforms import TransformConfig, load_volume
+from meduet_fast.data import find_volumes
+from meduet_fast.encoding import Encoder
 from meduet_fast.models import MeDUET, MeDUETConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -28,40 +26,27 @@ def run(name: str, *arguments: object) -> str:
 
 @pytest.mark.slow
 def test_encode_scan(tmp_path: Path) -> None:
-    """A scan of two crops, in LPS order and 3 mm along z; one crop is encoded by hand."""
-    rng = np.random.default_rng(0)
-    voxels = rng.uniform(-100, 200, (60, 30, 16)).astype(np.float32)
-    affine = np.diag([-1.5, -1.5, 3.0, 1.0])
-    affine[:3, 3] = (90.0, 30.0, -24.0)
+    """Maps lie where the scan's tokens do, and have their greatest variances."""
+    voxels = np.random.default_rng(0).uniform(-100, 200, (60, 40, 16)).astype(np.float32)
     scan = tmp_path / "scan.nii.gz"
-    nib.nifti1.save(nib.nifti1.Nifti1Image(voxels, affine), scan)
-
+    nib.nifti1.save(nib.nifti1.Nifti1Image(voxels, np.diag([-1.5, -1.5, 3.0, 1.0])), scan)
     config = MeDUETConfig(
         latent_size=8, patch_size=2, embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=12,
         decoder_depth=1, decoder_num_heads=2, num_domains=2,
     )  # fmt: skip
-    model = MeDUET(config).eval()
-    model.save_pretrained(tmp_path / "exported" / "model.safetensors")
-    printed = run("encode_scan.py", scan, "--model", tmp_path / "exported", "--output", tmp_path / "scan.npz")
-    assert "content (8, 4, 4, 24), style (8, 4, 4, 6)" in printed
-
-    found = np.load(tmp_path / "scan.npz")
+    MeDUET(config).save_pretrained(tmp_path / "exported" / "model.safetensors")
+    printed = run("encode_scan.py", tmp_path / "exported", scan, "--output", tmp_path / "maps")
     [entry] = find_volumes(scan).volumes
-    volume = load_volume(entry, TransformConfig(max_size=(64, 32, 32), min_size=32, multiple=32))
-    with torch.inference_mode():
-        latents = load_tokenizer().encode(volume.image[None])
-        factors = model(latents[:, :, 8:16])
-    for name, expected in (("content", factors.content), ("style", factors.style)):
-        torch.testing.assert_close(
-            torch.from_numpy(found[name][4:].copy()),
-            expected[0].unflatten(0, (4, 4, 4)),
-            rtol=1e-4,
-            atol=1e-5,
-        )
-    # Patches are 8 voxels of 1.5 mm; the last one's centre lies 3.5 voxels before the grid's last voxel.
-    assert np.allclose(np.abs(np.diag(found["affine"]))[:3], 12.0)
-    last_patch, last_voxel = found["affine"] @ [7, 3, 3, 1], volume.affine @ [63, 31, 31, 1]
-    assert np.allclose(last_voxel - last_patch, [5.25, 5.25, 5.25, 0])
+    expected = Encoder.load(tmp_path / "exported").encode(entry)
+    for kind, tokens in (("content", expected.content), ("style", expected.style)):
+        assert f"scan_{kind}.nii.gz: (140, {tokens.shape[3]}) tokens" in printed
+        found = nib.nifti1.load(tmp_path / "maps" / f"scan_{kind}.nii.gz")
+        assert found.shape == (7, 5, 4, 3)
+        assert np.allclose(found.affine, expected.affine)
+        variances = np.cov(found.get_fdata().reshape(-1, 3).T)
+        assert np.allclose(variances, np.diag(np.diag(variances)), atol=1e-3 * variances[0, 0])
+        greatest = np.linalg.eigvalsh(np.cov(tokens.flatten(0, 2).double().numpy().T))[::-1][:3]
+        assert np.allclose(np.diag(variances), greatest, rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -25,10 +25,14 @@ MAY_IMPORT = {
     "prepare": [*BASE, "data", "autoencoder"],
     "pretraining": [*BASE, "kernels", "layers", "models", "engine", "data"],
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
+    "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "report": [
         *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",
     ],
-    "cli": [*BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "report"],
+    "cli": [
+        *BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "encoding",
+        "report",
+    ],
     "__main__": ["cli"],
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import torch
 from meduet_fast.autoencoder.train import TokenizerTrainingConfig
 from meduet_fast.cli import main
 from meduet_fast.data.crops import random_stream
+from meduet_fast.encoding import EncodeConfig
 from meduet_fast.engine.config import AdamWConfig, EngineConfig
 from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
@@ -20,8 +21,8 @@ from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, PretrainCo
 from meduet_fast.settings import check_yaml
 
 SETTINGS = [
-    AdamWConfig, EngineConfig, MeDUETConfig, ObjectiveConfig, OptimizerConfig, PrepareConfig, PretrainConfig,
-    TokenizerTrainingConfig,
+    AdamWConfig, EncodeConfig, EngineConfig, MeDUETConfig, ObjectiveConfig, OptimizerConfig, PrepareConfig,
+    PretrainConfig, TokenizerTrainingConfig,
 ]  # fmt: skip
 NUMBERS = [
     (settings, name, kind)

@@ -73,7 +73,7 @@ class _Found(NamedTuple):
 
 
 def find_volumes(
-    input_path: Path,
+    input_path: Path | str,
     domain: str | None = None,
     intensity: IntensityRule | None = None,
     body_part: str = "unknown",
@@ -117,6 +117,7 @@ def find_volumes(
         UserError: naming the file and the key, if the input is absent or unreadable, has nothing in it, or is
             not of the form above.
     """
+    input_path = Path(input_path)
     try:
         if not input_path.exists():
             raise UserError(f"{input_path}: no such file or folder")

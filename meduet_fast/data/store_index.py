@@ -28,6 +28,7 @@ VERSION = 2
 INDEX_NAME = "index.jsonl"
 INDEX_NAME_1 = "index.json"  # of version 1
 LATENTS = "latents"
+IMPORTED = "reference-cache"  # in the place of a tokenizer: latents of the published code, of unknown origin
 _BLOCK = 2**16  # bytes of lines that are parsed at once
 
 

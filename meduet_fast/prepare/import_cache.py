@@ -23,12 +23,13 @@ from nibabel.spatialimages import HeaderDataError
 
 from meduet_fast.data.intensity import CT
 from meduet_fast.data.sources import VolumeEntry
+from meduet_fast.data.store_index import IMPORTED
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError, VolumeError
 
 from .update import PrepareSummary, locate, one_by_one, update_store
 
-TOKENIZER = "reference-cache"
+TOKENIZER = IMPORTED
 CHANNELS, COMPRESSION = 4, 4
 SPACING = (1.5, 1.5, 1.5)  # mm; of the prepared images, whatever the original scan had (spec section 1)
 BODY_PARTS = {-1: "unknown", 0: "abdomen", 1: "chest", 2: "spleen", 3: "head-neck", 4: "whole body"}
