@@ -98,13 +98,18 @@ class PretrainConfig(EngineConfig):
 
 
 def doubts(
-    steps: int, teacher_momentum: float, final_teacher_momentum: float, domains: int | None
+    steps: int,
+    teacher_momentum: float,
+    final_teacher_momentum: float,
+    domains: int | None,
+    done: int | None = None,
 ) -> list[str]:
     """Say what of a run is allowed and hardly meant, a line each.
 
     Args:
         steps, teacher_momentum, final_teacher_momentum: of its settings.
         domains: of its store; None if there is none yet.
+        done: steps that a checkpoint has behind it; all of them if None.
     """
     found = []
     if domains == 1:
@@ -112,14 +117,25 @@ def doubts(
             "the store has one domain: there is nothing to tell apart, and style is not separated from "
             "content; make data sets that were acquired differently domains of their own"
         )
-    sampled = min(steps, SAMPLED_STEPS)
-    shares = (sample / max(sampled - 1, 1) for sample in range(sampled))
-    product = math.prod(cosine(teacher_momentum, final_teacher_momentum, share) for share in shares)
-    kept = product ** (steps / sampled)
+    kept = kept_of_start(steps, teacher_momentum, final_teacher_momentum, done)
     if kept > MOST_OF_START:
         found.append(
-            f"the teacher keeps {100 * kept:.0f} % of what it began with over the {steps} steps (without "
-            f"--init, random weights): lower optimizer.teacher_momentum ({teacher_momentum}) and "
+            f"the teacher keeps {100 * kept:.0f} % of what it began with over the {done or steps} steps "
+            f"(without --init, random weights): lower optimizer.teacher_momentum ({teacher_momentum}) and "
             f"optimizer.final_teacher_momentum ({final_teacher_momentum}), or train longer"
         )
     return found
+
+
+def kept_of_start(
+    steps: int, teacher_momentum: float, final_teacher_momentum: float, done: int | None = None
+) -> float:
+    """Compute the share of its first weights that a teacher still has, 0 to 1; see :func:`doubts`."""
+    done = steps if done is None else done
+    sampled = min(done, SAMPLED_STEPS)
+    # Where in the run the sampled steps are: its last one has the final momentum.
+    shares = (
+        sample / max(sampled - 1, 1) * max(done - 1, 1) / max(steps - 1, 1) for sample in range(sampled)
+    )
+    product = math.prod(cosine(teacher_momentum, final_teacher_momentum, share) for share in shares)
+    return float(product ** (done / max(sampled, 1)))

@@ -71,10 +71,10 @@ class ReportInputs:
         return bool(self.config["objective"].get("lambda_whole", 0))
 
     def doubts(self) -> list[str]:
-        """Return what the run warned about at its start."""
+        """Return what is hardly meant, as of the checkpoint that is looked at."""
         optimizer = self.config["optimizer"]
         momenta = optimizer["teacher_momentum"], optimizer["final_teacher_momentum"]
-        return doubts(self.config["steps"], *momenta, len(self.store.domains))
+        return doubts(self.config["steps"], *momenta, len(self.store.domains), self.step)
 
     def identity(self) -> str:
         """Compute the SHA-256 (hex) of all that a report depends on."""

@@ -247,6 +247,9 @@ def test_a_teacher_that_keeps_its_start() -> None:
     assert doubts(100_000, 0.0, 1.0, None) == []
     assert len(doubts(1, 0.99, 0.99, 1)) == 2
     assert PretrainConfig().doubts(10) == []
+    [early] = doubts(200_000, 0.997, 0.9997, 2, done=100)  # a good run's early checkpoint: 0.997^100 = 0.74
+    assert early.startswith("the teacher keeps 74 % of what it began with over the 100 steps")
+    assert doubts(200_000, 0.997, 0.9997, 2, done=1000) == []
 
 
 def test_doubts_of_a_long_run_take_no_time() -> None:
