@@ -29,7 +29,7 @@ MAY_IMPORT = {
         *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",
     ],
     "cli": [*BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "report"],
-    "__main__": ["cli"],
+    "__main__": ["errors", "cli"],
 }  # fmt: skip
 
 
