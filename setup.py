@@ -66,6 +66,8 @@ setup(
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "xformers": ["xformers>=0.0.35"],
         "itk": ["SimpleITK>=2.5.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
+        "wandb": ["wandb>=0.20"],  # see meduet_fast/engine/loggers.py
+        "mlflow": ["mlflow>=3"],
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
             *TRAIN,
