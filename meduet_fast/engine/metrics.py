@@ -174,10 +174,11 @@ def first_and_last(records: Sequence[Mapping[str, float]], name: str) -> tuple[f
 
 
 def summary_line(record: Mapping[str, float], labels: Mapping[str, str]) -> str:
-    """Return the text beside the progress bar: the losses that have a label, rate, memory."""
-    losses = " ".join(f"{label} {record[name]:.3f}" for name, label in labels.items())
-    return (
-        f"{losses} | {record['samples_per_s']:.1f} samples/s, data wait {record['data_wait_percent']:.0f} %, "
-        f"{record['memory_mb']:.0f} MB"
-        + (f", MFU {record['mfu_percent']:.0f} %" if "mfu_percent" in record else "")
-    )
+    """Return the text beside the progress bar: rate, memory, and the losses that have a label."""
+    items = [
+        f"{record['samples_per_s']:.1f} samples/s", f"data wait {record['data_wait_percent']:.0f} %",
+        f"{record['memory_mb']:.0f} MB",
+    ]  # fmt: skip
+    if "mfu_percent" in record:
+        items.append(f"MFU {record['mfu_percent']:.0f} %")
+    return ", ".join([*items, *(f"{label} {record[name]:.3f}" for name, label in labels.items())])
