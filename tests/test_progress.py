@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_left_out_whole(
     assert shown.layout(width) == (before, bar, behind)
     assert drawn(shown, width) == f"{before} {' ' * (bar + 1)}{behind}".strip()
     shown.update(99_000)
-    assert drawn(shown, width).count("━") == bar // 2
+    assert bar // 2 <= drawn(shown, width).count("━") <= bar // 2 + 1
 
 
 def test_a_rate_and_an_eta_are_said_when_there_are_some(
