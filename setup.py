@@ -19,6 +19,7 @@ TRAIN = [
     "PyYAML>=6",
     "rich>=13",
     "matplotlib>=3.9",
+    "pillow>=10.1",
     "tensorboard>=2.18",
 ]
 

@@ -19,7 +19,7 @@ from .intensity import IntensityRule
 PLANES = {"sagittal": (0, 1, 2), "coronal": (1, 0, 2), "axial": (2, 0, 1)}  # axis cut, drawn across, upwards
 BARS_MM = (100, 50, 20, 10, 5, 2, 1)
 LINE, GAP = 18, 8  # pixels
-ZOOM = 2  # of the block
+ZOOM = 3  # of the block
 FRAME = (255, 160, 0)
 
 Triple = tuple[float, float, float]

@@ -26,7 +26,7 @@ from .load_ahead import Loader, load_ahead
 from .update import Outcomes, PrepareSummary, locate, one_by_one, update_store
 
 MAX_WORKERS = 8  # by default; more wait for one encoder and one disk
-BLOCK = 16  # latent voxels, the edge of what a preview decodes: a few percent of what encoding takes
+BLOCK = 12  # latent voxels, the edge of what a preview decodes: a few percent of what encoding takes
 FEW = 4  # volumes, for which starting processes, a quarter of a second each, may not pay
 
 

@@ -130,7 +130,7 @@ def test_previews_show_the_three_middle_slices(volumes: list[VolumeEntry], store
         plane, output = (np.flipud(volume.take(size // 2, axis).T) for volume in (image, decoded))
         assert found(grey, plane)
         for shown in (plane, output):
-            assert found(grey, shown.repeat(2, 0).repeat(2, 1))
+            assert found(grey, shown.repeat(3, 0).repeat(3, 1))
         assert not found(grey, output)
 
 
