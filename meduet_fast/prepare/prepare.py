@@ -109,16 +109,15 @@ def prepare_volumes(
             digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
         latents = tokenizer.encode(volume.image[None].to(device), config.sample, generator)  # (1, C, x, y, z)
-        starts = [max(0, size - BLOCK) // 2 for size in latents.shape[2:]]
-        block = tuple(slice(start, start + BLOCK) for start in starts)
-        x, y, z = (tokenizer.compression * start for start in starts)
+        x, y, z = (max(0, size - BLOCK) // 2 for size in latents.shape[2:])
+        block = latents[:, :, x : x + BLOCK, y : y + BLOCK, z : z + BLOCK].bfloat16()  # as stored
         preview = Preview(
             title=f"{entry.name}, domain {entry.domain}",
             image=volume.image[0],
             spacing=volume.spacing,
             intensity=volume.intensity,
-            corner=(x, y, z),
-            decoded=tokenizer.decode(latents[(..., *block)].bfloat16())[0, 0],  # as the store keeps them
+            corner=(tokenizer.compression * x, tokenizer.compression * y, tokenizer.compression * z),
+            decoded=tokenizer.decode(block)[0, 0],
         )
         looked = {} if entry.intensity else {"intensity_from": "values"}
         channel = {} if entry.channel is None else {"channel": str(entry.channel)}
