@@ -8,6 +8,21 @@ from setuptools import find_packages, setup
 # Relative links and pictures lead nowhere on a package index: their text stays.
 RELATIVE_LINK = re.compile(r"!?\[([^\]]*)\]\((?![a-z]+:|#)[^)]*\)")
 
+# What everything but kernels and layers needs: the program, data, models, training, reports.
+TRAIN = [
+    "numpy",
+    "monai>=1.6,<1.7",
+    "nibabel>=5.3",
+    "safetensors>=0.6",
+    "scikit-learn>=1.5",
+    "jsonargparse[signatures]>=4.49",
+    "PyYAML>=6",
+    "rich>=13",
+    "matplotlib>=3.9",
+    "pillow>=10.1",
+    "tensorboard>=2.18",
+]
+
 setup(
     name="meduet-fast",
     version="0.1.0",
@@ -43,28 +58,20 @@ setup(
         "meduet_fast": ["py.typed", "configs/*.yaml", "autoencoder/*.safetensors"],
         "meduet_fast.kernels": ["configs.json"],
     },
-    install_requires=[
-        "torch>=2.11,<2.16",
-        "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
-        "monai>=1.6,<1.7",
-        "nibabel>=5.3",
-        "safetensors>=0.6",
-        "scikit-learn>=1.5",
-        "jsonargparse[signatures]>=4.49",
-        "PyYAML>=6",
-        "rich>=13",
-        "matplotlib>=3.9",
-        "tensorboard>=2.18",
-    ],
+    # All that meduet_fast.kernels and meduet_fast.layers need.
+    install_requires=["torch>=2.11,<2.16", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
+        "train": TRAIN,
         # Attention backends for CUDA, see meduet_fast/layers/attention.py; flash-attn is built from source.
         "flash2": ["flash-attn>=2.8"],
         "flash4": ["flash-attn-4>=4.0.0b36"],
         "xformers": ["xformers>=0.0.35"],
         "itk": ["SimpleITK>=2.5.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
+        "wandb": ["wandb>=0.20"],  # see meduet_fast/engine/loggers.py
+        "mlflow": ["mlflow>=3"],
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
+            *TRAIN,
             "einops",
             "pytest",
             "pytest-benchmark",
@@ -78,5 +85,5 @@ setup(
             "SimpleITK>=2.5.4",
         ],
     },
-    entry_points={"console_scripts": ["meduet-fast = meduet_fast.cli:main"]},
+    entry_points={"console_scripts": ["meduet-fast = meduet_fast.__main__:main"]},
 )

@@ -50,6 +50,10 @@ class Pooling(Tokenizer):
         """Return (1, 4, x, y, z) of an image (1, 1, X, Y, Z)."""
         return F.avg_pool3d(volume, 4).repeat(1, 4, 1, 1, 1)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return (1, 1, X, Y, Z) of latents (1, 4, x, y, z)."""
+        return F.interpolate(latents[:, :1].float(), scale_factor=4).clamp(0, 1)
+
 
 def make_scans(folder: Path) -> list[VolumeEntry]:
     """Write noise in the shape of abdominal CTs with thick slices."""

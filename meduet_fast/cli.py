@@ -132,7 +132,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         type=Path,
-        help="weights to begin from: an export (meduet or reference), or a published checkpoint",
+        help="weights to begin from: an export (meduet or reference), or a checkpoint of the published code",
     )
     _settings(parser, PretrainConfig, f", or the name of a packaged one ({', '.join(sorted(_packaged()))})")
 
@@ -267,7 +267,8 @@ def _train_tokenizer(arguments: Namespace) -> int:
 _LAUNCH_HELP = """usage: meduet-fast launch [OPTION OF TORCHRUN ...] COMMAND ...
 
 Run pretrain or train-tokenizer in several processes, one for each GPU: as torchrun does, with its options
-(`torchrun --help` lists them), but an error is one line of each process, and the exit code the command's own.
+(`torchrun --help` lists them), but what a user can mend is said in one line by each process, and the exit
+code is the command's own.
 
   meduet-fast launch --nproc-per-node 8 pretrain --config vit_base --data store --output run"""
 

@@ -47,6 +47,30 @@ class VolumeError(UserError):
         super().__init__(f"{printable(path)}: {reason}")
 
 
+class MissingExtra(UserError, ImportError):
+    """A package that an extra would have brought."""
+
+
+def install_hint(extra: str) -> str:
+    """Say how an extra is installed: the project is on no package index."""
+    return f"pip install '.[{extra}]' in a clone of meduet-fast"
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Name the extra that brings what an import within does not find.
+
+    Raises:
+        MissingExtra: for a package of others that is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "meduet_fast":
+            raise
+        raise MissingExtra(f"{error.name} is not installed: {install_hint(extra)}") from error
+
+
 @contextmanager
 def failures_of(path: Path) -> Iterator[None]:
     """Turn what libraries raise on a strange file into the failure of this one volume.

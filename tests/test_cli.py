@@ -167,6 +167,10 @@ def test_sizes_are_the_published_setting_and_fit_80_gb(name: str) -> None:
     assert config.model.embed_dim == 64 * config.model.num_heads
     assert config.model.patch_size == (2 if name.endswith("_p2") else 4)
     assert memory_estimate(config).total < 70e9  # an estimate, and CUDA takes some
+    row = f"| `{name}` | {config.model.depth} x {config.model.embed_dim} ({config.model.num_heads}) | "
+    crops = f" | {config.batch_size}{', recomputed' * config.recompute} | "
+    readme = Path(__file__).parents[1] / "README.md"
+    assert any(line.startswith(row) and crops in line for line in readme.read_text().splitlines())
     published = PretrainConfig()
     size = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 4}
     assert (

@@ -33,7 +33,7 @@ MAY_IMPORT = {
         *BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "encoding",
         "report",
     ],
-    "__main__": ["cli"],
+    "__main__": ["errors", "cli"],
 }  # fmt: skip
 
 

@@ -61,6 +61,16 @@ def test_sdist_builds_the_installed_layout(unpacked: Path, tmp_path: Path) -> No
     assert files(package, "kernels") == files(unpacked, "kernels") - unshipped
 
 
+def test_kernels_bring_torch_and_triton_alone(unpacked: Path) -> None:
+    text = (unpacked.parent / "meduet_fast.egg-info" / "requires.txt").read_text()
+    sections = dict(re.findall(r"^\[(.*?)\]\n(.*?)(?=^\[|\Z)", f"[]\n{text}", re.DOTALL | re.MULTILINE))
+    brought = {extra: set(lines.split()) for extra, lines in sections.items()}
+    assert [line.split("<")[0] for line in brought[""]] == ["torch"]
+    assert [line.split(">")[0] for line in brought[':platform_system == "Linux"']] == ["triton"]
+    assert brought["train"]
+    assert brought["train"] < brought["dev"]
+
+
 def test_description_has_no_links_that_lead_nowhere(unpacked: Path) -> None:
     metadata = BytesParser().parsebytes((unpacked / "PKG-INFO").read_bytes())
     assert metadata["Author"] == "meduet-fast developers"

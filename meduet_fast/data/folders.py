@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meduet_fast.errors import printable
+from meduet_fast.errors import install_hint, printable
 
 from .itk_formats import ITK_ENDINGS
 
 # Read, in capitals too; of a scan in two forms the first. An .hdr has its .img beside it.
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".hdr", ".hdr.gz", *ITK_ENDINGS)
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-ITK_MISSING = "needs ITK to be read: pip install 'meduet-fast[itk]'"
+ITK_MISSING = f"needs ITK to be read: {install_hint('itk')}"
 NOT_READ = "of a format that is not read"
 IS_LABEL = "by its name a mask or label map; if it is a scan, name it in a list or a manifest"
 ONE_DICOM = "one DICOM file: name its folder"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from meduet_fast.errors import VolumeError
+from meduet_fast.errors import VolumeError, install_hint
 
 READERS = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO"}
 ITK_ENDINGS = tuple(READERS)
@@ -35,7 +35,7 @@ def simple_itk(path: Path) -> ModuleType:
     try:
         import SimpleITK
     except ImportError as error:
-        raise VolumeError(path, "needs SimpleITK to be read: pip install 'meduet-fast[itk]'") from error
+        raise VolumeError(path, f"needs SimpleITK to be read: {install_hint('itk')}") from error
     version = SimpleITK.Version.VersionString()
     if [int(part) for part in re.findall(r"\d+", version)[:3]] < [2, 5, 4]:
         reason = f"needs SimpleITK 2.5.4 or later, found {version}, which reads slices that are cut short"

@@ -4,7 +4,7 @@
 
     STORE/index.jsonl                 format, tokenizer, and the volumes: only complete files are ever listed
     STORE/latents/<name>.safetensors  latents in bfloat16; labels in the file's metadata
-    STORE/previews/<name>.png         middle slices of the prepared image (not for imported latents)
+    STORE/previews/<name>.png         slices of the prepared image, a block decoded; not of imported latents
 """
 
 from __future__ import annotations

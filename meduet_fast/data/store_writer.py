@@ -20,7 +20,7 @@ from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.lock import FolderLock
 
 from .latent_file import CropReader, latent_file, open_latents
-from .preview import write_preview
+from .preview import Preview, write_preview
 from .store import check_file
 from .store_index import (
     INDEX_NAME,
@@ -49,7 +49,7 @@ class VolumeRecord:
         affine: (4, 4), voxels of the prepared image to RAS mm.
         spacing: voxel size of the prepared image in mm.
         intensity: the rule that mapped voxel values to [0, 1], as a mapping.
-        image: (X, Y, Z) in [0, 1], of which a preview is drawn; None for none.
+        preview: what a picture of it shows; None for none.
         notes: further labels for the file's header.
     """
 
@@ -62,7 +62,7 @@ class VolumeRecord:
     affine: np.ndarray
     spacing: tuple[float, float, float]
     intensity: Mapping[str, Any]
-    image: Tensor | None = None
+    preview: Preview | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -163,8 +163,8 @@ class StoreWriter:
             "tokenizer": self._empty.tokenizer,
             "content_key": volume.content_key,
         }
-        if volume.image is not None:
-            write_preview(self._preview(volume.name), volume.image)
+        if volume.preview is not None:
+            write_preview(self._preview(volume.name), volume.preview)
         self._write_latents(entry, latent, metadata)
         self.entries[entry.name] = entry
         self._append(entry.line())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from meduet_fast.layers.attention import AttentionBackend
 from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, SEED, SHARE, Range, SettingError, check_numbers
 
+from .loggers import logger_names
 from .precision import Precision
 
 MOST_BATCHES = 2**40  # of one seed, see engine.step.batch_generator
@@ -19,7 +20,7 @@ BATCHES_OF_A_STEP = "accumulate x processes"
 _FREE = (
     "accumulate", "workers", "device", "attention", "parallel", "shard_size", "recompute", "compile",
     "cuda_graph", "timeout_s", "grace_s", "log_every", "checkpoint_every", "keep_checkpoints",
-    "async_checkpoints",
+    "async_checkpoints", "loggers",
 )  # fmt: skip
 
 
@@ -87,6 +88,8 @@ class EngineConfig:
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: checkpoints kept; older ones are removed.
         async_checkpoints: write checkpoints while training goes on, from a copy in host memory.
+        loggers: where figures go beside metrics.jsonl: "tensorboard", "wandb" and "mlflow" (optional extras),
+            with commas between.
     """
 
     steps: int = 200_000
@@ -108,6 +111,7 @@ class EngineConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     async_checkpoints: bool = False
+    loggers: str = "tensorboard"
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -117,6 +121,10 @@ class EngineConfig:
         check_numbers(self, FROM_0, "workers", "shard_size")
         check_numbers(self, SEED, "seed")
         check_numbers(self, Range(1, LONGEST_TIMEOUT_S), "timeout_s")
+        try:
+            logger_names(self.loggers)
+        except ValueError as error:
+            raise SettingError("loggers", str(error)) from error
         if self.steps * self.accumulate > MOST_BATCHES:
             raise SettingError(
                 "steps", f"found {self.steps} of {self.accumulate} batches, expected {MOST_BATCHES} in all"

@@ -13,6 +13,7 @@ from meduet_fast.lock import refuse_held
 from .checkpoint import find_start
 from .config import EngineConfig
 from .distributed import launched, refuse_lone_tasks
+from .loggers import require_loggers
 from .loop import refuse_graph
 from .parallel import shard_count
 from .precision import use_float8
@@ -41,6 +42,7 @@ def check_start(
         refuse_lone_tasks()
     device = select_device(config.device)
     set_attention_backend(config.attention, device)
+    require_loggers(config.loggers)
     if config.precision == "float8":
         use_float8(list(task.blocks()), device)
     if config.cuda_graph:

@@ -25,6 +25,7 @@ from .checkpoint import CheckpointWriter, describe_start, find_start, last_good,
 from .config import EngineConfig
 from .cuda_graph import GraphedGradients
 from .distributed import World, join_world
+from .loggers import require_loggers
 from .metrics import RunLog
 from .optimizer import build_optimizer
 from .parallel import parallelize
@@ -86,6 +87,7 @@ def fit(
     ):
         stop.tell = world.fail
         set_attention_backend(config.attention, world.device)
+        require_loggers(config.loggers)
         torch.manual_seed(config.seed)
         task, data = make()
         stop.reading = data.reading

@@ -1,4 +1,4 @@
-"""Write a run's records: JSON lines, TensorBoard, the text beside the bar. Nothing waits for the device."""
+"""Write a run's records: JSON lines, loggers, the text beside the bar. Nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path
 
 from .config import EngineConfig
 from .distributed import World
+from .loggers import open_loggers
 from .task import Task
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,7 +77,7 @@ def read_metrics(run: Path, rank: int = 0) -> list[dict[str, float]]:
 
 
 class RunLog:
-    """Append to this process's metrics file, and on rank 0 to TensorBoard.
+    """Append to this process's metrics file, and on rank 0 hand on to the loggers.
 
     Args:
         run: the run's folder.
@@ -91,10 +93,10 @@ class RunLog:
             kept = [record for record in read_metrics(run, world.rank) if record["step"] < start_step]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._board = (
-            SummaryWriter(str(run / "tensorboard"), purge_step=start_step) if world.rank == 0 else None
-        )
+        self._opened = ExitStack()
+        self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
+        loggers = open_loggers(config.loggers, run, start_step, config.flat())
+        self._loggers = self._opened.enter_context(loggers) if world.rank == 0 else []
         self._task, self._config, self._world = task, config, world
         self._peak = peak_tflops(world.device)
         if world.device.type == "cuda":  # counting may take seconds, which must not be a step's
@@ -105,10 +107,8 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
 
     def report(self, step: int, values: dict[str, float], waited: float, done_at: float) -> str | None:
         """Take in one step; every ``log_every`` steps average over processes and write a record.
@@ -132,11 +132,13 @@ class RunLog:
         record = {"step": step, **mean, **self._speed(step, done_at), "time": time.time()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._board is not None:
-            losses = losses_in(record)
-            for name in record.keys() - {"step", "time"}:
-                kind = "loss" if name in losses else "run"
-                self._board.add_scalar(f"{kind}/{name}", record[name], step)
+        losses = losses_in(record)
+        scalars = {
+            f"{'loss' if name in losses else 'run'}/{name}": value
+            for name, value in record.items() if name not in ("step", "time")
+        }  # fmt: skip
+        for logger in self._loggers:
+            logger.scalars(step, scalars)
         return summary_line(record, self._task.labels)
 
     def _speed(self, step: int, done_at: float) -> dict[str, float]:
@@ -172,10 +174,11 @@ def first_and_last(records: Sequence[Mapping[str, float]], name: str) -> tuple[f
 
 
 def summary_line(record: Mapping[str, float], labels: Mapping[str, str]) -> str:
-    """Return the text beside the progress bar: the losses that have a label, rate, memory."""
-    losses = " ".join(f"{label} {record[name]:.3f}" for name, label in labels.items())
-    return (
-        f"{losses} | {record['samples_per_s']:.1f} samples/s, data wait {record['data_wait_percent']:.0f} %, "
-        f"{record['memory_mb']:.0f} MB"
-        + (f", MFU {record['mfu_percent']:.0f} %" if "mfu_percent" in record else "")
-    )
+    """Return the text beside the progress bar: rate, memory, and the losses that have a label."""
+    items = [
+        f"{record['samples_per_s']:.1f} samples/s", f"data wait {record['data_wait_percent']:.0f} %",
+        f"{record['memory_mb']:.0f} MB",
+    ]  # fmt: skip
+    if "mfu_percent" in record:
+        items.append(f"MFU {record['mfu_percent']:.0f} %")
+    return ", ".join([*items, *(f"{label} {record[name]:.3f}" for name, label in labels.items())])

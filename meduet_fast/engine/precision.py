@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, install_hint
 
 Precision = Literal["auto", "float32", "bfloat16", "float8"]
 
@@ -61,7 +61,7 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
         except (ImportError, OSError, RuntimeError, AttributeError) as error:  # the others: for another torch
             raise UserError(
                 f"precision 'float8' needs the package torchao, which can't be imported ({error}): "
-                "pip install 'meduet-fast[float8]', or take precision 'bfloat16'"
+                f"{install_hint('float8')}, or take precision 'bfloat16'"
             ) from error
     config = replace(Float8LinearConfig.from_recipe_name(_RECIPE), emulate=emulate)
     count = 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meduet_fast.errors import UserError
+from meduet_fast.errors import UserError, install_hint
 
 AttentionBackend = Literal["sdpa", "flash2", "flash4", "xformers"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ def attention_backend(name: AttentionBackend) -> Attend:
         known = ", ".join(repr(item) for item in get_args(AttentionBackend))
         raise ValueError(f"attention is {name!r}, expected one of {known}")
     package, module, attribute, dtypes = _PACKAGES[name]
-    advice = f"pip install 'meduet-fast[{name}]', or take attention 'sdpa'"
+    advice = f"{install_hint(name)}, or take attention 'sdpa'"
     try:
         function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:  # the last two: for another torch

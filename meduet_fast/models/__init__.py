@@ -1,6 +1,9 @@
 """The MeDUET network: a ViT over latent patches, split into content and style."""
 
-from .config import MeDUETConfig
-from .meduet import Factors, MeDUET
+from meduet_fast.errors import needs_extra
+
+with needs_extra("train"):
+    from .config import MeDUETConfig
+    from .meduet import Factors, MeDUET
 
 __all__ = ["Factors", "MeDUET", "MeDUETConfig"]

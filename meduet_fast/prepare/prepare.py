@@ -14,6 +14,7 @@ import torch
 
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.intensity import IntensityRule
+from meduet_fast.data.preview import Preview
 from meduet_fast.data.sources import VolumeEntry, find_volumes
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig
@@ -25,6 +26,7 @@ from .load_ahead import Loader, load_ahead
 from .update import Outcomes, PrepareSummary, locate, one_by_one, update_store
 
 MAX_WORKERS = 8  # by default; more wait for one encoder and one disk
+BLOCK = 12  # latent voxels, the edge of what a preview decodes: a few percent of what encoding takes
 FEW = 4  # volumes, for which starting processes, a quarter of a second each, may not pay
 
 
@@ -85,8 +87,8 @@ def prepare_volumes(
 ) -> PrepareSummary:
     """Do what :func:`prepare` does, for volumes and a tokenizer at hand.
 
-    Of the tokenizer ``identity``, ``channels``, ``compression`` and ``encode`` are used: anything with these
-    will do.
+    Of the tokenizer ``identity``, ``channels``, ``compression``, ``encode`` and ``decode`` are used: anything
+    with these will do.
     """
     if config.transform.multiple % tokenizer.compression:
         raise UserError(
@@ -107,6 +109,16 @@ def prepare_volumes(
             digest = hashlib.sha256(f"{config.seed} {entry.name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
         latents = tokenizer.encode(volume.image[None].to(device), config.sample, generator)  # (1, C, x, y, z)
+        x, y, z = (max(0, size - BLOCK) // 2 for size in latents.shape[2:])
+        block = latents[:, :, x : x + BLOCK, y : y + BLOCK, z : z + BLOCK].bfloat16()  # as stored
+        preview = Preview(
+            title=f"{entry.name}, domain {entry.domain}",
+            image=volume.image[0],
+            spacing=volume.spacing,
+            intensity=volume.intensity,
+            corner=(tokenizer.compression * x, tokenizer.compression * y, tokenizer.compression * z),
+            decoded=tokenizer.decode(block)[0, 0],
+        )
         looked = {} if entry.intensity else {"intensity_from": "values"}
         channel = {} if entry.channel is None else {"channel": str(entry.channel)}
         series = {} if entry.series is None else {"series": entry.series.label}
@@ -120,7 +132,7 @@ def prepare_volumes(
             affine=volume.affine,
             spacing=volume.spacing,
             intensity=asdict(volume.intensity),
-            image=volume.image[0],
+            preview=preview,
             notes={"scan": volume.scan.to_json(), **looked, **channel, **series},
         )
 

@@ -107,20 +107,19 @@ def print_plan(
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:
     """Format parameters, FLOPs and memory of several configurations as a Markdown table."""
-    rows: list[list[str]] = [
-        ["configuration", "blocks x width (heads)", "patch", "tokens", "parameters", "FLOP a crop",
-         "without MFTD", "crops at once x accumulated", "recompute", "memory a GPU", "sharded over 8"],
+    rows = [
+        ["configuration", "blocks x width (heads)", "parameters", "FLOP a crop, with / without MFTD",
+         "crops at once", "memory a GPU / sharded over 8"],
     ]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     by_size = sorted(configs.items(), key=lambda item: (item[1].model.embed_dim, item[1].model.num_tokens))
     for name, config in by_size:
         model = config.model
-        row = [f"`{name}`", f"{model.depth} x {model.embed_dim} ({model.num_heads})"]
-        row += [str(model.patch_size), str(model.num_tokens), si(count_parameters(model), "")]
-        row += [si(flops_per_sample(model, ObjectiveConfig(mftd=mftd)), "") for mftd in (True, False)]
-        row.append(f"{config.batch_size} x {config.accumulate}")
-        row.append("yes" if config.recompute else "no")
-        whole, sharded = memory_estimate(config), memory_estimate(config, 8)
-        row += [si(estimate.total, "B") for estimate in (whole, sharded)]
-        rows.append(row)
+        flops = [si(flops_per_sample(model, ObjectiveConfig(mftd=mftd)), "") for mftd in (True, False)]
+        memory = [si(memory_estimate(config, shards).total, "B") for shards in (1, 8)]
+        rows.append([
+            f"`{name}`", f"{model.depth} x {model.embed_dim} ({model.num_heads})",
+            si(count_parameters(model), ""), " / ".join(flops),
+            f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(memory),
+        ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

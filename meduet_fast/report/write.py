@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from meduet_fast.engine.loggers import BOARD, log_pictures
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
 from meduet_fast.progress import track
@@ -27,7 +28,7 @@ def write_report(run: Path, data: Path | None = None) -> Path:
     """Write ``RUN/report/``; a report that is there already and up to date is left alone.
 
     Args:
-        run: folder of a run that ``pretrain`` wrote.
+        run: folder of a run that ``pretrain`` wrote; its TensorBoard gets the figures, too.
         data: its latent store; by default where the run found it.
 
     Returns:
@@ -87,6 +88,8 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
         figures.append((scatter, partial(draw_scatter, findings.table, domains, findings.separation)))
     for path, draw in track(figures, "Drawing", "figure"):
         save_png(draw(), path)
+    if (inputs.run / BOARD).is_dir():
+        log_pictures(inputs.run, inputs.step, {path.stem: path for path, _ in figures})
     html = page(
         f"Pretraining report: {inputs.run.resolve().name}",
         f"MeDUET after {inputs.step} steps on {len(domains)} domains",

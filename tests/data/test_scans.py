@@ -425,9 +425,9 @@ def test_without_itk_its_formats_say_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setattr(builtins, "__import__", absent)
     for name in ("a.mha", "a.mhd", "a.nrrd", "A.NRRD"):
         (tmp_path / name).touch()
-        with pytest.raises(VolumeError, match=r"pip install 'meduet-fast\[itk\]'"):
+        with pytest.raises(VolumeError, match=r"pip install '\.\[itk\]' in a clone"):
             read_scan(tmp_path / name)
-    with pytest.raises(VolumeError, match=r"pip install 'meduet-fast\[itk\]'"):
+    with pytest.raises(VolumeError, match=r"pip install '\.\[itk\]' in a clone"):
         read_scan(tmp_path)
 
 

@@ -473,7 +473,7 @@ def test_itk_formats_and_dicom_folders_need_itk(
     else:
         assert files == {"d.nii"}
         assert set(left_out(listing)) == {"a.mha", "b.mhd", "C.NRRD", "dicom"}
-        assert all("pip install 'meduet-fast[itk]'" in item.reason for item in listing.left_out)
+        assert all("pip install '.[itk]' in a clone" in item.reason for item in listing.left_out)
         path = write_json(tmp_path / "set/list.json", {"training": ["a.mha", "d.nii"]})
         assert [item.asked for item in find_volumes(path).left_out] == [True]
 

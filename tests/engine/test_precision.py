@@ -123,7 +123,7 @@ def test_a_network_without_any_such_layer_is_refused() -> None:
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UserError, match=r"pip install 'meduet-fast\[float8\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[float8\]' in a clone"):
         use_float8(blocks_of(MeDUET(MODEL)), CPU)
 
 

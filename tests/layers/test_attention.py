@@ -71,7 +71,9 @@ def test_an_absent_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     monkeypatch.delitem(sys.modules, "flash_attn.cute", raising=False)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
-    with pytest.raises(UserError, match=rf"attention '{name}' needs the package .*meduet-fast\[{name}\]"):
+    with pytest.raises(
+        UserError, match=rf"attention '{name}' needs the package .*pip install '\.\[{name}\]'"
+    ):
         set_attention_backend(name)
     assert attention.attend is F.scaled_dot_product_attention
 

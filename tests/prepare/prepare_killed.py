@@ -48,7 +48,7 @@ class PoolingTokenizer(Tokenizer):
         return F.avg_pool3d(volume, 4).repeat(1, 4, 1, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+        return F.interpolate(latents[:, :1].float(), scale_factor=4).clamp(0, 1)
 
 
 def volumes_with(folder: Path, upper: float) -> list[VolumeEntry]:

@@ -49,7 +49,7 @@ class PoolingTokenizer(Tokenizer):
         return mean + torch.randn(mean.shape, generator=generator) if sample else mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+        return F.interpolate(latents[:, :1].float(), scale_factor=4).clamp(0, 1)
 
 
 def write_volume(path: Path, seed: int) -> None:
@@ -113,15 +113,25 @@ def test_every_volume_becomes_latents_with_its_labels(volumes: list[VolumeEntry]
         assert np.array_equal(json.loads(metadata["affine"]), load_volume(volume, CONFIG.transform).affine)
 
 
+def found(picture: np.ndarray, plane: np.ndarray) -> bool:
+    """Whether a picture (H, W) has a plane somewhere, but for the frame on its edge."""
+    plane = plane[1:-1, 1:-1]
+    windows = np.lib.stride_tricks.sliding_window_view(picture, plane.shape)  # (H', W', h, w)
+    return bool((np.abs(windows - plane).max((2, 3)) < 0.01).any())
+
+
 def test_previews_show_the_three_middle_slices(volumes: list[VolumeEntry], store: Path) -> None:
     run(volumes, store)
     picture = matplotlib.image.imread(store / "previews" / "a.png")
     image = load_volume(volumes[0], CONFIG.transform).image[0].numpy()
-    x, y, z = image.shape
-    assert picture.shape[:2] == (max(y, z), y + x + x)
-    axial = picture[:, y + x :, 0]
-    top = (len(axial) - y) // 2
-    assert np.abs(np.flipud(axial[top : top + y]).T - image[:, :, z // 2]).max() < 0.01
+    decoded = PoolingTokenizer().decode(expected(volumes[0])[None])[0, 0].numpy()
+    grey = picture[..., 0]  # (H, W)
+    for axis, size in enumerate(image.shape):
+        plane, output = (np.flipud(volume.take(size // 2, axis).T) for volume in (image, decoded))
+        assert found(grey, plane)
+        for shown in (plane, output):
+            assert found(grey, shown.repeat(3, 0).repeat(3, 1))
+        assert not found(grey, output)
 
 
 def test_a_second_run_writes_nothing(volumes: list[VolumeEntry], store: Path) -> None:

@@ -94,6 +94,15 @@ def test_images_are_embedded_and_lie_beside_the_page(written: Path) -> None:
     assert len(files) == 7
 
 
+def test_tensorboard_gets_the_figures(written: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(written.parents[1] / "tensorboard" / "report"), size_guidance={"images": 0})
+    board.Reload()
+    assert set(board.Tags()["images"]) == {path.stem for path in written.parent.glob("*.png")}
+    assert {event.step for name in board.Tags()["images"] for event in board.Images(name)} == {8}
+
+
 def test_a_loss_that_the_report_does_not_know_is_drawn_under_its_own_name() -> None:
     records = [{"step": step, "mftd": 1.0, "rotation": 2.0, "total": 3.0, "time": 0.0} for step in range(9)]
     axes = draw_losses(records, {"rotation": 4}, num_domains=3).axes
