@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store_index import IMPORTED, StoreIndex, index_path, read_index
 from meduet_fast.data.transforms import PreparedVolume, TransformConfig, load_volume
+from meduet_fast.data.windows import window_starts
 from meduet_fast.devices import select_device
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
 from meduet_fast.errors import UserError, VolumeError, failures_of, printable
@@ -96,7 +96,7 @@ def encode_latents(
     x, y, z = (edge // patch for edge in latents.shape[1:])  # patches along each axis
     i, j, k = (edge % patch // 2 for edge in latents.shape[1:])
     inner = latents[:, i:, j:, k:]  # (C, x', y', z') begins with the first patch
-    corners = list(product(*({*range(0, n * patch - crop, stride), n * patch - crop} for n in (x, y, z))))
+    corners = window_starts([patch * n for n in (x, y, z)], crop, stride)
     content = torch.zeros(x, y, z, model.config.embed_dim)  # (X, Y, Z, D)
     style = torch.zeros(x, y, z, model.config.style_dim)  # (X, Y, Z, Ds)
     counts = torch.zeros(x, y, z, 1)

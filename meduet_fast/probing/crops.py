@@ -12,9 +12,9 @@ import numpy as np
 from meduet_fast.data.crops import EVALUATION, random_stream, sample_crops
 from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.store import LatentStore
+from meduet_fast.data.windows import Start
 from meduet_fast.errors import UserError
 
-Start = tuple[int, int, int]
 POSITIONS = 64  # held-out crops of each volume
 FITTED_PER_TESTED = 4  # crops of each volume that probes are fitted on, for each one they are tested on
 MAX_VOLUMES = 64  # volumes that are looked at; a large store has many that tell the same

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.data.windows import blend, cut, window_starts
+from meduet_fast.data.windows import Start, blend, cut, window_starts
 from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 
-from .crops import Start
 from .hidden_tokens import hiding_masks
 
 BATCH = 24

@@ -58,6 +58,9 @@ class PoolingTokenizer(Tokenizer):
     ) -> Tensor:
         return F.avg_pool3d(volume, 4).repeat(1, 4, 1, 1, 1) * torch.tensor([1, 2, 3, 4]).view(4, 1, 1, 1)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(latents[:, :1].float(), scale_factor=4)
+
 
 def write_scan(
     path: Path, size: tuple[int, int, int], seed: int = 0, affine: np.ndarray | None = None
