@@ -45,7 +45,7 @@ def test_a_table_has_every_scan_that_can_be_used(
     assert f"{table}: 3 scans (1 failed, 1 left out)" in output.out
     assert f"failed: {scans / 'bad.nii.gz'}: " in output.out
     assert f"left out: {scans / 'a_seg.nii.gz'}: " in output.out
-    assert "Encoding: 5/5 window" in output.err
+    assert "Encoding: 5/5, " in output.err
     assert [path.name for path in table.parent.iterdir()] == [table.name]
 
     encoder = Encoder.load(run)
