@@ -236,9 +236,11 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(arguments: Namespace) -> int:
-    from .report import write_report
+    from .report import read_numbers, write_report
 
-    print(f"{write_report(arguments.run, arguments.data)}: open it in a browser")
+    page = write_report(arguments.run, arguments.data)
+    print(read_numbers(arguments.run)["headline"])
+    print(f"{page}: open it in a browser")
     return 0
 
 

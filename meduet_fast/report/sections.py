@@ -47,18 +47,20 @@ def headline(findings: Findings) -> str:
 def _filled(findings: Findings) -> str:
     """Say how the network fills in hidden tokens, beside interpolation without any network."""
     gain = 100 * findings.fill_gain()
-    said = "less" if gain >= 0 else "more"
-    return f"the network's error is {abs(gain):.0f} % {said} than that of smooth interpolation"
+    does, size = ("better", "smaller") if gain > 0 else ("worse", "larger")
+    return f"the network does {does} than smooth interpolation, its squared error is {abs(gain):.0f} % {size}"
 
 
 def _verdict(verdict: PairVerdict, way: str) -> str:
     """Say whether a change of style works, in plain words."""
     gain = 100 * verdict.gain(way)
     how = "by statistics" if way == "by_statistics" else "by rank"
-    nearer = f"{abs(gain):.0f} % {'nearer to' if gain > 0 else 'farther from'} the real scan"
+    error = (
+        f"the squared error against the real scan is {abs(gain):.0f} % {'smaller' if gain > 0 else 'larger'}"
+    )
     stays = "the anatomy stays" if getattr(verdict, f"stays_{way}") else "the donor's anatomy comes along"
     word = "works" if verdict.works(way) else "does not work"
-    return f"{verdict.first} and {verdict.second}: {word} ({how}): {nearer} than without the change; {stays}"
+    return f"{verdict.first} and {verdict.second}: {word} ({how}): {error} than without the change; {stays}"
 
 
 def summary(inputs: ReportInputs, findings: Findings) -> str:

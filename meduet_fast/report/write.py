@@ -95,10 +95,10 @@ def _write(folder: Path, inputs: ReportInputs, findings: Findings, identity: str
         f"MeDUET after {inputs.step} steps on {len(domains)} domains",
         {
             "Summary": sections.summary(inputs, findings),
-            "Losses": sections.losses(losses, panels),
-            "Separation": sections.separation(findings, scatter if findings.table is not None else None),
             "Styles": sections.styles(inputs, findings, styles),
+            "Separation": sections.separation(findings, scatter if findings.table is not None else None),
             "Filling in": sections.filling(findings, fills),
+            "Losses": sections.losses(losses, panels),
             "Speed": sections.speed(speed),
             "Settings": sections.settings(inputs),
         },

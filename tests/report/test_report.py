@@ -23,7 +23,7 @@ from meduet_fast.report.pictures import prepared_image
 
 from .conftest import point_to, write_tokenizer
 
-SECTIONS = ["summary", "losses", "separation", "styles", "filling-in", "speed", "settings"]
+SECTIONS = ["summary", "styles", "separation", "filling-in", "losses", "speed", "settings"]
 
 
 class Page(HTMLParser):
