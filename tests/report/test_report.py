@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from meduet_fast.cli import main
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
@@ -151,6 +152,15 @@ def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
     assert "style above content:" in numbers["headline"]
     assert numbers["step"] == 8
     assert numbers["network"] == "teacher"
+
+
+def test_the_command_prints_what_was_found(
+    written: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(finished / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{read_numbers(finished / 'run')['headline']}\n{written}: open it in a browser\n"
+    assert "Hidden tokens on held-out crops: the network does" in printed
 
 
 def test_a_second_report_is_not_made_twice_but_a_stale_one_is(copied: Path) -> None:
