@@ -116,13 +116,13 @@ class FillErrors:
 
 
 def fill_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, seed: int = 0) -> list[FillErrors]:
-    """Measure how well hidden tokens are filled in, on held-out crops of every volume looked at.
+    """Measure how well hidden tokens are filled in, on the held-out crops of every volume.
 
     A volume's crops are mixed with held-out crops of the next volume of another domain.
     """
-    config, found = model.config, []
-    for position, index in enumerate(crops.volumes):
-        others = [*crops.volumes[position + 1 :], *crops.volumes[:position]]
+    config, volumes, found = model.config, sorted(crops.tested), []
+    for position, index in enumerate(volumes):
+        others = [*volumes[position + 1 :], *volumes[:position]]
         partner = next(i for i in others if store.entries[i].domain != store.entries[index].domain)
         starts = crops.tested[index][:CROPS]
         again = [crops.tested[partner][-1 - i % len(crops.tested[partner])] for i in range(len(starts))]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.probing import FactorTable, choose_crops, extract_factors, probe_factors, untrained_like
 from meduet_fast.probing.probe import place_retrieval, probe_accuracy
@@ -102,7 +103,7 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     grid, origin = (24, 12, 10), (-9.0, 0.0, 3.0)
     store = make_store([(f"v{name}", name, "chest", grid, origin) for name in "abc"])
     model, untrained = untrained_like(config, 1), untrained_like(config, 0)
-    crops = choose_crops(store, 8, 0.4, positions=20)
+    crops = choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=20)
     result, _ = probe_factors(model, untrained, store, crops)
     assert result.domains == ["a", "b", "c"]
     assert result.same_anatomy
@@ -114,7 +115,12 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     # A whole unit of offset between the domains: any network's style shows it to a probe.
     assert result.probe.style > 0.9
     assert result.gap_points == pytest.approx(100 * (result.probe.style - result.probe.content))
-    assert probe_factors(model, untrained, store, choose_crops(store, 8, 0.4, positions=20))[0] == result
+    assert (
+        probe_factors(
+            model, untrained, store, choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=20)
+        )[0]
+        == result
+    )
     same, _ = probe_factors(untrained, untrained, store, crops)
     assert same.probe.style == same.probe.untrained_style == result.probe.untrained_style
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
@@ -124,7 +130,9 @@ def test_without_a_shared_anatomy_there_is_no_retrieval(make_store: MakeStore, c
     origin = (-9.0, 0.0, 3.0)
     store = make_store([("a", "a", "chest", (24, 12, 10), origin), ("b", "b", "brain", (20, 12, 10), origin)])
     model = untrained_like(config, 0)
-    result, _ = probe_factors(model, model, store, choose_crops(store, 8, 0.4, positions=10))
+    result, _ = probe_factors(
+        model, model, store, choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=10)
+    )
     assert not result.same_anatomy
     assert result.retrieval is None
     assert result.retrieval_chance is None
