@@ -78,6 +78,54 @@ def test_without_groups_all_domains_are_taken(make_store: MakeStore) -> None:
     assert crops.groups == []
 
 
+def small_brains(make_store: MakeStore) -> LatentStore:
+    """Three people, each in two acquisitions, and one in a third domain: too small for slabs."""
+    people = [
+        (f"{name}{i}", name, "brain", (12, 10, 9), (-9.0 - i, 0.0, 3.0)) for i in range(3) for name in "ab"
+    ]
+    return make_store([*people, ("c0", "c", "brain", (12, 10, 9), (50.0, 0.0, 3.0))])
+
+
+def test_volumes_of_one_anatomy_are_held_out_together(make_store: MakeStore) -> None:
+    store = small_brains(make_store)
+    seen = set()
+    for seed in range(8):
+        held = HeldOut.choose(store, "volumes", 0.3, seed).names()
+        assert held in (["a0", "b0"], ["a1", "b1"], ["a2", "b2"])
+        seen.add(held[0])
+    assert seen == {"a0", "a1", "a2"}
+
+
+def test_crops_of_whole_volumes_are_fitted_on_others_of_their_domains(make_store: MakeStore) -> None:
+    store = small_brains(make_store)
+    held_out = HeldOut.of_run(store, 0.3, ["a1", "b1"])
+    crops = choose_crops(store, 8, held_out, positions=10)
+    assert names(store, crops.groups) == [["a1", "b1"]]
+    assert names(store, [list(crops.tested), list(crops.fitted)]) == [["a1", "b1"], ["a0", "a2", "b0", "b2"]]
+    assert names(store, [crops.volumes]) == [["a0", "a1", "a2", "b0", "b1", "b2"]]
+    assert crops.unseen
+    first, second = crops.tested.values()
+    assert first == second
+    assert len(first) == 10
+    assert max(x for x, _, _ in first) - min(x for x, _, _ in first) > 1  # no slab has as much room
+    assert crops.num_crops == sum(map(len, crops.fitted.values())) + 20
+
+
+def test_without_a_group_held_out_domains_are_compared(make_store: MakeStore) -> None:
+    sizes = [("a", 12), ("a", 13), ("b", 14), ("b", 15), ("c", 16)]
+    store = make_store([(f"v{n}", d, "brain", (n, 9, 9), ORIGIN) for d, n in sizes])
+    crops = choose_crops(store, 8, HeldOut.of_run(store, 0.3, ["v12", "v15"]), positions=4)
+    assert crops.groups == []
+    assert names(store, [list(crops.tested), list(crops.fitted)]) == [["v12", "v15"], ["v13", "v14"]]
+
+
+def test_held_out_volumes_of_one_domain_tell_nothing_of_separation(make_store: MakeStore) -> None:
+    store = small_brains(make_store)
+    for held in (["a0"], [], ["a0", "a1", "a2", "b0"]):
+        with pytest.raises(UserError, match=r"two domains with volumes .* crop of 8 that are held out whole"):
+            choose_crops(store, 8, HeldOut.of_run(store, 0.3, held))
+
+
 def test_a_run_that_held_nothing_out_says_so(make_store: MakeStore) -> None:
     store = make_store([("a1", "plain", "chest", GRID, ORIGIN), ("a2", "soft", "chest", GRID, ORIGIN)])
     crops = choose_crops(store, 8, HeldOut(store.entries, 0.0), positions=4)

@@ -10,7 +10,14 @@ import torch
 
 from meduet_fast.data.held_out import HeldOut
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.probing import FactorTable, choose_crops, extract_factors, probe_factors, untrained_like
+from meduet_fast.probing import (
+    FactorTable,
+    choose_crops,
+    extract_factors,
+    fill_errors,
+    probe_factors,
+    untrained_like,
+)
 from meduet_fast.probing.probe import place_retrieval, probe_accuracy
 
 from .conftest import MakeStore
@@ -124,6 +131,22 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     same, _ = probe_factors(untrained, untrained, store, crops)
     assert same.probe.style == same.probe.untrained_style == result.probe.untrained_style
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+
+
+def test_separation_on_whole_volumes(make_store: MakeStore, config: MeDUETConfig) -> None:
+    people = [(f"{n}{i}", n, "brain", (12, 10, 9), (-9.0 - i, 0.0, 3.0)) for i in range(2) for n in "ab"]
+    store = make_store(people)
+    model = untrained_like(config, 0)
+    crops = choose_crops(store, 8, HeldOut.of_run(store, 0.5, ["a1", "b1"]), positions=10)
+    result, table = probe_factors(model, model, store, crops)
+    assert result.volumes == ["a1", "b1"]
+    assert result.same_anatomy
+    assert result.unseen
+    assert (result.crops_fitted, result.crops_tested) == (60, 20)  # all 30 places of either volume
+    assert result.retrieval is not None
+    assert {store.entries[index].name for index in table.volume[~table.held_out]} == {"a0", "b0"}
+    assert result.probe.style > 0.9
+    assert [item.domain for item in fill_errors(model, store, crops)] == ["a", "b"]
 
 
 def test_without_a_shared_anatomy_there_is_no_retrieval(make_store: MakeStore, config: MeDUETConfig) -> None:
