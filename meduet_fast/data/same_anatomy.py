@@ -32,10 +32,12 @@ def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
             own = _corners(store, index)
             if not own[0].any():
                 continue
-            away = np.abs(own - firsts[: len(found)]).max((1, 2))  # (groups,)
-            near = np.flatnonzero(away < min(store.entries[index].spacing) / 2)
-            if near.size:
-                found[near[0]].append(index)
+            tolerance = min(store.entries[index].spacing) / 2
+            # One coordinate rules out nearly all.
+            near = np.flatnonzero(np.abs(own[0, 0] - firsts[: len(found), 0, 0]) < tolerance)  # (near,)
+            same = near[(np.abs(own - firsts[near]) < tolerance).all((1, 2))]  # (same,)
+            if same.size:
+                found[same[0]].append(index)
             else:
                 firsts[len(found)] = own
                 found.append([index])
