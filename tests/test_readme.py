@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from meduet_fast.cli import COMMANDS, _parse, main
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.pretraining import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -132,7 +134,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checkpoint.mkdir(parents=True)
     model.save_pretrained(checkpoint / "teacher.safetensors")
     torch.save({"model": model.to_reference()}, "checkpoint_4999.pth")
-    settings = {"config": {}, "data": str(Path("STORE").resolve())}
+    settings = {"config": asdict(PretrainConfig()), "data": str(Path("STORE").resolve())}
     for folder in (checkpoint, Path("RUN")):
         (folder / "run.json").write_text(json.dumps({**settings, "step": 200000}))
     return tmp_path

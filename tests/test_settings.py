@@ -76,6 +76,13 @@ def test_limits(settings: Any, name: str, value: object, expected: str) -> None:
     assert str(raised.value) == f"{name}: {expected}"
 
 
+def test_volumes_to_hold_out_need_a_part() -> None:
+    with pytest.raises(
+        ValueError, match="held_out is 'volumes', expected held_out_fraction above 0, found 0"
+    ):
+        PretrainConfig(held_out="volumes")
+
+
 def test_limits_that_are_allowed() -> None:
     AdamWConfig(clip_norm=None, weight_decay=0, warmup_steps=0, beta1=0, final_learning_rate=0)
     OptimizerConfig(teacher_momentum=0, final_teacher_momentum=1)

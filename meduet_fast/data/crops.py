@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from meduet_fast.errors import UserError
 
-from .held_out import held_out_start
+from .held_out import HeldOut
 from .store import LatentStore
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
@@ -39,7 +39,7 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         crop_size: edge of the cubic crop in latent voxels (published: 24).
         batch_size: crops of a batch; even, because the method mixes row i with row B-1-i.
         seed: seed of the whole order of crops.
-        held_out_fraction: part of axis 0 (left-right) of every volume that training never sees.
+        held_out: what training never sees; None holds nothing out.
 
     Raises:
         UserError: odd batch, a single volume, volumes that cannot hold a crop (all are named), bad arguments.
@@ -51,7 +51,7 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         crop_size: int = 24,
         batch_size: int = 64,
         seed: int = 0,
-        held_out_fraction: float = 0.0,
+        held_out: HeldOut | None = None,
     ) -> None:
         if batch_size < 2 or batch_size % 2:
             raise UserError(
@@ -60,30 +60,34 @@ class CropBatches(Dataset[dict[str, Tensor]]):
             )
         if not 0 <= seed < 2**64:
             raise UserError(f"seed: found {seed}, expected 0 <= seed < 2**64")
-        if len(store.entries) < 2:
+        held_out = held_out or HeldOut(store.entries)
+        trained = [index for index in range(len(store.entries)) if index not in held_out.volumes]
+        if len(trained) < 2:
             raise UserError(
-                f"{store.path}: {len(store.entries)} volume(s), expected at least 2: "
+                f"{store.path}: {len(trained)} volume(s) to train on, expected at least 2: "
                 "a sample is never mixed with itself"
             )
         if crop_size < 1:
             raise UserError(f"crop_size: found {crop_size}, expected at least 1")
         self.store, self.crop_size, self.batch_size, self.seed = store, crop_size, batch_size, seed
-        refused, choices = [], []
-        for entry in store.entries:
+        refused = []
+        # Possible first corners along each axis; none in volumes that are held out whole.
+        self._choices = np.zeros((len(store.entries), 3), np.int64)  # (volumes, 3)
+        for index in trained:
+            entry = store.entries[index]
             if min(entry.grid) < crop_size:
                 refused.append(f"{entry.name} {entry.grid} is smaller than a crop of {crop_size}")
                 continue
             try:
-                end = held_out_start(entry.grid[0], held_out_fraction, crop_size)
+                end = held_out.border(index, crop_size)
             except UserError as error:
                 refused.append(f"{entry.name}: {error}")
                 continue
-            choices.append([size - crop_size + 1 for size in (end, *entry.grid[1:])])
+            self._choices[index] = [size - crop_size + 1 for size in (end, *entry.grid[1:])]
         if refused:
             raise UserError(f"{store.path}: volumes that cannot hold a training crop: " + "; ".join(refused))
-        self._choices = np.array(choices)  # (volumes, 3), possible first corners along each axis
-        domain = np.array([store.domain_id(index) for index in range(len(store.entries))])  # (volumes,)
-        self._by_domain = np.argsort(domain, kind="stable")  # (volumes,), grouped by domain
+        domain = np.array([store.domain_id(index) for index in trained])  # (trained,)
+        self._by_domain = np.array(trained)[np.argsort(domain, kind="stable")]  # (trained,), by domain
         self._count = np.bincount(domain)  # (domains,)
         self._first = np.cumsum(self._count) - self._count  # (domains,), places in _by_domain
 

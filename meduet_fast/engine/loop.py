@@ -113,7 +113,9 @@ def fit(
         if world.rank == 0:
             (output / "checkpoints").mkdir(parents=True, exist_ok=True)
             remove_leftovers(output / "checkpoints")  # of killed writers
-            record = {"data": str(data.path.resolve()), "config": asdict(config), "init": task.init}
+            record = {
+                "data": str(data.path.resolve()), "config": asdict(config), "init": task.init, **data.record
+            }  # fmt: skip
             with atomic_path(output / RUN_FILE) as temporary:
                 temporary.write_text(json.dumps(record, indent=1))
         world.barrier()

@@ -98,10 +98,12 @@ class Batches:
     Attributes:
         path: where the data are, for the run's record.
         identity: changes whenever the data do; a resumed run must find the same.
+        record: what else the run's record says of them, JSON values by name.
     """
 
     path: Path
     identity: str
+    record: Mapping[str, Any] = {}
 
     def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
         """Yield the batches ``first + rank``, ``first + rank + size``, ... below ``last``.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meduet_fast.data.held_out import HeldOutKind
 from meduet_fast.engine.config import AdamWConfig, EngineConfig
 from meduet_fast.engine.optimizer import cosine
 from meduet_fast.models import MeDUETConfig
@@ -45,8 +46,10 @@ class PretrainConfig(EngineConfig):
         optimizer: AdamW, learning rate and teacher.
         mftd_start_step: first step with the mixed-factor token distillation.
         siqc_start_step: first step with the quadruplet contrast; steps before it cost less than half.
-        held_out_fraction: part of every volume, at the right end of its left-right axis, never trained on
-            (0 to 1).
+        held_out: what is never trained on: "slab" is the right end of every volume's left-right axis;
+            "volumes" are whole volumes of every domain that has two, chosen by name and seed, those that show
+            one anatomy together.
+        held_out_fraction: that part of the axis, or of a domain's volumes, at least one (0 to 1).
     """
 
     model: MeDUETConfig = field(default_factory=MeDUETConfig)
@@ -54,12 +57,15 @@ class PretrainConfig(EngineConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mftd_start_step: int = 40_000
     siqc_start_step: int = 0
+    held_out: HeldOutKind = "slab"
     held_out_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, FROM_0, "mftd_start_step", "siqc_start_step")
         check_numbers(self, SHARE, "held_out_fraction")
+        if self.held_out == "volumes" and not self.held_out_fraction:
+            raise ValueError("held_out is 'volumes', expected held_out_fraction above 0, found 0")
         if self.batch_size % 2:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected an even number: "

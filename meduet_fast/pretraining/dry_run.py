@@ -58,14 +58,21 @@ def format_plan(
         ("parameters", f"{si(count, '')} of the student, as many of the teacher"),
     ]  # fmt: skip
     domains = identity = None
+    doubts: list[str] = []
     if data is not None:
         store = LatentStore.open(data)
-        domains, identity = len(store.domains), LatentCrops(store, config).identity
+        crops = LatentCrops(store, config)
+        domains, identity, doubts = (
+            len(store.domains),
+            crops.identity,
+            crops.held_out.doubts(model.latent_size),
+        )
         volumes, edges = len(store.entries), [min(entry.grid) for entry in store.entries]
         rows += [
             ("data", f"{volumes} volumes of {domains} domains ({', '.join(store.domains)})"),
             ("data", f"their shortest edges are {min(edges)} to {max(edges)} latent voxels, a crop's is "
                      f"{model.latent_size}"),
+            ("held out", crops.held_out.describe()),
         ]  # fmt: skip
 
     def losses(step: int) -> str:
@@ -83,7 +90,7 @@ def format_plan(
     total = si(estimate.total, "B")
     rows.append(("memory", f"{total} a GPU: {listed} (estimated; CUDA takes 2 GB more)"))
     rows.append(("disk", f"{config.keep_checkpoints} checkpoints of {si(_CHECKPOINT_BYTES * count, 'B')}"))
-    rows += [("warning", doubt) for doubt in config.doubts(domains)]
+    rows += [("warning", doubt) for doubt in (*config.doubts(domains), *doubts)]
     return format_rows(rows)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from meduet_fast.data.crops import CropBatches
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.loader import CropLoader, crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
@@ -23,9 +24,14 @@ from .config import PretrainConfig
 from .init_weights import find_beginning
 from .task import MeDUETPretraining
 
+HELD_OUT_VOLUMES = "held_out_volumes"  # in the run's record: names of the volumes that are held out whole
+
 
 class LatentCrops(Batches):
     """Random crops of a store: ``latents`` (B, C, S, S, S) bfloat16, ``domain`` and ``volume`` (B,) int64.
+
+    Attributes:
+        held_out: what is never trained on.
 
     Raises:
         UserError: naming the store and the setting that does not fit; see :class:`CropBatches` too.
@@ -46,8 +52,11 @@ class LatentCrops(Batches):
         self._loader: CropLoader | None = None
         entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
         self.identity = hashlib.sha256(entries.encode()).hexdigest()
+        self.held_out = HeldOut.choose(store, config.held_out, config.held_out_fraction, config.seed)
+        if config.held_out == "volumes":
+            self.record = {HELD_OUT_VOLUMES: self.held_out.names()}
         self._batches = CropBatches(
-            store, config.model.latent_size, config.batch_size, config.seed, config.held_out_fraction
+            store, config.model.latent_size, config.batch_size, config.seed, self.held_out
         )
 
     def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
@@ -92,7 +101,8 @@ def pretrain(
         beginning = find_beginning(init, student, output, resume)
         student.load_state_dict(beginning.tensors, strict=False)
         if launch_number("RANK", 0) == 0:
-            for doubt in config.doubts(len(store.domains)):
+            doubts = crops.held_out.doubts(config.model.latent_size)
+            for doubt in (*config.doubts(len(store.domains)), *doubts):
                 print(f"warning: {doubt}", file=sys.stderr)
             if beginning.rows:
                 print(format_rows(beginning.rows), file=sys.stderr)

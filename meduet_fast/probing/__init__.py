@@ -1,6 +1,8 @@
 """Probe what a pretrained network has learnt: its factors, and how well content and style are separated."""
 
-from .crops import ProbeCrops, choose_crops, same_anatomy_groups, structured_starts
+from meduet_fast.data.same_anatomy import same_anatomy_groups
+
+from .crops import ProbeCrops, choose_crops, structured_starts
 from .factors import FactorTable, extract_factors, factor_table
 from .hidden_tokens import FillErrors, fill_errors, fill_hidden, hiding_masks, interpolate_hidden
 from .probe import FactorScores, ProbeResult, probe_factors, untrained_like

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from meduet_fast.data.crops import EVALUATION, random_stream, sample_crops
-from meduet_fast.data.held_out import held_out_start
+from meduet_fast.data.held_out import HeldOut
+from meduet_fast.data.same_anatomy import same_anatomy_groups
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.windows import Start
 from meduet_fast.errors import UserError
@@ -26,17 +26,17 @@ class ProbeCrops:
     """The crops that factors are probed on. Volumes are positions in ``store.entries``.
 
     Attributes:
-        volumes: all volumes looked at.
-        groups: those of them that show the same anatomy on one grid, see :func:`same_anatomy_groups`; empty
-            if the store has none, then ``volumes`` are of all domains.
+        volumes: all volumes looked at, in ascending order.
+        groups: those that everything is measured on, if they show the same anatomy on one grid, see
+            :func:`~meduet_fast.data.same_anatomy.same_anatomy_groups`; empty if none that are held out do,
+            then they are of all domains.
         fitted: corners in the training region, by volume: what probes are fitted on. Anywhere in it, because
-            the held-out slab may be plainer than the most structured places elsewhere.
-        tested: corners in the held-out slab, by volume: what everything is measured on, those with the most
-            structure first.
-            In both, volumes of one group have the same corners.
+            what is held out may be plainer than the most structured places elsewhere.
+        tested: corners in what is held out, by volume: what everything is measured on, those with the most
+            structure first. Volumes of one group have the same corners.
         crop_size: edge of a crop in latent voxels.
-        fraction: held-out part of axis 0.
-        unseen: whether pretraining kept away from the held-out slab.
+        held_out: what is held out: of every volume looked at a slab, or some of them whole.
+        unseen: whether pretraining kept away from it.
     """
 
     volumes: list[int]
@@ -44,61 +44,19 @@ class ProbeCrops:
     fitted: dict[int, list[Start]]
     tested: dict[int, list[Start]]
     crop_size: int
-    fraction: float
+    held_out: HeldOut
     unseen: bool
 
     @property
     def num_crops(self) -> int:
         """Count the crops of all volumes."""
-        return sum(len(self.fitted[volume]) + len(self.tested[volume]) for volume in self.volumes)
-
-
-def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
-    """Find volumes that show the same anatomy in several acquisitions: the ground truth of separation.
-
-    Taken to be those of one body part on one grid: equal shape, and an affine that differs by less than half
-    a voxel of the prepared image everywhere. A group has at least two domains. A volume whose corner lies
-    at exactly 0, 0, 0 is taken to have no known position (imported caches) and is in no group. Different
-    people registered to one template would be taken for one person.
-
-    Returns:
-        Lists of positions in ``store.entries``, in ascending order.
-    """
-    by_shape: defaultdict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
-    for index, entry in enumerate(store.entries):
-        by_shape[entry.body_part, entry.shape].append(index)
-    groups: list[list[int]] = []
-    for candidates in by_shape.values():
-        found: list[tuple[np.ndarray, list[int]]] = []  # corners and members of this shape's groups
-        for index in candidates if len(candidates) > 1 else ():
-            own = _corners(store, index)
-            if not own[0].any():
-                continue
-            tolerance = min(store.entries[index].spacing) / 2
-            for corners, members in found:
-                if np.abs(own - corners).max() < tolerance:
-                    members.append(index)
-                    break
-            else:
-                found.append((own, [index]))
-        groups += [
-            members for _, members in found if len({store.entries[index].domain for index in members}) > 1
-        ]
-    return sorted(groups)
-
-
-def _corners(store: LatentStore, index: int) -> np.ndarray:
-    """Compute the positions in mm of the eight corners of a volume's image, (8, 3)."""
-    affine = np.array(json.loads(store.metadata(index)["affine"]))
-    size = np.array(store.entries[index].grid) * store.index.compression
-    ends = np.array(np.meshgrid(*[(0, n - 1) for n in size], indexing="ij")).reshape(3, -1)  # (3, 8)
-    return (affine[:3, :3] @ ends + affine[:3, 3:]).T
+        return sum(len(starts) for starts in (*self.fitted.values(), *self.tested.values()))
 
 
 def choose_crops(
     store: LatentStore,
     crop_size: int,
-    held_out_fraction: float,
+    held_out: HeldOut,
     positions: int = POSITIONS,
     seed: int = 0,
 ) -> ProbeCrops:
@@ -107,76 +65,118 @@ def choose_crops(
     Args:
         store: an open store.
         crop_size: edge of a crop in latent voxels.
-        held_out_fraction: that of the run; if it is 0, a third is set apart for testing, which the run has
-            seen.
+        held_out: by the run; if that is nothing, a third of every volume is set apart for testing, which the
+            run has seen.
         positions: held-out places of each volume.
         seed: chooses the places.
 
     Raises:
-        UserError: if no two domains have volumes that hold a crop on both sides of the border.
+        UserError: if no two domains have crops of both kinds.
     """
-    fraction = held_out_fraction or FALLBACK_FRACTION
-    groups = [
-        group for group in same_anatomy_groups(store) if holds_both(store, group[0], crop_size, fraction)
+    unseen = held_out.fraction > 0
+    if not unseen:
+        held_out = HeldOut(store.entries, FALLBACK_FRACTION)
+
+    def with_room(indices: Iterable[int], tested: bool) -> list[int]:
+        return [index for index in indices if has_room(held_out, index, crop_size, tested=tested)]
+
+    def some_of_each_domain(indices: Iterable[int]) -> list[int]:
+        """Take the same number of every domain, where there are as many."""
+        by_domain: defaultdict[str, list[int]] = defaultdict(list)
+        for index in indices:
+            by_domain[store.entries[index].domain].append(index)
+        share = max(1, MAX_VOLUMES // len(store.domains))
+        return [index for found in by_domain.values() for index in found[:share]]
+
+    trained = with_room(range(len(store.entries)), tested=False)
+    domains = {store.entries[index].domain for index in trained}
+    usable = [
+        index
+        for index in with_room(range(len(store.entries)), tested=True)
+        if store.entries[index].domain in domains
     ]
+    groups = [group for group in same_anatomy_groups(store) if set(group) <= set(usable)]
     ends = np.cumsum([len(group) for group in groups])
     groups = [group for group, end in zip(groups, ends, strict=True) if end <= MAX_VOLUMES] or groups[:1]
-    together = groups
-    if not groups:  # volumes of every domain, the same number of each where there are as many
-        by_domain: defaultdict[str, list[int]] = defaultdict(list)
-        share = max(1, MAX_VOLUMES // len(store.domains))
-        for index, entry in enumerate(store.entries):
-            if len(by_domain[entry.domain]) < share and holds_both(store, index, crop_size, fraction):
-                by_domain[entry.domain].append(index)
-        together = [[index] for indices in by_domain.values() for index in indices]
-    volumes = sorted(index for group in together for index in group)
-    if len({store.entries[index].domain for index in volumes}) < 2:
+    together = groups or [[index] for index in some_of_each_domain(usable)]
+    chosen = [index for group in together for index in group]
+    domains = {store.entries[index].domain for index in chosen}
+    if len(domains) < 2:
+        where = (
+            f"on both sides of a held-out border at {held_out.fraction:.2g} of their first axis"
+            if held_out.kind == "slab"
+            else "that are held out whole, and others to fit probes on"
+        )
         raise UserError(
             f"{store.path}: separation needs two domains with volumes that can hold a crop of {crop_size} "
-            f"on both sides of a held-out border at {fraction:.2g} of their first axis"
+            f"{where}"
         )
-    fitted: dict[int, list[Start]] = {}
+    # Volumes that are held out whole have no other side; others of their domains stand in for it.
+    others = [index for index in trained if store.entries[index].domain in domains]
+    fitted_on = with_room(chosen, tested=False) or some_of_each_domain(others)
+    many = FITTED_PER_TESTED * positions
+    fitted = {
+        index: evaluation_starts(held_out, index, crop_size, many, seed, tested=False) for index in fitted_on
+    }
     tested: dict[int, list[Start]] = {}
     for group in together:
-        grid, many = store.entries[group[0]].grid, FITTED_PER_TESTED * positions
-        anywhere = evaluation_starts(grid, crop_size, fraction, many, seed, held_out=False)
-        fitted.update(dict.fromkeys(group, anywhere))
-        structured = structured_starts(store, group, crop_size, fraction, positions, seed)
+        structured = structured_starts(store, held_out, group, crop_size, positions, seed)
         tested.update(dict.fromkeys(group, structured))
-    return ProbeCrops(volumes, groups, fitted, tested, crop_size, fraction, unseen=held_out_fraction > 0)
+    volumes = sorted({*fitted, *tested})
+    return ProbeCrops(volumes, groups, fitted, tested, crop_size, held_out, unseen)
 
 
 def evaluation_starts(
-    grid: tuple[int, int, int], crop_size: int, fraction: float, count: int, seed: int, *, held_out: bool
+    held_out: HeldOut, index: int, crop_size: int, count: int, seed: int, *, tested: bool
 ) -> list[Start]:
-    """Draw distinct crop corners in the held-out slab, or in the training region; the same on equal grids.
+    """Draw distinct crop corners of a volume, in what is held out or in the rest; the same on equal grids.
 
     Args:
-        grid: spatial shape (X, Y, Z) in latent voxels.
+        held_out: what is held out.
+        index: position of the volume in ``store.entries``.
         crop_size: edge of the crop in latent voxels.
-        fraction: held-out part of axis 0.
         count: how many corners; fewer come back where the region has fewer.
         seed: chooses the corners.
-        held_out: which of the two regions.
+        tested: which of the two regions: what is held out, or the rest.
 
     Raises:
-        UserError: the grid cannot hold such a crop, or nothing is held out.
+        UserError: the region cannot hold such a crop.
     """
-    if min(grid) < crop_size:
-        raise UserError(f"grid {grid} cannot hold a crop of {crop_size}")
-    if held_out and fraction == 0:
-        raise UserError("held-out fraction is 0: there are no held-out crops")
-    boundary = held_out_start(grid[0], fraction, crop_size)
-    first, end = (boundary, grid[0]) if held_out else (0, boundary)
-    choices = (end - first - crop_size + 1, grid[1] - crop_size + 1, grid[2] - crop_size + 1)
+    first, size = _region(held_out, index, crop_size, tested)
+    if min(size) < crop_size:
+        where = "held-out part" if tested else "training region"
+        raise UserError(
+            f"{held_out.entries[index].name}: its {where} of {size} cannot hold a crop of {crop_size}"
+        )
+    choices = tuple(edge - crop_size + 1 for edge in size)
     total = int(np.prod(choices))
     chosen = random_stream(seed, EVALUATION).choice(total, size=min(count, total), replace=False)
     x, y, z = (axis.tolist() for axis in np.unravel_index(chosen, choices))
     return [(first + x[i], y[i], z[i]) for i in range(len(chosen))]
 
 
+def has_room(held_out: HeldOut, index: int, crop_size: int, *, tested: bool) -> bool:
+    """Tell whether a region of a volume has room for a crop; see :func:`evaluation_starts`."""
+    try:
+        return min(_region(held_out, index, crop_size, tested)[1]) >= crop_size
+    except UserError:
+        return False
+
+
+def _region(held_out: HeldOut, index: int, crop_size: int, tested: bool) -> tuple[int, tuple[int, int, int]]:
+    """Return where along axis 0 a region begins, and its size."""
+    x, y, z = held_out.entries[index].grid
+    border = held_out.border(index, crop_size)
+    return (border, (x - border, y, z)) if tested else (0, (border, y, z))
+
+
 def structured_starts(
-    store: LatentStore, volumes: Sequence[int], crop_size: int, fraction: float, count: int, seed: int = 0
+    store: LatentStore,
+    held_out: HeldOut,
+    volumes: Sequence[int],
+    crop_size: int,
+    count: int,
+    seed: int = 0,
 ) -> list[Start]:
     """Choose corners of held-out crops that show something: in empty air is neither content nor style.
 
@@ -184,26 +184,18 @@ def structured_starts(
     crop, mean over the volumes.
 
     Args:
+        store: an open store.
+        held_out: what is held out.
         volumes: volumes on one grid.
-        crop_size, fraction, count, seed: see :func:`evaluation_starts`.
+        crop_size, count, seed: see :func:`evaluation_starts`.
 
     Returns:
         Corners, those with the most structure first.
     """
-    grid = store.entries[volumes[0]].grid
-    starts = evaluation_starts(grid, crop_size, fraction, 2 * count, seed, held_out=True)
+    starts = evaluation_starts(held_out, volumes[0], crop_size, 2 * count, seed, tested=True)
     structure = np.zeros(len(starts))
     for index in volumes:
         latents = sample_crops(store, index, starts, crop_size).float()  # (N, C, S, S, S)
         structure += latents.flatten(2).var(2).mean(1).numpy()  # (N,)
     order = np.argsort(-structure, kind="stable")
     return [starts[i] for i in order[: (len(starts) + 1) // 2]]
-
-
-def holds_both(store: LatentStore, index: int, crop_size: int, fraction: float) -> bool:
-    """Tell whether a volume has room for a crop on both sides of the border."""
-    try:
-        evaluation_starts(store.entries[index].grid, crop_size, fraction, 1, 0, held_out=True)
-    except UserError:
-        return False
-    return True

@@ -64,7 +64,7 @@ class FactorTable:
         volume: (N,) position in ``store.entries``.
         position: (N,) number of the crop within its volume and region; equal numbers of volumes of one group
             are the same place.
-        held_out: (N,) bool, whether the crop lies in the held-out slab.
+        held_out: (N,) bool, whether the crop is one that training never sees.
     """
 
     content: np.ndarray
@@ -85,7 +85,9 @@ def factor_table(
     """Extract the factors of all crops; ``bar`` counts them."""
     parts: list[FactorTable] = []
     for volume in crops.volumes:
-        for held_out, starts in ((False, crops.fitted[volume]), (True, crops.tested[volume])):
+        for held_out, starts in ((False, crops.fitted.get(volume)), (True, crops.tested.get(volume))):
+            if starts is None:
+                continue
             content, style = extract_factors(model, store, volume, starts)
             count, domain = len(starts), store.domain_id(volume)
             table = FactorTable(

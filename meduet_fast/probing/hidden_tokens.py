@@ -15,7 +15,7 @@ from meduet_fast.data.store import LatentStore
 from meduet_fast.kernels import build_mix_index, random_mix_mask, unpatchify_3d
 from meduet_fast.models import MeDUET, MeDUETConfig
 
-from .crops import ProbeCrops
+from .crops import ProbeCrops, has_room, structured_starts
 
 CROPS = 32  # of each volume
 
@@ -116,16 +116,23 @@ class FillErrors:
 
 
 def fill_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, seed: int = 0) -> list[FillErrors]:
-    """Measure how well hidden tokens are filled in, on held-out crops of every volume looked at.
+    """Measure how well hidden tokens are filled in, on held-out crops of the volumes looked at.
 
-    A volume's crops are mixed with held-out crops of the next volume of another domain.
+    Of a domain that has none there, its first volume with room for a crop is taken as well. A volume's crops
+    are mixed with held-out crops of the next volume of another domain.
     """
-    config, found = model.config, []
-    for position, index in enumerate(crops.volumes):
-        others = [*crops.volumes[position + 1 :], *crops.volumes[:position]]
+    config, places, found = model.config, dict(crops.tested), []
+    known = {store.entries[index].domain for index in places}
+    for index, entry in enumerate(store.entries):
+        if entry.domain not in known and has_room(crops.held_out, index, config.latent_size, tested=True):
+            known.add(entry.domain)
+            places[index] = structured_starts(store, crops.held_out, [index], config.latent_size, CROPS, seed)
+    volumes = sorted(places)
+    for position, index in enumerate(volumes):
+        others = [*volumes[position + 1 :], *volumes[:position]]
         partner = next(i for i in others if store.entries[i].domain != store.entries[index].domain)
-        starts = crops.tested[index][:CROPS]
-        again = [crops.tested[partner][-1 - i % len(crops.tested[partner])] for i in range(len(starts))]
+        starts = places[index][:CROPS]
+        again = [places[partner][-1 - i % len(places[partner])] for i in range(len(starts))]
         own = sample_crops(store, index, starts, config.latent_size).float()  # (N, C, S, S, S)
         masks = hiding_masks(config, len(starts), seed)  # (N, L)
         by_network = fill_hidden(model, own, sample_crops(store, partner, again, config.latent_size), masks)

@@ -39,7 +39,7 @@ class ProbeResult:
             high, style low. None if no volumes show the same anatomy.
         retrieval_chance: 1 / number of places; None as above.
         domains: names of the domains probed.
-        volumes: names of the volumes looked at.
+        volumes: names of the volumes that the held-out crops are of.
         same_anatomy: whether they show the same anatomy; if not, domains differ in content too.
         unseen: whether pretraining kept away from the held-out crops.
         crops_fitted: crops that the probe was fitted on, all volumes together.
@@ -104,7 +104,7 @@ def probe_factors(
         retrieval=retrieval,
         retrieval_chance=retrieval_chance,
         domains=[store.domains[index] for index in domains],
-        volumes=[store.entries[index].name for index in crops.volumes],
+        volumes=[store.entries[index].name for index in sorted(crops.tested)],
         same_anatomy=bool(crops.groups),
         unseen=crops.unseen,
         crops_fitted=int((~trained.held_out).sum()),

@@ -12,6 +12,7 @@ import torch
 
 import meduet_fast
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_index import index_path
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
@@ -21,6 +22,7 @@ from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
 from meduet_fast.pretraining.config import doubts
+from meduet_fast.pretraining.train import HELD_OUT_VOLUMES
 from meduet_fast.probing import (
     FactorTable,
     FillErrors,
@@ -54,6 +56,7 @@ class ReportInputs:
         weights: file of the network that is looked at.
         step: steps that it was trained for.
         store: the latents.
+        held_out: what the run was not trained on.
         tokenizer: what decodes them; None for imported latents, whose tokenizer is unknown.
     """
 
@@ -63,6 +66,7 @@ class ReportInputs:
     weights: Path
     step: int
     store: LatentStore
+    held_out: HeldOut
     tokenizer: Tokenizer | None
 
     @property
@@ -74,7 +78,10 @@ class ReportInputs:
         """Return what is hardly meant, as of the checkpoint that is looked at."""
         optimizer = self.config["optimizer"]
         momenta = optimizer["teacher_momentum"], optimizer["final_teacher_momentum"]
-        return doubts(self.config["steps"], *momenta, len(self.store.domains), self.step)
+        return [
+            *doubts(self.config["steps"], *momenta, len(self.store.domains), self.step),
+            *self.held_out.doubts(self.config["model"]["latent_size"]),
+        ]
 
     def identity(self) -> str:
         """Compute the SHA-256 (hex) of all that a report depends on."""
@@ -122,7 +129,8 @@ def open_run(run: Path, data: Path | None) -> ReportInputs:
                 f"{tokenizer.identity}; run `meduet-fast prepare` and pretrain again, or put the old "
                 "tokenizer back"
             )
-    return ReportInputs(run, config, records, weights, step, store, tokenizer)
+    held_out = HeldOut.of_run(store, config["held_out_fraction"], settings.get(HELD_OUT_VOLUMES))
+    return ReportInputs(run, config, records, weights, step, store, held_out, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -152,9 +160,12 @@ class Findings:
     style_pictures: list[StylePicture]
 
     def fill_gain(self) -> float:
-        """Return the part of interpolation's error that the network removes; negative if it adds to it."""
-        errors = [(item.network, item.interpolation) for item in self.filled]
-        return 1 - sum(network for network, _ in errors) / sum(smooth for _, smooth in errors)
+        """Return the part of interpolation's error that the network removes; negative if it adds to it.
+
+        Errors are parts of their volume's variance, so that each volume counts the same.
+        """
+        network = sum(item.network / item.variance for item in self.filled)
+        return 1 - network / sum(item.interpolation / item.variance for item in self.filled)
 
     def best_way(self) -> str:
         """Return the way, "by_statistics" or "by_rank", that brings images nearer to the truth on average."""
@@ -202,7 +213,7 @@ def measure(inputs: ReportInputs) -> Findings:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     store, config = inputs.store, inputs.config
     try:
-        crops = choose_crops(store, model.config.latent_size, config["held_out_fraction"])
+        crops = choose_crops(store, model.config.latent_size, inputs.held_out)
     except UserError as error:  # the rest of the report is worth having; the page gives the reason
         return Findings(loss, None, str(error), None, [], [], [], [], [])
     untrained = untrained_like(model.config, config["seed"]).to(model.cls_token.device)

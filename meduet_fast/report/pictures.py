@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
-from meduet_fast.data.held_out import held_out_start
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
@@ -34,7 +33,7 @@ from meduet_fast.probing import (
     restyle_region,
     style_statistics,
 )
-from meduet_fast.probing.crops import evaluation_starts, holds_both
+from meduet_fast.probing.crops import evaluation_starts, has_room
 from meduet_fast.probing.style_swap import BATCH
 
 from .plotting import GREY, WIDTH, new_figure, styled
@@ -42,7 +41,7 @@ from .plotting import GREY, WIDTH, new_figure, styled
 SAME_ANATOMY_PAIRS = 3
 OTHER_PAIRS = 2
 MOST_CROPS = 8  # edge of the region that is looked at, in crops: more tells the same, and takes its time
-STATISTICS_CROPS = 64  # of the training region, whose styles stand for their volume
+STATISTICS_CROPS = 64  # whose styles stand for their volume
 MARGIN = 2  # latent voxels that are decoded on both sides of a slice, for the decoder's surroundings
 PLANES = ("axial", "coronal", "sagittal")
 BAR_MM = 50
@@ -145,7 +144,7 @@ def choose_pairs(store: LatentStore, crops: ProbeCrops) -> list[Pair]:
 
     Without a group: the first volume with those of other domains.
     """
-    first = crops.groups[0][0] if crops.groups else crops.volumes[0]
+    first = crops.groups[0][0] if crops.groups else min(crops.tested)
     known, pairs = {store.entries[first].domain}, []
     if crops.groups:
         for other in _one_of_each_domain(store, crops.groups[0], known)[:SAME_ANATOMY_PAIRS]:
@@ -154,7 +153,7 @@ def choose_pairs(store: LatentStore, crops: ProbeCrops) -> list[Pair]:
     usable = [
         index
         for index in range(len(store.entries))
-        if holds_both(store, index, crops.crop_size, crops.fraction)
+        if has_room(crops.held_out, index, crops.crop_size, tested=True)
     ]
     others = _one_of_each_domain(store, usable, known)[:OTHER_PAIRS]
     return [*pairs, *(Pair((first, other), False) for other in others)]
@@ -188,9 +187,9 @@ def prepared_image(store: LatentStore, index: int) -> Tensor | None:
 
 
 def held_out_region(store: LatentStore, index: int, crops: ProbeCrops) -> Region:
-    """Read the held-out slab of a volume, at most :data:`MOST_CROPS` crops along each axis."""
+    """Read what is held out of a volume, at most :data:`MOST_CROPS` crops along each axis."""
     entry = store.entries[index]
-    border = held_out_start(entry.grid[0], crops.fraction, crops.crop_size)
+    border = crops.held_out.border(index, crops.crop_size)
     first, size = [border, 0, 0], [entry.grid[0] - border, *entry.grid[1:]]
     for axis in range(3):
         kept = min(size[axis], MOST_CROPS * crops.crop_size)
@@ -264,12 +263,12 @@ class Painter:
         return self._regions[index]
 
     def statistics(self, index: int) -> StyleStatistics:
-        """Return the style of a volume, measured away from the region."""
+        """Return the style of a volume, measured away from the region, or all over one held out whole."""
         if index not in self._statistics:
+            held_out, size = self.crops.held_out, self.crops.crop_size
             starts = evaluation_starts(
-                self.store.entries[index].grid, self.crops.crop_size, self.crops.fraction, STATISTICS_CROPS,
-                seed=0, held_out=False,
-            )  # fmt: skip
+                held_out, index, size, STATISTICS_CROPS, seed=0, tested=index in held_out.volumes
+            )
             self._statistics[index] = style_statistics(self.model, self.store, index, starts)
         return self._statistics[index]
 

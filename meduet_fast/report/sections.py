@@ -143,7 +143,7 @@ def separation(findings: Findings, png: Path | None) -> str:
         f"The volumes {', '.join(found.volumes)} show the same anatomy in {len(found.domains)} acquisitions, "
         "each a domain, so that only the way of imaging tells them apart."
         if found.same_anatomy
-        else "No volumes of this store show the same anatomy in several acquisitions. Its domains differ in "
+        else "No held-out volumes show the same anatomy in several acquisitions. The domains differ in "
         "anatomy too, which a probe may find in content by right."
     )
     where = (
@@ -207,8 +207,8 @@ def filling(findings: Findings, pngs: list[Path]) -> str:
             f"The held-out part of {picture.region.domain}, put together from overlapping windows. In each "
             "half of the tokens was hidden, then the other half; only what was filled in while it was hidden "
             f"is shown. Network {network:.1f} dB, interpolation {smooth:.1f} dB (PSNR against the "
-            "tokenizer's image, which is the best that both can reach; higher is closer). What only one "
-            f"window shows differently is averaged away. {picture.region.grey}; the bar is {BAR_MM} mm.",
+            "tokenizer's image, which is the best that both can reach; higher is closer). "
+            f"{picture.region.grey}; the bar is {BAR_MM} mm.",
             f"Slices of {picture.region.domain}: scan, through the tokenizer, filled in by network and "
             "interpolation",
         )
@@ -219,6 +219,7 @@ def styles(inputs: ReportInputs, findings: Findings, pngs: list[Path]) -> str:
     """Tell what changes of style do, in numbers and pictures."""
     if not findings.panels:
         return paragraph(f"Not measured: {findings.why_not}.")
+    where = "all over both" if inputs.held_out.kind == "volumes" else "in other places"
     body = paragraph(
         (
             "A scan is encoded, its style is replaced, its content is kept, and both are put together again. "
@@ -228,8 +229,9 @@ def styles(inputs: ReportInputs, findings: Findings, pngs: list[Path]) -> str:
             "that is shown is a guess. "
         )
         + "By statistics: each dimension of the style is moved from the mean and spread that it has in the "
-        "scan's own volume to those in the other volume, measured in other places. By rank (the published "
-        "way): each token gets the style of one token of a crop of the other volume, from another place."
+        "scan's own volume to those in the other volume, measured "
+        f"{where}. By rank (the published way): each token gets the style of one token of a crop of the "
+        "other volume, from another place."
     )
     if findings.verdicts:
         body += table(
@@ -323,7 +325,7 @@ def settings(inputs: ReportInputs) -> str:
         f"({model['latent_size'] * store.index.compression * store.entries[0].spacing[0]:.0f} mm), "
         f"patches of {model['patch_size']}^3",
         "encoder": f"{model['depth']} blocks, width {model['embed_dim']}",
-        "held out": f"{100 * config['held_out_fraction']:.0f} % of every volume's left-right axis",
+        "held out": inputs.held_out.describe(),
         "latent store": f"{store.path} ({len(store.entries)} volumes, {len(store.domains)} domains)",
         "tokenizer": store.index.tokenizer,
         "software": f"meduet-fast {meduet_fast.__version__}, torch {torch.__version__}",

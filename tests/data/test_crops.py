@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meduet_fast.data.crops import CropBatches, sample_crops
-from meduet_fast.data.held_out import held_out_start
+from meduet_fast.data.held_out import HeldOut, held_out_start
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_index import StoreEntry, StoreIndex
 from meduet_fast.errors import UserError
@@ -52,7 +52,8 @@ def test_every_batch_is_balanced_and_never_pairs_a_volume_with_itself(
     tmp_path: Path, volumes: list[int], half: int, seed: int, step: int
 ) -> None:
     store = store_without_files(tmp_path, volumes)
-    batches = CropBatches(store, crop_size=4, batch_size=2 * half, seed=seed, held_out_fraction=0.2)
+    held_out = HeldOut(store.entries, 0.2)
+    batches = CropBatches(store, crop_size=4, batch_size=2 * half, seed=seed, held_out=held_out)
     domain, volume, start = batches.plan(step)
     assert (volume != volume[::-1]).all()
     assert [store.domain_id(index) for index in volume] == domain.tolist()
@@ -106,7 +107,6 @@ def test_seed_and_number_each_change_the_batch(tmp_path: Path) -> None:
             {"crop_size": 9},
             r"cannot hold a training crop: .*a1 \(13, 8, 8\) is smaller than a crop of 9",
         ),
-        ({"held_out_fraction": 0.8}, "a0: axis of 12 cannot hold a training crop"),
     ],
 )
 def test_bad_arguments_are_named(make_store: MakeStore, change: dict[str, float], message: str) -> None:
@@ -115,8 +115,33 @@ def test_bad_arguments_are_named(make_store: MakeStore, change: dict[str, float]
         small(store, **change)
 
 
+def test_volumes_that_leave_no_room_before_the_slab_are_named(tmp_path: Path) -> None:
+    store = store_without_files(tmp_path, [1, 1])
+    with pytest.raises(UserError, match="0-0: axis of 12 cannot hold a training crop"):
+        small(store, held_out=HeldOut(store.entries, 0.8))
+
+
+def test_volumes_held_out_whole_are_never_drawn_and_the_others_are_drawn_whole(tmp_path: Path) -> None:
+    store = store_without_files(tmp_path, [3, 1, 2])
+    held_out = HeldOut(store.entries, 0.3, "volumes", frozenset({1, 4}))
+    batches = small(store, batch_size=12, held_out=held_out)
+    plans = [batches.plan(step) for step in range(300)]
+    assert {index for _, volume, _ in plans for index in volume.tolist()} == {0, 2, 3, 5}
+    assert all((volume != volume[::-1]).all() for _, volume, _ in plans)
+    starts = np.concatenate([start for _, _, start in plans])
+    assert (starts.min(0) == 0).all()
+    assert (starts.max(0) == 12 - 4).all()
+
+
+def test_a_held_out_volume_may_be_too_small_but_one_must_be_left_to_mix(make_store: MakeStore) -> None:
+    store, _ = make_store({"a0": ("a", (8, 8, 8)), "a1": ("a", (8, 8, 8)), "a2": ("a", (3, 8, 8))})
+    small(store, held_out=HeldOut(store.entries, 0.3, "volumes", frozenset({2})))
+    with pytest.raises(UserError, match=r"1 volume\(s\) to train on"):
+        small(store, held_out=HeldOut(store.entries, 0.6, "volumes", frozenset({1, 2})))
+
+
 def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"1 volume\(s\), expected at least 2"):
+    with pytest.raises(UserError, match=r"1 volume\(s\) to train on, expected at least 2"):
         small(store_without_files(tmp_path, [1]))
     with pytest.raises(IndexError, match="-1"):
         small(store_without_files(tmp_path, [2])).plan(-1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.kernels import build_mix_index, patchify_3d, unpatchify_3d
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.probing import (
@@ -78,7 +79,7 @@ def test_errors_of_known_guesses(
 ) -> None:
     """A network that is off by 1 everywhere; latents are white noise of variance 1."""
     store = make_store([(f"v{name}", name, "chest", (24, 12, 10), (-9.0, 0.0, 3.0)) for name in "ab"])
-    crops = choose_crops(store, 8, 0.4, positions=10)
+    crops = choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=10)
     monkeypatch.setattr(
         "meduet_fast.probing.hidden_tokens.fill_hidden", lambda model, crops, partners, masks: crops + 1
     )

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.probing import FactorTable, choose_crops, extract_factors, probe_factors, untrained_like
+from meduet_fast.probing import (
+    FactorTable,
+    choose_crops,
+    extract_factors,
+    fill_errors,
+    probe_factors,
+    untrained_like,
+)
 from meduet_fast.probing.probe import place_retrieval, probe_accuracy
 
 from .conftest import MakeStore
@@ -102,7 +110,7 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     grid, origin = (24, 12, 10), (-9.0, 0.0, 3.0)
     store = make_store([(f"v{name}", name, "chest", grid, origin) for name in "abc"])
     model, untrained = untrained_like(config, 1), untrained_like(config, 0)
-    crops = choose_crops(store, 8, 0.4, positions=20)
+    crops = choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=20)
     result, _ = probe_factors(model, untrained, store, crops)
     assert result.domains == ["a", "b", "c"]
     assert result.same_anatomy
@@ -114,17 +122,40 @@ def test_separation_of_a_network(make_store: MakeStore, config: MeDUETConfig) ->
     # A whole unit of offset between the domains: any network's style shows it to a probe.
     assert result.probe.style > 0.9
     assert result.gap_points == pytest.approx(100 * (result.probe.style - result.probe.content))
-    assert probe_factors(model, untrained, store, choose_crops(store, 8, 0.4, positions=20))[0] == result
+    assert (
+        probe_factors(
+            model, untrained, store, choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=20)
+        )[0]
+        == result
+    )
     same, _ = probe_factors(untrained, untrained, store, crops)
     assert same.probe.style == same.probe.untrained_style == result.probe.untrained_style
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+
+
+def test_separation_on_whole_volumes(make_store: MakeStore, config: MeDUETConfig) -> None:
+    people = [(f"{n}{i}", n, "brain", (12, 10, 9), (-9.0 - i, 0.0, 3.0)) for i in range(2) for n in "ab"]
+    store = make_store(people)
+    model = untrained_like(config, 0)
+    crops = choose_crops(store, 8, HeldOut.of_run(store, 0.5, ["a1", "b1"]), positions=10)
+    result, table = probe_factors(model, model, store, crops)
+    assert result.volumes == ["a1", "b1"]
+    assert result.same_anatomy
+    assert result.unseen
+    assert (result.crops_fitted, result.crops_tested) == (60, 20)  # all 30 places of either volume
+    assert result.retrieval is not None
+    assert {store.entries[index].name for index in table.volume[~table.held_out]} == {"a0", "b0"}
+    assert result.probe.style > 0.9
+    assert [item.domain for item in fill_errors(model, store, crops)] == ["a", "b"]
 
 
 def test_without_a_shared_anatomy_there_is_no_retrieval(make_store: MakeStore, config: MeDUETConfig) -> None:
     origin = (-9.0, 0.0, 3.0)
     store = make_store([("a", "a", "chest", (24, 12, 10), origin), ("b", "b", "brain", (20, 12, 10), origin)])
     model = untrained_like(config, 0)
-    result, _ = probe_factors(model, model, store, choose_crops(store, 8, 0.4, positions=10))
+    result, _ = probe_factors(
+        model, model, store, choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=10)
+    )
     assert not result.same_anatomy
     assert result.retrieval is None
     assert result.retrieval_chance is None

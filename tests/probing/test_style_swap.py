@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meduet_fast.data.held_out import HeldOut
 from meduet_fast.kernels import build_mix_index, patchify_3d
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.probing import (
@@ -89,7 +90,7 @@ def test_a_move_to_the_own_statistics_changes_nothing_and_another_does(
 
 def test_statistics_are_those_of_the_volumes_tokens(make_store: MakeStore, config: MeDUETConfig) -> None:
     store = make_store([(f"v{name}", name, "chest", (24, 12, 10), (-9.0, 0.0, 3.0)) for name in "ab"])
-    crops = choose_crops(store, 8, 0.4, positions=8)
+    crops = choose_crops(store, 8, HeldOut(store.entries, 0.4), positions=8)
     model = untrained_like(config, 0)
     found = style_statistics(model, store, 1, crops.fitted[1])
     starts = crops.fitted[1]

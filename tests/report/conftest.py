@@ -15,6 +15,7 @@ from nibabel.nifti1 import Nifti1Image, save
 from meduet_fast.autoencoder.autoencoder import Architecture
 from meduet_fast.autoencoder.weights import save_safetensors
 from meduet_fast.data.store import LatentStore
+from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.prepare.prepare import PrepareConfig, prepare
 from meduet_fast.pretraining import OptimizerConfig, PretrainConfig, pretrain
@@ -90,3 +91,27 @@ def point_to(run: Path, store: Path) -> None:
     """Make ``run`` remember another store."""
     settings = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**settings, "data": str(store)}))
+
+
+@pytest.fixture(scope="session")
+def small_volumes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two people, each scanned as "sharp" and as "bright", and a head; no axis holds two crops."""
+    known = LatentStore.open(finished / "store")
+    path = tmp_path_factory.mktemp("small") / "store"
+    with StoreWriter(
+        path, tokenizer=known.index.tokenizer, tokenizer_spec=known.index.tokenizer_spec, channels=4,
+        compression=4,
+    ) as writer:  # fmt: skip
+        for index, entry in enumerate(known.entries):
+            for person in range(1 if entry.domain == "head" else 2):
+                affine = np.diag([1.5, 1.5, 1.5, 1.0])
+                affine[:3, 3] = (-60 - person, -50, -40)
+                first = 12 * person
+                record = VolumeRecord(
+                    name=f"{entry.domain}{person}", domain=entry.domain, body_part=entry.body_part,
+                    content_key=entry.content_key, source=f"{entry.domain}{person}.nii", affine=affine,
+                    latent=known.read_volume(index)[:, first : first + 12, :12, :12], spacing=entry.spacing,
+                    intensity={},
+                )  # fmt: skip
+                writer.add(record)
+    return path

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -18,11 +19,13 @@ from meduet_fast.cli import main
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
+from meduet_fast.pretraining import pretrain
+from meduet_fast.pretraining.dry_run import format_plan
 from meduet_fast.report import read_numbers, write_report
 from meduet_fast.report.curves import draw_losses
 from meduet_fast.report.pictures import prepared_image
 
-from .conftest import point_to, write_tokenizer
+from .conftest import CONFIG, point_to, write_tokenizer
 
 SECTIONS = ["summary", "styles", "separation", "filling-in", "losses", "speed", "settings"]
 
@@ -139,7 +142,7 @@ def test_numbers_agree_with_the_page(written: Path, finished: Path) -> None:
         ("bright", "head"),
         ("head", "bright"),
     ]
-    assert [item["domain"] for item in numbers["filled"]] == ["bright", "sharp"]
+    assert [item["domain"] for item in numbers["filled"]] == ["bright", "head", "sharp"]
     for item in numbers["filled"]:
         assert f"{item['network'] / item['interpolation']:.2f}" in text
     assert [item["domain"] for item in numbers["pictures"]] == [
@@ -287,6 +290,44 @@ def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: P
     assert page.anchors == SECTIONS
     assert "separation needs two domains" in page.text
     assert read_numbers(copied)["separation"] is None
+
+
+def test_a_run_that_holds_out_whole_volumes(
+    small_volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UserError, match="bright0: axis of 12 cannot hold a training crop and a held-out crop"
+    ):
+        pretrain(small_volumes, tmp_path / "slabs", CONFIG)
+    config = replace(CONFIG, steps=4, mftd_start_step=2, held_out="volumes")
+    pretrain(small_volumes, tmp_path / "run", config)
+    held = json.loads((tmp_path / "run" / "run.json").read_text())["held_out_volumes"]
+    assert held in (["bright0", "sharp0"], ["bright1", "sharp1"])
+    what = f"2 of 5 volumes, whole: {held[0]}, {held[1]}"
+    doubt = "no volume is held out of head: a domain keeps one to train on"
+    assert f"warning: {doubt}" in capsys.readouterr().err
+    plan = " ".join(format_plan(config, small_volumes).split())
+    assert f"held out {what}" in plan
+    assert doubt in plan
+
+    page = Page(write_report(tmp_path / "run").read_text())
+    for words in (
+        what,
+        f"Warning: {doubt}",
+        "measured all over both",
+        f"The volumes {held[0]}, {held[1]} show",
+    ):
+        assert words in page.text
+    numbers = read_numbers(tmp_path / "run")
+    found = numbers["separation"]
+    assert (found["volumes"], found["domains"]) == (held, ["bright", "sharp"])
+    assert found["same_anatomy"]
+    assert found["unseen"]
+    assert found["retrieval"] is not None
+    assert [(pair["first"], pair["second"]) for pair in numbers["style_pairs"]] == [("bright", "sharp")]
+    assert [item["domain"] for item in numbers["filled"]] == ["bright", "sharp"]
+    # The only held-out volumes are the pair's: a head that was trained on is not shown.
+    assert {panel["domain"] for panel in numbers["style_panels"]} == {"bright", "sharp"}
 
 
 def test_a_full_disk_is_a_clear_message(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
