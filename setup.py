@@ -65,6 +65,7 @@ setup(
         "itk": ["SimpleITK>=2.5.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
+            "diffusers>=0.42; python_version >= '3.11'",
             "einops",
             "pytest",
             "pytest-benchmark",
