@@ -50,7 +50,9 @@ of AutoencoderKLCogVideoX and of AutoencoderKLKVAEVideo, which scale and shift b
 the latents say; the second norm of blocks with `scale_shift`, for the same reason; the one norm at the end of
 each U-Net, encoder and decoder; the residual blocks of AutoencoderKLCosmos, of AutoencoderKLMiniMaxH3 and of
 the encoder of AutoencoderKLKVAEVideo, whose norms are classes of their own; AutoencoderKLWan,
-AutoencoderKLQwenImage, AutoencoderKLHunyuanVideo15 and AutoencoderKLLTXVideo, which have no group norm."""
+AutoencoderKLQwenImage, AutoencoderKLHunyuanVideo15 and AutoencoderKLLTXVideo, which have no group norm.
+AutoencoderKLAllegro encodes in large tiles alone and is not in the table; its blocks are of kinds that
+are."""
 
 
 def _ratio(pair: Sequence[Callable[[], object]], seconds: float) -> str:

@@ -184,7 +184,7 @@ def _diffusers_autoencoder(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     model = getattr(diffusers, name)(**options)
     if name == "AutoencoderKLTemporalDecoder":
         return _Tensors(model, num_frames=2), (torch.randn(2, 3, 16, 16),)
-    frames = {"AutoencoderKLMochi": 7, "AutoencoderKLAllegro": 8}.get(name, 5)
+    frames = 7 if name == "AutoencoderKLMochi" else 5
     return _Tensors(model), (torch.randn(1, 3, frames, 32, 32),)
 
 
@@ -212,7 +212,6 @@ EXAMPLES = (
             "AutoencoderKLCogVideoX",
             "AutoencoderKLHunyuanVideo",
             "AutoencoderKLMochi",
-            "AutoencoderKLAllegro",
         )
     ),
     Example("Conv3d 32->64, kernel = stride = 2", _downsampling, quick=True),
