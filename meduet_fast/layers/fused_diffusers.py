@@ -66,7 +66,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         if temb is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
             temb = temb[:, :, None, None]  # (B, C', 1, 1), twice the channels with scale_shift
-        if shifted:
+        if temb is None or shifted:
             hidden = _norm_silu_2d(self.norm2, hidden if temb is None else hidden + temb)
         else:
             scale, shift = temb.chunk(2, dim=1)  # (B, C', 1, 1) each
