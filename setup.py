@@ -72,6 +72,7 @@ setup(
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
             *TRAIN,
+            "diffusers>=0.42; python_version >= '3.11'",
             "einops",
             "pytest",
             "pytest-benchmark",

@@ -1,4 +1,4 @@
-"""Models of MONAI before and after ``accelerate``: the same numbers, and the time of forward and backward.
+"""Models of MONAI and diffusers before and after ``accelerate``: same numbers, time of forward and backward.
 
 ``python -m benchmarks.bench_accelerate [--device cpu] [--quick] [--only NAME] [--json PATH]``
 
@@ -113,6 +113,81 @@ def _autoencoder() -> tuple[nn.Module, tuple[Any, ...]]:
     return model, (torch.randn(1, 1, 32, 32, 32),)
 
 
+def _swin() -> tuple[nn.Module, tuple[Any, ...]]:
+    from monai.networks.nets.swin_unetr import SwinTransformer
+
+    model = SwinTransformer(
+        in_chans=1, embed_dim=12, window_size=(7, 7, 7), patch_size=(2, 2, 2), depths=(2, 1, 1, 1),
+        num_heads=(3, 3, 3, 3), spatial_dims=3,
+    )  # fmt: skip
+    return model, (torch.randn(1, 1, 32, 32, 32),)
+
+
+class _Tensors(nn.Module):
+    """A model of diffusers that gives plain tensors, with some arguments fixed."""
+
+    def __init__(self, model: nn.Module, **fixed: Any) -> None:
+        super().__init__()
+        self.model, self.fixed = model, fixed
+        for parameter in model.parameters():
+            # Last layers that start as zeros would hide differences.
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(*inputs, return_dict=False, **self.fixed)
+
+
+def _diffusers_unet() -> tuple[nn.Module, tuple[Any, ...]]:
+    from diffusers import UNet3DConditionModel
+
+    model = UNet3DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        norm_num_groups=8, cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+    return _Tensors(model), (torch.randn(1, 4, 4, 16, 16), torch.tensor([10]), torch.randn(1, 4, 16))
+
+
+def _video_unet() -> tuple[nn.Module, tuple[Any, ...]]:
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    model = UNetSpatioTemporalConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+        num_attention_heads=(2, 2), cross_attention_dim=16, addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    )  # fmt: skip
+    inputs = (torch.randn(1, 4, 4, 16, 16), torch.tensor([10]), torch.randn(1, 1, 16), torch.rand(1, 3))
+    return _Tensors(model), inputs
+
+
+def _diffusers_autoencoder(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    import diffusers
+
+    plain = {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 8, "layers_per_block": 1,
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "AutoencoderKLTemporalDecoder": {
+            "latent_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1,
+            "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        },
+        "AutoencoderKLMochi": {
+            "latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5,
+            "decoder_block_out_channels": (32,) * 4,
+        },
+    }.get(name, plain)  # fmt: skip
+    model = getattr(diffusers, name)(**options)
+    if name == "AutoencoderKLTemporalDecoder":
+        return _Tensors(model, num_frames=2), (torch.randn(2, 3, 16, 16),)
+    frames = 7 if name == "AutoencoderKLMochi" else 5
+    return _Tensors(model), (torch.randn(1, 3, frames, 32, 32),)
+
+
 def _downsampling() -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Conv3d(32, 64, 2, 2), (torch.randn(2, 32, 32, 32, 32),)
 
@@ -126,6 +201,19 @@ EXAMPLES = (
     Example("DiffusionModelUNet, cross-attention", lambda: _diffusion(conditioned=True)),
     Example("AutoencoderKlMaisi", _maisi, torch.float32),  # its norms cannot do float64; it has no kinks
     Example("AutoencoderKL", _autoencoder),
+    Example("SwinTransformer", _swin),
+    Example("UNet3DConditionModel", _diffusers_unet),
+    Example("UNetSpatioTemporalConditionModel", _video_unet),
+    *(
+        Example(name, partial(_diffusers_autoencoder, name))
+        for name in (
+            "AutoencoderKLTemporalDecoder",
+            "AutoencoderKLMagvit",
+            "AutoencoderKLCogVideoX",
+            "AutoencoderKLHunyuanVideo",
+            "AutoencoderKLMochi",
+        )
+    ),
     Example("Conv3d 32->64, kernel = stride = 2", _downsampling, quick=True),
 )
 
@@ -164,7 +252,7 @@ def make_pair(example: Example, device: torch.device) -> tuple[nn.Module, nn.Mod
 
     Raises:
         AssertionError: names of the state dict changed.
-        ImportError: MONAI is not installed.
+        ImportError: MONAI or diffusers is not installed.
     """
     torch.manual_seed(0)
     before, inputs = example.build()

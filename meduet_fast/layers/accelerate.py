@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from importlib.metadata import version
 from typing import NamedTuple
 
 from torch import nn
+
+from meduet_fast.errors import UserError
 
 from . import fused
 
@@ -24,21 +26,34 @@ class Swap(NamedTuple):
     after: str
 
 
-def _rules() -> dict[type[nn.Module], type[fused.Fused]]:
-    """Return the fused class of every class that has one, MONAI's if the process uses it."""
-    if "monai" not in sys.modules:
-        return fused.RULES
-    from . import fused_monai
+def _rules(model: nn.Module) -> dict[type[nn.Module], type[fused.Fused]]:
+    """Return the fused class of every class that has one, of libraries whose modules the model has."""
+    rules = dict(fused.RULES)
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    libraries = {base.__module__.partition(".")[0] for base in bases}
+    if "monai" in libraries:
+        from . import fused_monai
 
-    return {**fused.RULES, **fused_monai.RULES}
+        rules |= fused_monai.RULES
+    if "diffusers" in libraries:
+        try:
+            from . import fused_diffusers
+        except ImportError as error:
+            raise UserError(
+                f"the model is of diffusers {version('diffusers')}, expected 0.42 or later ({error})"
+            ) from error
+
+        rules |= fused_diffusers.RULES
+    return rules
 
 
 def accelerate(model: nn.Module) -> list[Swap]:
-    """Replace slow modules of MONAI and PyTorch by fused ones, in place.
+    """Replace slow modules of MONAI, diffusers and PyTorch by fused ones, in place.
 
-    Replaced are MONAI's PatchEmbeddingBlock, SABlock and CrossAttentionBlock, the residual blocks of
-    DiffusionModelUNet, AutoencoderKL and AutoencoderKlMaisi, MaisiGroupNorm3D; PyTorch's Conv3d whose kernel
-    is its stride, and GroupNorm followed by SiLU in a Sequential. Outputs and gradients are the same up to
+    Replaced are MONAI's PatchEmbeddingBlock, SABlock, CrossAttentionBlock and Swin's WindowAttention, the
+    residual blocks of DiffusionModelUNet, AutoencoderKL and AutoencoderKlMaisi, MaisiGroupNorm3D; residual
+    blocks that normalise by groups in diffusers' U-Nets and 3D autoencoders; PyTorch's Conv3d whose kernel is
+    its stride, and GroupNorm followed by SiLU in a Sequential. Outputs and gradients are the same up to
     rounding. Everything else, subclasses of these, options that the fused forms lack (saved or relative
     attention, float16 norms) and attention that is fused already are left alone.
 
@@ -51,12 +66,15 @@ def accelerate(model: nn.Module) -> list[Swap]:
     ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
 
     Args:
-        model: any module; MONAI is imported only if the process uses it.
+        model: any module; MONAI and diffusers are imported only if it has modules of theirs.
 
     Returns:
         What was replaced, in the order of ``model.named_modules()``.
+
+    Raises:
+        UserError: for a model of a diffusers that lacks some of the classes.
     """
-    rules = _rules()
+    rules = _rules(model)
     swaps: list[Swap] = []
     passed_over: set[nn.Module] = set()
     for path, module in list(model.named_modules()):
@@ -87,7 +105,7 @@ def restore(model: nn.Module) -> list[str]:
         ValueError: for a module of a class that was derived from a fused one, as ``fully_shard`` does;
             nothing has changed then.
     """
-    originals = {faster: original for original, faster in _rules().items()}
+    originals = {faster: original for original, faster in _rules(model).items()}
     modules = [(path, item) for path, item in model.named_modules() if isinstance(item, fused.Fused)]
     for path, module in modules:
         if type(module) not in originals:

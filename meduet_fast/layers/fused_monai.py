@@ -12,6 +12,7 @@ from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
 from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+from monai.networks.nets.swin_unetr import WindowAttention
 from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor, nn
 
@@ -139,6 +140,40 @@ class FusedCrossAttentionBlock(Fused, CrossAttentionBlock):
         return self.drop_output(self.out_proj(y))
 
 
+class FusedWindowAttention(Fused, WindowAttention):
+    """Attention within Swin's windows, biases of positions and of shifted windows added by the operation."""
+
+    summary = "scaled_dot_product_attention"
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return bare(module.softmax, module.attn_drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend within windows (B*W, N, C); ``mask`` (W, N, N) is added to the scores of each."""
+        # MONAI's own option is fused, too, but without gradients alone.
+        fused_already = self.use_flash_attention and not torch.is_grad_enabled()
+        if fused_already or not self.fits(self) or transformed():
+            return super().forward(x, mask)
+        _, length, width = x.shape
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B*W, H, N, d)
+        positions: Any = self.relative_position_index  # (N', N') of a whole window, N' >= N
+        index = positions[:length, :length].flatten()
+        bias = self.relative_position_bias_table[index].T.unflatten(1, (length, length))  # (H, N, N)
+        bias = bias[None]  # (1, H, N, N)
+        if mask is not None:
+            # The bias is the same in every sample: its windows stand beside their heads, samples before them.
+            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, W*H, N, N)
+            qkv = qkv.unflatten(1, (-1, mask.shape[0])).flatten(2, 3)  # (3, B, W*H, N, d)
+        query, key, value = qkv
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.to(query.dtype), scale=self.scale,
+            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+        )  # fmt: skip
+        y = y.reshape(-1, self.num_heads, length, width // self.num_heads)  # (B*W, H, N, d)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))  # (B*W, N, C)
+
+
 # GroupNorm and SiLU. A convolution follows in each, so under autocast nothing is lost by a narrow result.
 
 
@@ -241,6 +276,7 @@ RULES: dict[type[nn.Module], type[Fused]] = {
     PatchEmbeddingBlock: FusedPatchEmbeddingBlock,
     SABlock: FusedSABlock,
     CrossAttentionBlock: FusedCrossAttentionBlock,
+    WindowAttention: FusedWindowAttention,
     DiffusionUNetResnetBlock: FusedDiffusionUNetResnetBlock,
     AEKLResBlock: FusedAEKLResBlock,
     MaisiResBlock: FusedMaisiResBlock,

@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from monai.networks.blocks import PatchEmbeddingBlock
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, DiffusionUNetResnetBlock
+from monai.networks.nets.swin_unetr import SwinTransformer, WindowAttention
 from torch import nn
 
 from meduet_fast.layers import accelerate, restore
@@ -146,6 +147,36 @@ def test_cross_attention() -> None:
     block = CrossAttentionBlock(12, 3, context_input_size=6).double().eval()
     require_same(block, (randn(2, 5, 12), randn(2, 4, 6)))
     assert accelerate(CrossAttentionBlock(12, 3, save_attn=True)) == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_window_attention(bias: bool) -> None:
+    block = WindowAttention(12, 3, (2, 3, 2), qkv_bias=bias, attn_drop=0.5).double().eval()
+    nn.init.normal_(block.relative_position_bias_table)
+    shifted = torch.where(torch.rand(2, 12, 12) < 0.3, -100.0, 0.0).double()
+    assert any(shifted.flatten())
+    fused = require_same(block, (randn(6, 12, 12), shifted))  # three samples of two windows
+    x = randn(2, 8, 12)  # smaller than the window
+    assert torch.allclose(fused(x, None), block(x, None))
+    fused.train()
+    torch.manual_seed(0)
+    mean = torch.stack([fused(x, None) for _ in range(400)]).mean(0)
+    assert torch.allclose(mean, block(x, None), atol=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = fused.float().eval()(x.float(), None)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.allclose(narrow.double(), block.double()(x, None), atol=0.05)
+    assert len(restore(fused)) == 1
+    assert type(fused) is WindowAttention
+
+
+def test_swin_transformer() -> None:
+    model = SwinTransformer(
+        in_chans=1, embed_dim=4, window_size=(2, 2, 2), patch_size=(2, 2, 2), depths=(2, 1, 1, 1),
+        num_heads=(2, 2, 2, 2), spatial_dims=3,
+    )  # fmt: skip
+    fused = require_same(model.double().eval(), (randn(2, 1, 16, 16, 16),))
+    assert sum(type(module).__name__ == "FusedWindowAttention" for module in fused.modules()) == 5
 
 
 @pytest.mark.parametrize("options", [{}, {"up": True}, {"down": True}, {"out_channels": 6}], ids=str)
