@@ -46,18 +46,20 @@ def headline(findings: Findings) -> str:
 
 def _filled(findings: Findings) -> str:
     """Say how the network fills in hidden tokens, beside interpolation without any network."""
-    gain = 100 * findings.fill_gain()
-    does, size = ("better", "smaller") if gain > 0 else ("worse", "larger")
-    return f"the network does {does} than smooth interpolation, its squared error is {abs(gain):.0f} % {size}"
+    gain = findings.fill_gain()
+    does = "better" if gain > 0 else "worse"
+    return f"the network does {does} than smooth interpolation, its squared error is {_by(gain)}"
+
+
+def _by(gain: float) -> str:
+    """Say how much smaller an error is by a gain, a part of it; negative ones make it larger."""
+    return f"{abs(100 * gain):.0f} % {'smaller' if gain > 0 else 'larger'}"
 
 
 def _verdict(verdict: PairVerdict, way: str) -> str:
     """Say whether a change of style works, in plain words."""
-    gain = 100 * verdict.gain(way)
     how = "by statistics" if way == "by_statistics" else "by rank"
-    error = (
-        f"the squared error against the real scan is {abs(gain):.0f} % {'smaller' if gain > 0 else 'larger'}"
-    )
+    error = f"the squared error against the real scan is {_by(verdict.gain(way))}"
     stays = "the anatomy stays" if getattr(verdict, f"stays_{way}") else "the donor's anatomy comes along"
     word = "works" if verdict.works(way) else "does not work"
     return f"{verdict.first} and {verdict.second}: {word} ({how}): {error} than without the change; {stays}"
@@ -89,16 +91,17 @@ def summary(inputs: ReportInputs, findings: Findings) -> str:
     )
     body += paragraph(f"Hidden tokens on held-out crops: {_filled(findings)}.")
     if findings.verdicts:
-        gains = " and ".join(
-            f"{100 * findings.style_gain(way):.0f} % {words}"
-            for way, words in (("by_statistics", "by statistics"), ("by_rank", "by rank, the published way"))
+        gains = ", ".join(
+            f"{_by(findings.style_gain(way))} {words}"
+            for way, words in (("by_statistics", "by statistics"), ("by_rank", "by rank (the published way)"))
         )
         body += paragraph(
             "Giving a scan the style of another acquisition, on pairs that show the same anatomy, so that "
-            f"the right answer is known: on average over the pairs this removes {gains} of the error that a "
-            "scan left in its own style has (a minus adds to it). "
-            + ". ".join(_verdict(verdict, findings.best_way()) for verdict in findings.verdicts)
-            + "."
+            "the right answer is known. The squared error against the real scan, mean over the pairs, beside "
+            f"that of the scan left in its own style: {gains}."
+        )
+        body += "".join(
+            paragraph(f"{_verdict(verdict, findings.best_way())}.") for verdict in findings.verdicts
         )
     return body
 
