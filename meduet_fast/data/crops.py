@@ -64,8 +64,8 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         trained = [index for index in range(len(store.entries)) if index not in held_out.volumes]
         if len(trained) < 2:
             raise UserError(
-                f"{store.path}: {len(trained)} volume(s) to train on, expected at least 2: "
-                "a sample is never mixed with itself"
+                f"{store.path}: {len(trained)} volume(s) to train on, {len(held_out.volumes)} held out, "
+                "expected at least 2 to train on: a sample is never mixed with itself"
             )
         if crop_size < 1:
             raise UserError(f"crop_size: found {crop_size}, expected at least 1")

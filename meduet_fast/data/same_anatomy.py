@@ -10,13 +10,17 @@ import numpy as np
 from .store import LatentStore
 
 
-def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
+def same_anatomy_groups(store: LatentStore, least_domains: int = 2) -> list[list[int]]:
     """Find volumes that show the same anatomy in several acquisitions: the ground truth of separation.
 
     Taken to be those of one body part on one grid: equal shape, and an affine that differs by less than half
-    a voxel of the prepared image everywhere. A group has at least two domains. A volume whose corner lies
-    at exactly 0, 0, 0 is taken to have no known position (imported caches) and is in no group. Different
-    people registered to one template would be taken for one person.
+    a voxel of the prepared image everywhere. A volume whose corner lies at exactly 0, 0, 0 is taken to have
+    no known position (imported caches) and is in no group. Different people registered to one template would
+    be taken for one person.
+
+    Args:
+        store: an open store.
+        least_domains: that a group has.
 
     Returns:
         Lists of positions in ``store.entries``, in ascending order.
@@ -42,7 +46,9 @@ def same_anatomy_groups(store: LatentStore) -> list[list[int]]:
                 firsts[len(found)] = own
                 found.append([index])
         groups += [
-            members for members in found if len({store.entries[index].domain for index in members}) > 1
+            members
+            for members in found
+            if len({store.entries[index].domain for index in members}) >= least_domains
         ]
     return sorted(groups)
 
@@ -59,7 +65,7 @@ def same_anatomy_sets(store: LatentStore) -> list[list[int]]:
     by_source: defaultdict[str, list[int]] = defaultdict(list)
     for index, entry in enumerate(store.entries):
         by_source[entry.source].append(index)
-    for first, *others in (*same_anatomy_groups(store), *by_source.values()):
+    for first, *others in (*same_anatomy_groups(store, least_domains=1), *by_source.values()):
         for other in others:
             if part_of[other] is not part_of[first]:
                 part_of[first] |= part_of[other]

@@ -6,6 +6,7 @@ the mean of what they give.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +171,10 @@ class EncodeConfig:
             default half a crop.
         batch_size: windows that are encoded at once.
         device: where tokenizer and network work; "auto" takes CUDA where there is one.
-        domain, intensity, body_part: for inputs that do not state them; see ``find_volumes``.
+        domain: data set of inputs that do not state one.
+        intensity: what of a scan's values becomes [0, 1], for inputs that do not state it, such as
+            {"kind": "ct_window", "low": -175, "high": 250}: as it was for the network's training.
+        body_part: of inputs that do not state one.
 
     Raises:
         UserError: if a number is out of its range.
@@ -289,9 +293,13 @@ class Encoder:
         try:
             latents, volume = self.latents(entry)
             maps = encode_latents(self.model, latents, self.stride, self.batch_size, show)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             device = self.model.cls_token.device
             raise VolumeError(entry.path, f"does not fit into the memory of {device}: {error}") from error
+        except RuntimeError as error:
+            if "memory" not in str(error):  # of the CPU's allocator, which has no error of its own
+                raise
+            raise VolumeError(entry.path, f"does not fit into memory: {error}") from error
         step = self.model.config.patch_size * self.tokenizer.compression  # of a patch in image voxels
         begin = np.array(maps.first) * self.tokenizer.compression  # (3,) image voxel of the first patch
         # The image is cut to the voxels above 0 before it is filled up: what lies beside them is filling.
@@ -299,8 +307,9 @@ class Encoder:
         scanned = []
         for axis in range(3):
             inside = np.flatnonzero(shown.any(axis=(axis - 1, axis - 2)))
-            first, last = (inside[[0, -1]] - begin[axis]) // step  # patches with these voxels
-            scanned.append(slice(max(first, 0), last + 1))
+            patches = (inside[[0, -1]] - begin[axis]) // step  # that have these voxels
+            first, last = patches.clip(0, maps.content.shape[axis] - 1)
+            scanned.append(slice(first, last + 1))
         to_voxels = np.diag([step, step, step, 1.0])  # (4, 4)
         to_voxels[:3, 3] = begin + (step - 1) / 2  # voxel 0's centre is at 0, the first patch's at its middle
         return EncodedScan(
@@ -346,6 +355,11 @@ def _load_tokenizer(
     elif spec is None:
         gone = f"{printable(store)} is not there" if store else "no run's store is known"
         spec, named_by = BUILTIN, f"the built-in one, as {gone}"
+        print(
+            f"warning: the tokenizer is {named_by}: if the network was trained on another's latents, name it "
+            "with --tokenizer, or the encoding means nothing",
+            file=sys.stderr,
+        )
     tokenizer = load_tokenizer(spec, device)
     if made_by not in (IMPORTED, tokenizer.identity):
         raise UserError(

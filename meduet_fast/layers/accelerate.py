@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib import import_module
 from importlib.metadata import version
 from typing import NamedTuple
 
 from torch import nn
-
-from meduet_fast.errors import UserError
 
 from . import fused
 
@@ -31,19 +31,16 @@ def _rules(model: nn.Module) -> dict[type[nn.Module], type[fused.Fused]]:
     rules = dict(fused.RULES)
     bases = {base for module in model.modules() for base in type(module).__mro__}
     libraries = {base.__module__.partition(".")[0] for base in bases}
-    if "monai" in libraries:
-        from . import fused_monai
-
-        rules |= fused_monai.RULES
-    if "diffusers" in libraries:
-        try:
-            from . import fused_diffusers
-        except ImportError as error:
-            raise UserError(
-                f"the model is of diffusers {version('diffusers')}, expected 0.42 or later ({error})"
-            ) from error
-
-        rules |= fused_diffusers.RULES
+    for library, least in (("monai", "1.6"), ("diffusers", "0.42")):
+        if library in libraries:
+            try:
+                rules |= import_module(f"{__package__}.fused_{library}").RULES
+            except ImportError as error:
+                warnings.warn(
+                    f"modules of {library} {version(library)} are left as they are: known are those of "
+                    f"{least} and later ({error})",
+                    stacklevel=3,
+                )
     return rules
 
 

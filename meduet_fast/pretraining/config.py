@@ -123,10 +123,11 @@ def doubts(
             "the store has one domain: there is nothing to tell apart, and style is not separated from "
             "content; make data sets that were acquired differently domains of their own"
         )
+    done = steps if done is None else done
     kept = kept_of_start(steps, teacher_momentum, final_teacher_momentum, done)
     if kept > MOST_OF_START:
         found.append(
-            f"the teacher keeps {100 * kept:.0f} % of what it began with over the {done or steps} steps "
+            f"the teacher keeps {100 * kept:.0f} % of what it began with over the {done} steps "
             f"(without --init, random weights): lower optimizer.teacher_momentum ({teacher_momentum}) and "
             f"optimizer.final_teacher_momentum ({final_teacher_momentum}), or train longer"
         )

@@ -118,8 +118,9 @@ class FillErrors:
 def fill_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, seed: int = 0) -> list[FillErrors]:
     """Measure how well hidden tokens are filled in, on held-out crops of the volumes looked at.
 
-    Of a domain that has none there, its first volume with room for a crop is taken as well. A volume's crops
-    are mixed with held-out crops of the next volume of another domain.
+    Of a domain that has none there, its first volume with room for a crop is taken as well. Crops are mixed
+    with held-out crops of the next volume of another domain, of another anatomy if there is one: the other
+    acquisition of a place would show what is hidden.
     """
     config, places, found = model.config, dict(crops.tested), []
     known = {store.entries[index].domain for index in places}
@@ -130,7 +131,9 @@ def fill_errors(model: MeDUET, store: LatentStore, crops: ProbeCrops, seed: int 
     volumes = sorted(places)
     for position, index in enumerate(volumes):
         others = [*volumes[position + 1 :], *volumes[:position]]
-        partner = next(i for i in others if store.entries[i].domain != store.entries[index].domain)
+        own_group = next((group for group in crops.groups if index in group), [index])
+        other_domains = [i for i in others if store.entries[i].domain != store.entries[index].domain]
+        partner = min(other_domains, key=lambda i: i in own_group)  # the first of the least
         starts = places[index][:CROPS]
         again = [places[partner][-1 - i % len(places[partner])] for i in range(len(starts))]
         own = sample_crops(store, index, starts, config.latent_size).float()  # (N, C, S, S, S)

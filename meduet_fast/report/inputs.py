@@ -78,7 +78,9 @@ class ReportInputs:
         """Return what is hardly meant, as of the checkpoint that is looked at."""
         optimizer = self.config["optimizer"]
         momenta = optimizer["teacher_momentum"], optimizer["final_teacher_momentum"]
+        nothing = "nothing was held out: what is called so here is a third of each volume, which training saw"
         return [
+            *([] if self.held_out.fraction else [nothing]),
             *doubts(self.config["steps"], *momenta, len(self.store.domains), self.step),
             *self.held_out.doubts(self.config["model"]["latent_size"]),
         ]
@@ -236,7 +238,8 @@ def measure(inputs: ReportInputs) -> Findings:
             style_pictures.append(painter.draw_style(first, second, pair.same_anatomy, changed, forth))
     filled_pictures: list[FilledPicture] = []
     if inputs.tokenizer is not None:
-        shown = [pairs[0].volumes, *(pair.volumes[::-1] for pair in pairs if not pair.same_anatomy)][:2]
+        others = [pair.volumes for pair in pairs if not pair.same_anatomy]  # no partner that shows the place
+        shown = [others[0], others[0][::-1]] if others else [pairs[0].volumes]
         filled_pictures = [
             painter.draw_filled(*volumes) for volumes in track(shown, "Filling in", unit="volume")
         ]

@@ -262,6 +262,20 @@ class Painter:
             self._regions[index] = held_out_region(self.store, index, self.crops)
         return self._regions[index]
 
+    def donated(self, index: int) -> Tensor:
+        """Read what a volume gives styles from by rank, (C, X, Y, Z): the middle of its training side.
+
+        In one anatomy it does not show the region; of a volume that is held out whole there is nothing else.
+        """
+        border = self.crops.held_out.border(index, self.crops.crop_size)
+        if border == 0:
+            return self.region(index).latents
+        latents = self.store.read_volume(index)[:, :border].float()  # (C, X, Y, Z)
+        for axis in (1, 2, 3):
+            kept = min(latents.shape[axis], MOST_CROPS * self.crops.crop_size)
+            latents = latents.narrow(axis, (latents.shape[axis] - kept) // 2, kept)
+        return latents
+
     def statistics(self, index: int) -> StyleStatistics:
         """Return the style of a volume, measured away from the region, or all over one held out whole."""
         if index not in self._statistics:
@@ -286,16 +300,16 @@ class Painter:
 
     def change(self, own: int, donor: int, same_anatomy: bool) -> tuple[RestyledRegion, StyleChange]:
         """Give the region of one volume the style of another, and measure it."""
-        region, other = self.region(own), self.region(donor)
+        region = self.region(own)
         changed = restyle_region(
             self.model,
             region.latents,
-            other.latents,
+            self.donated(donor),
             self.statistics(own),
             self.statistics(donor),
             self.whole,
         )
-        truth = other.latents if same_anatomy else None
+        truth = self.region(donor).latents if same_anatomy else None
         return changed, measure_change(region.latents, changed, truth)
 
     def draw_style(
@@ -304,9 +318,9 @@ class Painter:
         """Decode what a change of style made."""
         assert self.tokenizer is not None
         region, other = self.region(own), self.region(donor).domain
-        if own not in self._kept:
-            self._kept[own] = decode_slices(self.tokenizer, changed.result.kept)
-        kept = self._kept[own]
+        kept = self._kept.get(own) if self.whole else None  # mixed with a donor, it would be another for each
+        if kept is None:
+            kept = self._kept[own] = decode_slices(self.tokenizer, changed.result.kept)
         moved = decode_slices(self.tokenizer, changed.result.by_statistics)
         ranked = decode_slices(self.tokenizer, changed.result.by_rank)
         goal, away, said = self.scan(donor), {}, {"kept": "", "by_statistics": "", "by_rank": ""}

@@ -141,7 +141,7 @@ def test_a_held_out_volume_may_be_too_small_but_one_must_be_left_to_mix(make_sto
 
 
 def test_one_volume_is_refused_and_so_is_a_negative_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"1 volume\(s\) to train on, expected at least 2"):
+    with pytest.raises(UserError, match=r"1 volume\(s\) to train on, 0 held out, expected at least 2"):
         small(store_without_files(tmp_path, [1]))
     with pytest.raises(IndexError, match="-1"):
         small(store_without_files(tmp_path, [2])).plan(-1)

@@ -271,11 +271,12 @@ def test_a_run_brings_its_last_teacher_its_tokenizer_and_its_spacing(
 
 
 def test_a_run_without_its_store_gets_the_built_in_tokenizer(
-    tmp_path: Path, make_run: Callable[..., Path]
+    tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run("test", "test")
     (tmp_path / "store").rename(tmp_path / "moved")
     encoder = Encoder.load(run)
+    assert "warning: the tokenizer is the built-in one" in capsys.readouterr().err
     assert encoder.about["tokenizer_from"] == f"the built-in one, as {tmp_path / 'store'} is not there"
     assert encoder.transform.spacing == 1.5
 

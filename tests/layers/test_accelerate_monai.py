@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -254,3 +255,16 @@ def test_forward_mode_and_vmap_through_attention() -> None:
     restored = outputs(model, (x, torch.tensor([5]), context))
     assert len(restore(faster)) > 4
     assert all(map(torch.equal, restored, outputs(faster, (x, torch.tensor([5]), context))))
+
+
+def test_a_library_that_is_too_old_is_named_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"cannot import what {name} needs")
+
+    monkeypatch.setattr(sys.modules["meduet_fast.layers.accelerate"], "import_module", missing)
+    model = nn.Sequential(WindowAttention(24, 2, (2, 2, 2)), nn.Conv3d(2, 4, 2, 2))
+    with pytest.warns(
+        UserWarning, match=r"modules of monai [\d.]+ are left as they are: known are those of 1\.6"
+    ):
+        swaps = accelerate(model)
+    assert [swap.before for swap in swaps] == ["torch.nn.modules.conv.Conv3d"]

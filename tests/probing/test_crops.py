@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meduet_fast.data.held_out import HeldOut, held_out_start
+from meduet_fast.data.held_out import HeldOut, choose_volumes, held_out_start
+from meduet_fast.data.same_anatomy import same_anatomy_sets
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_index import StoreEntry
 from meduet_fast.errors import UserError
@@ -35,6 +36,22 @@ def test_groups_are_one_body_part_on_one_grid_in_several_domains(make_store: Mak
         ]
     )
     assert names(store, same_anatomy_groups(store)) == [["a1", "a2", "a3"]]
+
+
+def test_anatomies_that_one_domain_shows_twice_stay_together(make_store: MakeStore) -> None:
+    """T1 and T2 of one person in one data set are no group of acquisitions, and one anatomy."""
+    elsewhere = (-9.0, 0.0, 3.0)
+    store = make_store(
+        [
+            ("p1_t1", "site", "head", GRID, ORIGIN),
+            ("p1_t2", "site", "head", GRID, ORIGIN),
+            ("p2_t1", "site", "head", GRID, elsewhere),
+            ("p2_t2", "site", "head", GRID, elsewhere),
+        ]
+    )
+    assert same_anatomy_groups(store) == []
+    assert names(store, same_anatomy_sets(store)) == [["p1_t1", "p1_t2"], ["p2_t1", "p2_t2"]]
+    assert sorted(choose_volumes(store, 0.25, seed=0)) in ([0, 1], [2, 3])
 
 
 def test_two_people_on_equal_shapes_are_two_groups(make_store: MakeStore) -> None:
