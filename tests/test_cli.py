@@ -185,7 +185,7 @@ def test_a_dry_run_needs_no_folders_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--config", "demo", "--dry-run", "--output", "run", "--steps", "10"]) == 0
     output = capsys.readouterr()
-    assert "10, 240 crops" in output.out
+    assert "10, 180 crops" in output.out
     assert output.err == ""
     assert list(tmp_path.iterdir()) == []
 
