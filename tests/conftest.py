@@ -25,6 +25,17 @@ def sample_data() -> Path:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: small networks are no faster on more, and other tests use these."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def as_nobody() -> AbstractContextManager[None]:
     """``with as_nobody:`` file permissions count, also for tests run by root, whom they do not bind."""
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.kernels import build_mix_index, random_mix_mask, unpatchify_3d
-from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.kernels import MixIndex, build_mix_index, random_mix_mask, unpatchify_3d
+from meduet_fast.models import Factors, MeDUET, MeDUETConfig
 
 from .crops import ProbeCrops, has_room, structured_starts
 
@@ -40,15 +40,40 @@ def fill_hidden(model: MeDUET, crops: Tensor, partners: Tensor, masks: Tensor) -
     Returns:
         (N, C, S, S, S) float32, on the CPU.
     """
-    device, count, edge = model.cls_token.device, len(crops), model.config.latent_size
+    mixed, index = mix_twice(model, crops, partners, masks)
+    return hidden_crops(model, model.decode(mixed, index, swapped=False).straight, index)
+
+
+def mix_twice(model: MeDUET, crops: Tensor, partners: Tensor, masks: Tensor) -> tuple[Factors, MixIndex]:
+    """Mix crops (N, C, S, S, S) with their partners, by masks (N, L) and by their complements, and encode.
+
+    Returns:
+        Factors and index of 2N rows. A crop's own tokens are those of source 1 in the first N rows; in the
+        others, which are in reverse order, those of source 2.
+    """
     # The partner of row i is row 2N-1-i. With the same mask it shows this row's sources swapped.
+    device = model.cls_token.device
     latents = torch.cat([crops, partners.flip(0)]).to(device, torch.float32)  # (2N, C, S, S, S)
     index = build_mix_index(torch.cat([masks, masks.flip(0)]).to(device))  # of (2N, L)
-    mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
-    source_1, source_2 = model.decode(mixed, index, swapped=False).straight.chunk(2)  # (2N, L, K) each
-    tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))[:count]  # (N, L, K)
-    side = edge // model.config.patch_size
-    return unpatchify_3d(tokens, model.config.patch_size, (side, side, side)).float().cpu()
+    return model.factorize(model.encode(model.embed(latents, index.mask)), index), index
+
+
+def hidden_crops(model: MeDUET, streams: Tensor, index: MixIndex) -> Tensor:
+    """Put the crops of :func:`mix_twice` together from the tokens that were hidden in one of the two passes.
+
+    Args:
+        model: whose they are.
+        streams: sources 1 and 2, each alone, (4N, L, K).
+        index: of the two passes.
+
+    Returns:
+        (N, C, S, S, S) float32, on the CPU.
+    """
+    source_1, source_2 = streams.chunk(2)  # (2N, L, K) each
+    tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))  # (2N, L, K)
+    patch = model.config.patch_size
+    side = model.config.latent_size // patch
+    return unpatchify_3d(tokens[: len(tokens) // 2], patch, (side, side, side)).float().cpu()
 
 
 def interpolate_hidden(crops: Tensor, masks: Tensor, patch_size: int) -> Tensor:

@@ -17,10 +17,9 @@ from torch import Tensor
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.windows import Start, blend, cut, window_starts
-from meduet_fast.kernels import build_mix_index, unpatchify_3d
 from meduet_fast.models import MeDUET
 
-from .hidden_tokens import hiding_masks
+from .hidden_tokens import hidden_crops, hiding_masks, mix_twice
 
 BATCH = 24
 
@@ -89,23 +88,14 @@ def restyle(
         styles = (factors.style, moved(factors.style), given)
         return Restyled(*(model.reconstruct(factors._replace(style=s)).float().cpu() for s in styles))
 
-    masks, count = hiding_masks(model.config, len(crops), seed=0), len(crops)  # (N, L)
-    index = build_mix_index(torch.cat([masks, masks.flip(0)]).to(device))  # of (2N, L)
-    latents = torch.cat([crops, donors.flip(0)])  # (2N, C, S, S, S); with the same mask the sources swapped
-    mixed = model.factorize(model.encode(model.embed(latents, index.mask)), index)
+    mixed, index = mix_twice(model, crops, donors, hiding_masks(model.config, len(crops), seed=0))
     streams = model.decode(mixed, index)
-    # A crop's own tokens are those of source 1 in the first half of the rows, of source 2 in the second.
-    is_own = torch.cat([~index.mask[:count], index.mask[count:]]).unsqueeze(-1)  # (2N, L, 1)
+    is_own = torch.cat([~index.mask[: len(crops)], index.mask[len(crops) :]]).unsqueeze(-1)  # (2N, L, 1)
     shifted = mixed._replace(style=torch.where(is_own, moved(mixed.style), mixed.style))
-    side = model.config.latent_size // model.config.patch_size
-
-    def hidden(tokens: Tensor) -> Tensor:
-        source_1, source_2 = tokens.chunk(2)  # (2N, L, K) each
-        own_tokens = torch.where(index.mask.unsqueeze(-1), source_1, source_2.flip(0))[:count]  # (N, L, K)
-        return unpatchify_3d(own_tokens, model.config.patch_size, (side, side, side)).float().cpu()
-
     by_statistics = model.decode(shifted, index, swapped=False).straight
-    return Restyled(hidden(streams.straight), hidden(by_statistics), hidden(streams.swapped))
+    return Restyled(
+        *(hidden_crops(model, kind, index) for kind in (streams.straight, by_statistics, streams.swapped))
+    )
 
 
 class RestyledRegion(NamedTuple):

@@ -18,7 +18,7 @@ from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.sources import VolumeEntry
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.transforms import TransformConfig, content_key, load_volume
-from meduet_fast.data.windows import blend, cut, window_starts
+from meduet_fast.data.windows import Start, blend, cut, window_starts
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.probing import (
@@ -190,17 +190,21 @@ def held_out_region(store: LatentStore, index: int, crops: ProbeCrops) -> Region
     """Read what is held out of a volume, at most :data:`MOST_CROPS` crops along each axis."""
     entry = store.entries[index]
     border = crops.held_out.border(index, crops.crop_size)
-    first, size = [border, 0, 0], [entry.grid[0] - border, *entry.grid[1:]]
-    for axis in range(3):
-        kept = min(size[axis], MOST_CROPS * crops.crop_size)
-        first[axis] += (size[axis] - kept) // 2
-        size[axis] = kept
-    x, y, z = (slice(start, start + edge) for start, edge in zip(first, size, strict=True))
+    (x, y, z), latents = _middle(store.read_volume(index)[:, border:].float(), crops.crop_size)
     rule = json.loads(store.metadata(index).get("intensity", "{}"))
     low, high = (rule.get("low"), rule.get("high")) if rule.get("kind") == "ct_window" else (None, None)
-    latents = store.read_volume(index)[:, x, y, z].float()
-    place = (first[0], first[1], first[2])
-    return Region(index, entry.domain, place, latents, entry.spacing[0], low, high)
+    return Region(index, entry.domain, (border + x, y, z), latents, entry.spacing[0], low, high)
+
+
+def _middle(latents: Tensor, crop_size: int) -> tuple[Start, Tensor]:
+    """Return corner and latents of the middle of (C, X, Y, Z), at most MOST_CROPS crops along each axis."""
+    corner = []
+    for axis in (1, 2, 3):
+        kept = min(latents.shape[axis], MOST_CROPS * crop_size)
+        corner.append((latents.shape[axis] - kept) // 2)
+        latents = latents.narrow(axis, corner[-1], kept)
+    x, y, z = corner
+    return (x, y, z), latents
 
 
 def middle_slices(image: Tensor) -> Planes:
@@ -270,11 +274,7 @@ class Painter:
         border = self.crops.held_out.border(index, self.crops.crop_size)
         if border == 0:
             return self.region(index).latents
-        latents = self.store.read_volume(index)[:, :border].float()  # (C, X, Y, Z)
-        for axis in (1, 2, 3):
-            kept = min(latents.shape[axis], MOST_CROPS * self.crops.crop_size)
-            latents = latents.narrow(axis, (latents.shape[axis] - kept) // 2, kept)
-        return latents
+        return _middle(self.store.read_volume(index)[:, :border].float(), self.crops.crop_size)[1]
 
     def statistics(self, index: int) -> StyleStatistics:
         """Return the style of a volume, measured away from the region, or all over one held out whole."""
