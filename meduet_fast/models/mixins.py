@@ -1,4 +1,4 @@
-"""Import diffusers: without its warnings, and with a word for those who do not have it."""
+"""Take diffusers' base classes of networks, without the noise of its import."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from meduet_fast.errors import needs_extra
 
 
 @contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Keep imports of diffusers within from logging what it misses or finds.
-
-    Raises:
-        MissingExtra: if it is not installed.
-    """
+def quiet() -> Iterator[None]:
+    """Silence loggers: diffusers imports what it finds, and packages for other machines complain."""
     before = logging.root.manager.disable
-    logging.disable()
+    logging.disable(logging.CRITICAL)
     try:
-        with needs_extra("synthesis"):
-            yield
+        yield
     finally:
         logging.disable(before)
+
+
+with needs_extra("synthesis"), quiet():
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.modeling_utils import ModelMixin
+
+__all__ = ["ConfigMixin", "ModelMixin", "quiet", "register_to_config"]

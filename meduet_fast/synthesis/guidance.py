@@ -119,8 +119,7 @@ def guided(
         content_dropped.repeat_interleave(rows),  # (K B,)
         style_dropped.repeat_interleave(rows),  # (K B,)
     ).to(sample.dtype)  # (K B, C, X, Y, Z)
-    branches = outputs.chunk(count)
-    total = branches[0] * next(iter(weights.values()))  # times 1 changes no bit
-    for output, weight in zip(branches[1:], list(weights.values())[1:], strict=True):
-        total = total + weight * output
-    return total  # (B, C, X, Y, Z)
+    first, *rest = (
+        weight * output for weight, output in zip(weights.values(), outputs.chunk(count), strict=True)
+    )
+    return sum(rest, start=first)  # (B, C, X, Y, Z)

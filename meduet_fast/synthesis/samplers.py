@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meduet_fast.errors import UserError
-from meduet_fast.models.mixins import quiet_diffusers
+from meduet_fast.errors import UserError, needs_extra
 from meduet_fast.settings import POSITIVE, Range, SettingError
 
 from .diffusion import TRAINING_STEPS, Objective, alphas_cumprod, noisy, shifted
@@ -69,7 +68,9 @@ def build_scheduler(name: str, objective: Objective) -> Any:
     if name not in SAMPLERS[objective]:
         known = ", ".join(SAMPLERS[objective])
         raise SettingError("scheduler", f"found {name}, expected one for {objective}: {known}")
-    with quiet_diffusers():
+    from meduet_fast.models.mixins import quiet  # here, because it takes seconds and the names do not need it
+
+    with needs_extra("synthesis"), quiet():
         import diffusers
 
         return getattr(diffusers, _CLASSES[name])(**_SETTINGS[objective, name])
