@@ -26,6 +26,9 @@ MAY_IMPORT = {
     "pretraining": [*BASE, "kernels", "layers", "models", "engine", "data"],
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
+    "synthesis": [
+        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "probing", "encoding",
+    ],
     "report": [
         *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",
     ],

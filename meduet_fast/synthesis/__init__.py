@@ -1,0 +1,1 @@
+"""Make volumes: anatomy of one scan, scanner of another."""
