@@ -27,8 +27,7 @@ MAY_IMPORT = {
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "synthesis": [
-        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining", "probing",
-        "encoding",
+        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "probing", "encoding",
     ],
     "report": [
         *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",

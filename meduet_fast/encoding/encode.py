@@ -194,6 +194,17 @@ class EncodeConfig:
         check_numbers(self, FROM_1, "stride", "batch_size")
 
 
+def teacher_file(weights: Path) -> Path:
+    """Return the file of weights that a path stands for; of a run's folder its last checkpoint's teacher.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if (weights / "checkpoints").is_dir():
+        weights = latest_checkpoint(weights) / "teacher.safetensors"
+    return weight_file(weights)
+
+
 class Encoder:
     """Encode scans with one network and one tokenizer: ``Encoder.load("RUN").encode(entry)``.
 
@@ -244,10 +255,8 @@ class Encoder:
                 or they do not fit together.
         """
         weights, config = Path(weights), config or EncodeConfig()
-        run = weights.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
-        if (weights / "checkpoints").is_dir():
-            run, weights = weights, latest_checkpoint(weights) / "teacher.safetensors"
-        file = weight_file(weights)
+        file = teacher_file(weights)
+        run = file.parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
         of_run = file.parent.parent.name == "checkpoints" and (run / "run.json").is_file()
         store = read_run(run, of_checkpoint=False)["data"] if of_run else None
         own = "meduet_config" in read_file(file).get(METADATA, {})
