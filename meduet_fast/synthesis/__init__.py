@@ -1,0 +1,1 @@
+"""Make latents of scans from content and style, each of any origin."""
