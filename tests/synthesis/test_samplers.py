@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from meduet_fast.synthesis.samplers import (
     start_from,
 )
 
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 MEAN, DEVIATION = 0.7, 0.6
 ALL = [(objective, name) for objective, names in SAMPLERS.items() for name in names]
