@@ -12,10 +12,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meduet_fast"
 
 # What each room may import, from the lowest to the highest; all may import the package itself (its version).
-BASE = ["errors", "files", "lock", "settings", "devices", "connections", "progress", "weight_files"]
+BASE = [
+    "errors",
+    "files",
+    "lock",
+    "settings",
+    "devices",
+    "connections",
+    "progress",
+    "weight_files",
+    "tensor_file",
+]
 MAY_IMPORT = {
     "errors": [],
-    **{name: ["errors"] for name in BASE[1:]},
+    **{name: ["errors"] for name in BASE[1:-1]},
+    "tensor_file": ["errors", "weight_files"],
     "kernels": [],
     "layers": ["errors", "kernels"],
     "models": [*BASE, "kernels", "layers"],
@@ -27,8 +38,7 @@ MAY_IMPORT = {
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "synthesis": [
-        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining", "probing",
-        "encoding",
+        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "probing", "encoding",
     ],
     "report": [
         *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",

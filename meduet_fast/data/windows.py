@@ -26,7 +26,8 @@ def window_starts(shape: Sequence[int], size: int, stride: int) -> list[Start]:
         size: edge of a window.
         stride: from window to window, at most ``size``.
     """
-    return list(product(*(axis_starts(edge, size, stride) for edge in shape)))
+    x, y, z = (axis_starts(edge, size, stride) for edge in shape)
+    return list(product(x, y, z))
 
 
 def cut(volume: Tensor, starts: Iterable[Start], size: int) -> Tensor:
