@@ -13,9 +13,12 @@ PACKAGE = "meduet_fast"
 
 # What each room may import, from the lowest to the highest; all may import the package itself (its version).
 BASE = ["errors", "files", "lock", "settings", "devices", "connections", "progress", "weight_files"]
+DRAWING = ["page", "plotting"]
 MAY_IMPORT = {
     "errors": [],
     **{name: ["errors"] for name in BASE[1:]},
+    "page": [],
+    "plotting": ["errors", "files"],
     "kernels": [],
     "layers": ["errors", "kernels"],
     "models": [*BASE, "kernels", "layers"],
@@ -27,7 +30,8 @@ MAY_IMPORT = {
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "report": [
-        *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",
+        *BASE, *DRAWING, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining",
+        "probing",
     ],
     "cli": [
         *BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "encoding",
