@@ -54,7 +54,7 @@ assert "numpy" not in sys.modules
 """
 
 REFUSES = """
-for room in ("models", "engine", "autoencoder", "pretraining", "encoding", "probing", "report"):
+for room in ("models", "engine", "autoencoder", "pretraining", "encoding", "probing", "synthesis", "report"):
     try:
         __import__(f"meduet_fast.{room}")
     except ImportError as error:
@@ -72,7 +72,7 @@ def test_kernels_and_layers_need_torch_and_triton_alone() -> None:
     swaps, *refusals, exit_code = done.stdout.splitlines()
     assert swaps == "['patch_embed_3d', 'group_norm_silu']"
     hint = "is not installed: pip install '.[train]' in a clone of meduet-fast"
-    assert len(refusals) == 7
+    assert len(refusals) == 8
     assert all(line.endswith(hint) for line in refusals), refusals
     assert (done.stderr.splitlines()[-1], exit_code) == (f"meduet-fast: jsonargparse {hint}", "2")
 

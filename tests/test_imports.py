@@ -29,13 +29,17 @@ MAY_IMPORT = {
     "pretraining": [*BASE, "kernels", "layers", "models", "engine", "data"],
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
+    "synthesis": [
+        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining", "probing",
+        "encoding",
+    ],
     "report": [
         *BASE, *DRAWING, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining",
         "probing",
     ],
     "cli": [
         *BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "encoding",
-        "report",
+        "synthesis", "report",
     ],
     "__main__": ["errors", "cli"],
 }  # fmt: skip
