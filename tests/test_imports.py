@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "synthesis": [
-        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining", "probing",
-        "encoding",
+        *BASE, *DRAWING, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining",
+        "probing", "encoding",
     ],
     "report": [
         *BASE, *DRAWING, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining",

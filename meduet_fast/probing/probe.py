@@ -117,7 +117,7 @@ def probe_factors(
 
 
 def fit_probe(values: np.ndarray, domain: np.ndarray) -> Pipeline:
-    """Fit a linear probe: logistic regression with an L2 penalty of C = 1 on dimensions scaled to deviation 1.
+    """Fit a linear probe: logistic regression, L2 penalty of C = 1, on dimensions scaled to deviation 1.
 
     Args:
         values: (N, D) factors.
