@@ -45,7 +45,8 @@ def crop_factors(model: MeDUET, crops: Tensor, batch_size: int = 64) -> CropFact
     # Of each window's tokens, so that every token of the crop counts the same.
     weights = torch.stack([1 / times[place].flatten() for place in places]) / times.numel()  # (W, L)
     weights = weights.to(model.cls_token.device)
-    content, style = [], []
+    content: list[Tensor] = []
+    style: list[Tensor] = []
     for some in crops.split(max(1, batch_size // len(starts))):  # (B, C, x, y, z)
         windows = torch.stack(
             [some[:, :, x : x + size, y : y + size, z : z + size] for x, y, z in starts], 1
@@ -85,7 +86,8 @@ class TokenizerFeatures:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> np.ndarray:
         """Return (N, 1, F); see :class:`FeatureNetwork`."""
-        *blocks, _, _ = self.tokenizer.network.encoder.blocks  # without the last norm and the map to latents
+        # Without the last norm and the map to latents.
+        blocks = list(self.tokenizer.network.encoder.blocks.children())[:-2]
         edge, rows = self.tokenizer.window, []
         for image in images:
             total, voxels = torch.zeros(()), 0
