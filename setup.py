@@ -13,7 +13,7 @@ TRAIN = [
     "numpy",
     "monai>=1.6,<1.7",
     "nibabel>=5.3",
-    "safetensors>=0.6",
+    "safetensors>=0.8",
     "scikit-learn>=1.5",
     "jsonargparse[signatures]>=4.49",
     "PyYAML>=6",
@@ -22,6 +22,8 @@ TRAIN = [
     "pillow>=10.1",
     "tensorboard>=2.18",
 ]
+
+SYNTHESIS = ["diffusers>=0.41,<0.43"]  # schedulers, pipeline and the base classes of networks
 
 setup(
     name="meduet-fast",
@@ -55,7 +57,7 @@ setup(
     packages=[*find_packages(include=["meduet_fast", "meduet_fast.*"]), "meduet_fast.kernels"],
     package_dir={"meduet_fast.kernels": "kernels"},
     package_data={
-        "meduet_fast": ["py.typed", "configs/*.yaml", "autoencoder/*.safetensors"],
+        "meduet_fast": ["py.typed", "configs/**/*.yaml", "autoencoder/*.safetensors"],
         "meduet_fast.kernels": ["configs.json"],
     },
     # All that meduet_fast.kernels and meduet_fast.layers need.
@@ -69,10 +71,11 @@ setup(
         "itk": ["SimpleITK>=2.5.4"],  # DICOM series, MetaImage and NRRD, see meduet_fast/data/itk_formats.py
         "wandb": ["wandb>=0.20"],  # see meduet_fast/engine/loggers.py
         "mlflow": ["mlflow>=3"],
+        "synthesis": [*TRAIN, *SYNTHESIS],
         "float8": ["torchao>=0.18"],  # see meduet_fast/engine/precision.py
         "dev": [
             *TRAIN,
-            "diffusers>=0.42; python_version >= '3.11'",
+            *SYNTHESIS,
             "einops",
             "pytest",
             "pytest-benchmark",

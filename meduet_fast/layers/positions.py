@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,23 @@ def sincos_positions_3d(width: int, grid: tuple[int, int, int], theta: float = 1
     coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)  # (L, 3)
     angles = coordinates.unsqueeze(-1) * frequencies  # (L, 3, D/6)
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()  # (L, D)
+
+
+@lru_cache(maxsize=16)
+def _kept(width: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):  # of use to training, too
+        table = sincos_positions_3d(width, grid)  # (L, D)
+    return table.to(device)
+
+
+def kept_sincos_positions_3d(width: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Compute :func:`sincos_positions_3d` once for each grid: for networks that take crops of any size.
+
+    Within ``torch.compile`` they are computed in the graph.
+
+    Returns:
+        (L, D) float32, not to be written to.
+    """
+    if torch.compiler.is_compiling():
+        return sincos_positions_3d(width, grid).to(device)  # (L, D)
+    return _kept(width, grid, device)  # (L, D)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from meduet_fast.data.store import LatentStore
+from meduet_fast.engine.beginning import find_beginning
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
 from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
 from .cost import count_parameters, flops_per_sample, memory_estimate
-from .init_weights import find_beginning
+from .init_weights import read_initial
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import LatentCrops
@@ -83,7 +84,9 @@ def format_plan(
     with torch.device("meta"):
         task = MeDUETPretraining(config)
     check_start(task, config, output, identity, resume, processes)
-    rows += find_beginning(init, task.student, output, resume).rows
+    rows += find_beginning(
+        init, lambda path: read_initial(path, task.student).beginning(), output, resume
+    ).rows
     rows += describe_run(task, config, processes, local, losses)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
     listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())

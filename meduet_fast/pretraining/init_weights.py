@@ -7,20 +7,20 @@ was, a teacher or a student, the average that the teacher becomes starts from it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
+from meduet_fast.engine.beginning import Beginning
 from meduet_fast.engine.dry_run import Rows, si
 from meduet_fast.errors import UserError
 from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.config import PUBLISHED_HEADS, read_sizes, stated
 from meduet_fast.models.published import read_published
-from meduet_fast.weight_files import Weights, listed, misfit, weight_file
+from meduet_fast.weight_files import Weights, listed, misfit
 
 _ENCODER = ("embed_layer.", "cls_token", "blocks.", "norm.")
 # May have another shape: the former follow from the number of tokens, the latter from the data sets.
@@ -49,6 +49,10 @@ class InitialWeights:
     fresh: Mapping[str, Tensor]
     left_out: Mapping[str, Tensor]
     assumed: tuple[str, ...] = ()
+
+    def beginning(self) -> Beginning:
+        """Return it as what the engine's runs begin from."""
+        return Beginning(self.record(), self.loaded, self.rows())
 
     def record(self) -> dict[str, Any]:
         """Return what ``run.json`` keeps of it, as JSON."""
@@ -130,57 +134,3 @@ def _check_sizes(weights: Weights, config: MeDUETConfig) -> tuple[str, ...]:
         for name in PUBLISHED_HEADS
         if name.replace("num_heads", "embed_dim") in sizes and not said.get(name)
     )
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a run begins from.
-
-    Attributes:
-        record: what its ``run.json`` says of it; None if it began from random weights.
-        tensors: for the student, by name, where it begins now.
-        rows: what to tell.
-    """
-
-    record: dict[str, Any] | None = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    rows: Rows = field(default_factory=list)
-
-
-def find_beginning(path: Path | None, model: MeDUET, output: Path | None, resume: bool) -> Beginning:
-    """Find what a run begins from, or began from.
-
-    A resumed run has its weights from its checkpoint, and reads no others again.
-
-    Args:
-        path: initial weights; None if none are given.
-        model: its network, perhaps on the meta device; it is not changed.
-        output: the run's folder; None if it is not known yet.
-        resume: go on from the last checkpoint in it, if there is one.
-
-    Raises:
-        UserError: as :func:`read_initial`; if a resumed run began from something else than is given.
-    """
-    holds_run = output is not None and bool(checkpoint_steps(output / "checkpoints"))
-    if output is not None and holds_run and resume:
-        return _began_from(latest_checkpoint(output), path)
-    if path is None or holds_run:  # the latter is refused elsewhere
-        return Beginning()
-    weights = read_initial(path, model)
-    return Beginning(weights.record(), weights.loaded, weights.rows())
-
-
-def _began_from(checkpoint: Path, path: Path | None) -> Beginning:
-    """Return what the run of a checkpoint began from, if that is what is given now."""
-    began = read_run(checkpoint).get("init")
-    if path is None:
-        return Beginning(began)
-    hint = "leave --init out to go on, or choose another --output to begin"
-    if began is None:
-        raise UserError(f"{path}: the run of {checkpoint} began from random weights, not from these: {hint}")
-    if path.exists() and (found := file_sha256(weight_file(path))) != began["sha256"]:
-        raise UserError(
-            f"{path}: has SHA-256 {found[:12]}..., the run of {checkpoint} began from {began['path']} with "
-            f"{began['sha256'][:12]}...: {hint}"
-        )
-    return Beginning(began, rows=[("init", f"{path} is not read again: the run goes on from {checkpoint}")])

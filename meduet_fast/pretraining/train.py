@@ -15,13 +15,14 @@ from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.loader import CropLoader, crop_loader
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import Batch, Batches, FitResult, fit
+from meduet_fast.engine.beginning import find_beginning
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import format_rows
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 
 from .config import PretrainConfig
-from .init_weights import find_beginning
+from .init_weights import read_initial
 from .task import MeDUETPretraining
 
 HELD_OUT_VOLUMES = "held_out_volumes"  # in the run's record: names of the volumes that are held out whole
@@ -86,7 +87,7 @@ def pretrain(
         output: the run's folder.
         config: settings.
         resume: go on from the last checkpoint, if there is one.
-        init: weights to begin from, see :func:`~.init_weights.find_beginning`; random ones if None. A resumed
+        init: weights to begin from, see :func:`~.init_weights.read_initial`; random ones if None. A resumed
             run must have begun from the same, or be given none.
 
     Raises:
@@ -98,7 +99,7 @@ def pretrain(
         store = LatentStore.open(data)
         crops = LatentCrops(store, config)
         student = MeDUET(config.model)
-        beginning = find_beginning(init, student, output, resume)
+        beginning = find_beginning(init, lambda path: read_initial(path, student).beginning(), output, resume)
         student.load_state_dict(beginning.tensors, strict=False)
         if launch_number("RANK", 0) == 0:
             doubts = crops.held_out.doubts(config.model.latent_size)
