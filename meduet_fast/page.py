@@ -73,7 +73,7 @@ def details(summary: str, facts: Mapping[str, str], text: str) -> str:
 
 def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
     """Return the whole document; ``sections`` are HTML by heading."""
-    anchors = {heading: heading.lower().replace(" ", "-") for heading in sections}
+    anchors = {heading: escape(heading.lower().replace(" ", "-")) for heading in sections}
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for heading, anchor in anchors.items())
     bodies = "\n".join(
         f'<section id="{anchors[heading]}"><h2>{escape(heading)}</h2>\n{body}\n</section>'

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiEncoder
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
@@ -86,8 +87,9 @@ class TokenizerFeatures:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> np.ndarray:
         """Return (N, 1, F); see :class:`FeatureNetwork`."""
-        # Without the last norm and the map to latents.
-        blocks = list(self.tokenizer.network.encoder.blocks.children())[:-2]
+        encoder = self.tokenizer.network.encoder
+        assert isinstance(encoder, MaisiEncoder)
+        blocks = list(encoder.blocks)[:-2]  # without the last norm and the map to latents
         edge, rows = self.tokenizer.window, []
         for image in images:
             total, voxels = torch.zeros(()), 0

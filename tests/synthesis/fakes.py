@@ -39,10 +39,10 @@ class KnownFactors(MeDUET):
 class Repeating(Tokenizer):
     """Decode a voxel of the first channel into a cube of itself."""
 
-    channels, compression = 4, 4
+    channels, compression = 4, 8
 
     def __init__(self) -> None:
         pass
 
     def decode(self, latents: Tensor) -> Tensor:
-        return F.interpolate(torch.sigmoid(latents[:, :1].float()), scale_factor=4)  # (B, 1, X, Y, Z)
+        return F.interpolate(torch.sigmoid(latents[:, :1].float()), scale_factor=8)  # (B, 1, X, Y, Z)
