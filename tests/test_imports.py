@@ -12,11 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meduet_fast"
 
 # What each room may import, from the lowest to the highest; all may import the package itself (its version).
-BASE = ["errors", "files", "lock", "settings", "devices", "connections", "progress", "weight_files"]
+BASE = [
+    "errors",
+    "files",
+    "lock",
+    "settings",
+    "devices",
+    "connections",
+    "progress",
+    "weight_files",
+    "tensor_file",
+]
 DRAWING = ["page", "plotting"]
 MAY_IMPORT = {
     "errors": [],
-    **{name: ["errors"] for name in BASE[1:]},
+    **{name: ["errors"] for name in BASE[1:-1]},
+    "tensor_file": ["errors", "weight_files"],
     "page": [],
     "plotting": ["errors", "files"],
     "kernels": [],

@@ -13,11 +13,11 @@ from .held_out import HeldOut
 from .store import LatentStore
 
 # Streams of the counter-based generator; two uses of one seed never share numbers.
-TRAINING, EVALUATION = 1, 2
+TRAINING, EVALUATION, DONORS = 1, 2, 3
 
 
 def random_stream(seed: int, stream: int, number: int = 0, lane: int = 0) -> np.random.Generator:
-    """Return the random numbers of one use of a seed: ``TRAINING`` or ``EVALUATION``, a batch, a lane."""
+    """Return the random numbers of one use of a seed: ``TRAINING`` or another, a batch, a lane."""
     # The counter's low words count the numbers drawn; number and lane, in the high words, keep streams apart.
     key = np.array([seed, stream], dtype=np.uint64)  # of mixed plain integers numpy would make floats
     counter = np.array([0, 0, number, lane], dtype=np.uint64)

@@ -60,19 +60,20 @@ class HeldOut:
         volumes = frozenset(index for index, entry in enumerate(store.entries) if entry.name in held)
         return cls(store.entries, fraction, "volumes", volumes)
 
-    def border(self, index: int, crop: int) -> int:
+    def border(self, index: int, crop: int, multiple: int = 1) -> int:
         """Return a volume's first held-out index along axis 0: 0 if it is held out whole, its size if not.
 
         Args:
             index: position in ``entries``.
-            crop: edge of a crop in latent voxels, the least that a slab is wide.
+            crop: edge of a crop along axis 0 in latent voxels, the least that a slab is wide.
+            multiple: of what a slab's border is one; that is the patch size where crops lie on its grid.
 
         Raises:
             UserError: the volume cannot be divided; see :func:`held_out_start`.
         """
         size = self.entries[index].grid[0]
         if self.kind == "slab":
-            return held_out_start(size, self.fraction, crop)
+            return held_out_start(size, self.fraction, crop, multiple)
         return 0 if index in self.volumes else size
 
     def names(self) -> list[str]:

@@ -11,6 +11,11 @@ from torch import Tensor
 Start = tuple[int, int, int]
 
 
+def axis_starts(edge: int, size: int, stride: int) -> list[int]:
+    """Return the first indices of windows that cover an axis, ascending; see :func:`window_starts`."""
+    return sorted({*range(0, edge - size, stride), edge - size})
+
+
 def window_starts(shape: Sequence[int], size: int, stride: int) -> list[Start]:
     """Return the first corners of cubic windows that cover a volume, in raster order.
 
@@ -21,8 +26,8 @@ def window_starts(shape: Sequence[int], size: int, stride: int) -> list[Start]:
         size: edge of a window.
         stride: from window to window, at most ``size``.
     """
-    axes = [sorted({*range(0, edge - size, stride), edge - size}) for edge in shape]
-    return list(product(*axes))
+    x, y, z = (axis_starts(edge, size, stride) for edge in shape)
+    return list(product(x, y, z))
 
 
 def cut(volume: Tensor, starts: Iterable[Start], size: int) -> Tensor:

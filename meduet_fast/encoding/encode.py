@@ -7,7 +7,8 @@ the mean of what they give.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +116,71 @@ def encode_latents(
         if show is not None:
             show(len(batch), len(corners))
     return FactorMaps(content.div_(counts), style.div_(counts), (i, j, k), len(corners))
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Hold a pretrained network, and what is known of where it comes from.
+
+    Attributes:
+        model: on the CPU, in eval mode.
+        file: its weights.
+        run: what the record of its run says; None if it is of no run.
+        step: steps of the run that it was trained for; None if it is of no run.
+        store: the run's latent store, as the record has it.
+        index: of that store; None if it is not there.
+    """
+
+    model: MeDUET
+    file: Path
+    run: dict[str, Any] | None
+    step: int | None
+    store: str | None
+    index: StoreIndex | None
+
+    def record(self) -> dict[str, str]:
+        """Return the file and its SHA-256, for tables."""
+        return {"weights": printable(in_real_folder(self.file)), "weights_sha256": file_sha256(self.file)}
+
+
+def load_pretrained(weights: Path) -> Pretrained:
+    """Load a pretrained network.
+
+    Args:
+        weights: see :meth:`Encoder.load`.
+
+    Raises:
+        UserError: if it, its run's record or the index of the run's store can't be read.
+    """
+    run = weights.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
+    if (weights / "checkpoints").is_dir():
+        run, weights = weights, latest_checkpoint(weights) / "teacher.safetensors"
+    file = weight_file(weights)
+    of_run = file.parent.parent.name == "checkpoints" and (run / "run.json").is_file()
+    record = read_run(run, of_checkpoint=False) if of_run else None
+    store = record["data"] if record else None
+    own = "meduet_config" in read_file(file).get(METADATA, {})
+    model = MeDUET.from_pretrained(file) if own else MeDUET.from_reference(file)
+    index = read_index(Path(store)) if store and index_path(Path(store)).exists() else None
+    step = int(file.parent.name) if of_run and file.parent.name.isdigit() else None
+    return Pretrained(model.eval(), file, record, step, store, index)
+
+
+@contextmanager
+def failures_of_memory(path: Path, device: torch.device) -> Iterator[None]:
+    """Turn a lack of memory into the failure of one volume.
+
+    Raises:
+        VolumeError: what is done within does not fit into the memory of the device, or of the CPU.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise VolumeError(path, f"does not fit into the memory of {device}: {error}") from error
+    except RuntimeError as error:
+        if "memory" not in str(error):  # of the CPU's allocator, which has no error of its own
+            raise
+        raise VolumeError(path, f"does not fit into memory: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -243,25 +309,12 @@ class Encoder:
             UserError: if one of them can't be read, the tokenizer is not the one that made the run's store,
                 or they do not fit together.
         """
-        weights, config = Path(weights), config or EncodeConfig()
-        run = weights.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
-        if (weights / "checkpoints").is_dir():
-            run, weights = weights, latest_checkpoint(weights) / "teacher.safetensors"
-        file = weight_file(weights)
-        of_run = file.parent.parent.name == "checkpoints" and (run / "run.json").is_file()
-        store = read_run(run, of_checkpoint=False)["data"] if of_run else None
-        own = "meduet_config" in read_file(file).get(METADATA, {})
-        model = MeDUET.from_pretrained(file) if own else MeDUET.from_reference(file)
-        index = read_index(Path(store)) if store and index_path(Path(store)).exists() else None
-        device = select_device(config.device)
-        tokenizer, named_by = _load_tokenizer(config.tokenizer, store, index, device)
+        config, found = config or EncodeConfig(), load_pretrained(Path(weights))
+        device, index = select_device(config.device), found.index
+        tokenizer, named_by = _load_tokenizer(config.tokenizer, found.store, index, device)
         spacing = config.spacing or (index.entries[0].spacing[0] if index and index.entries else 1.5)
-        about = {
-            "weights": printable(in_real_folder(file)),
-            "weights_sha256": file_sha256(file),
-            "tokenizer_from": named_by,
-        }
-        return cls(model.to(device).eval(), tokenizer, spacing, config.stride, config.batch_size, about)
+        about = {**found.record(), "tokenizer_from": named_by}
+        return cls(found.model.to(device), tokenizer, spacing, config.stride, config.batch_size, about)
 
     def latents(self, entry: VolumeEntry) -> tuple[Tensor, PreparedVolume]:
         """Read a scan, prepare it as ``prepare`` does, and make its latents.
@@ -290,16 +343,9 @@ class Encoder:
         Raises:
             VolumeError: if the scan is unusable.
         """
-        try:
+        with failures_of_memory(entry.path, self.model.cls_token.device):
             latents, volume = self.latents(entry)
             maps = encode_latents(self.model, latents, self.stride, self.batch_size, show)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            device = self.model.cls_token.device
-            raise VolumeError(entry.path, f"does not fit into the memory of {device}: {error}") from error
-        except RuntimeError as error:
-            if "memory" not in str(error):  # of the CPU's allocator, which has no error of its own
-                raise
-            raise VolumeError(entry.path, f"does not fit into memory: {error}") from error
         step = self.model.config.patch_size * self.tokenizer.compression  # of a patch in image voxels
         begin = np.array(maps.first) * self.tokenizer.compression  # (3,) image voxel of the first patch
         # The image is cut to the voxels above 0 before it is filled up: what lies beside them is filling.

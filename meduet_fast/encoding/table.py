@@ -11,21 +11,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from meduet_fast.data.folders import LeftOut, format_left_out
 from meduet_fast.data.sources import find_volumes
 from meduet_fast.errors import UserError, VolumeError, printable
 from meduet_fast.files import atomic_path, refuse_unwritable
 from meduet_fast.progress import ProgressBar
+from meduet_fast.tensor_file import TensorFileWriter
 
 from .encode import EncodeConfig, Encoder
 
@@ -103,7 +101,7 @@ def encode_scans(
         TemporaryFile(dir=output.parent) as data,  # the header tells what follows it, so it is written last
         ProgressBar("Encoding", len(listing.volumes), "window") as bar,
     ):
-        table, scans = _Table(data), len(listing.volumes)
+        table, scans = TensorFileWriter(data), len(listing.volumes)
         windows = 0  # of the scans before
 
         def show(encoded: int, of: int) -> None:
@@ -128,31 +126,3 @@ def encode_scans(
         table.write(temporary, {"format": FORMAT, **summary.encoder, "volumes": json.dumps(records)})
     summary.encoded = [record["name"] for record in records]
     return summary
-
-
-class _Table:
-    """Write a safetensors file of more tensors than the memory has room for.
-
-    Args:
-        data: takes the tensors' values, until :meth:`write` puts them behind their header.
-    """
-
-    def __init__(self, data: BinaryIO) -> None:
-        self._data, self._size, self._header = data, 0, dict[str, Any]()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add a float32 tensor."""
-        values = tensor.contiguous().numpy()
-        place = [self._size, self._size + values.nbytes]
-        self._header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
-        self._data.write(values.data)
-        self._size += values.nbytes
-
-    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file."""
-        header = json.dumps({"__metadata__": metadata, **self._header}).encode()
-        header += b" " * (-len(header) % 8)  # aligns the values
-        self._data.seek(0)
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(self._data, file, 1 << 20)

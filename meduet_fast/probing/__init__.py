@@ -18,6 +18,7 @@ with needs_extra("train"):
         measure_change,
         restyle,
         restyle_region,
+        restyle_region_by_statistics,
         style_statistics,
     )
 
@@ -43,6 +44,7 @@ __all__ = [
     "probe_factors",
     "restyle",
     "restyle_region",
+    "restyle_region_by_statistics",
     "same_anatomy_groups",
     "structured_starts",
     "style_statistics",

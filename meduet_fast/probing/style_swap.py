@@ -17,7 +17,8 @@ from torch import Tensor
 from meduet_fast.data.crops import sample_crops
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.windows import Start, blend, cut, window_starts
-from meduet_fast.models import MeDUET
+from meduet_fast.kernels import MixIndex
+from meduet_fast.models import Factors, MeDUET
 
 from .hidden_tokens import hidden_crops, hiding_masks, mix_twice
 
@@ -29,6 +30,15 @@ class StyleStatistics(NamedTuple):
 
     mean: Tensor
     deviation: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> StyleStatistics:
+        """Measure tokens (N, Ds)."""
+        return cls(tokens.mean(0), tokens.std(0).clamp_min(1e-6))
+
+    def moved_to(self, other: StyleStatistics, style: Tensor) -> Tensor:
+        """Shift and scale styles (.., Ds) that have these statistics, so that they have others."""
+        return (style - self.mean) / self.deviation * other.deviation + other.mean  # (.., Ds)
 
 
 class Restyled(NamedTuple):
@@ -59,8 +69,7 @@ def style_statistics(
     for first in range(0, len(starts), BATCH):
         crops = sample_crops(store, volume, list(starts[first : first + BATCH]), model.config.latent_size)
         styles.append(model(crops.to(model.cls_token.device, torch.float32)).style.flatten(0, 1))
-    tokens = torch.cat(styles)  # (N L, Ds)
-    return StyleStatistics(tokens.mean(0), tokens.std(0).clamp_min(1e-6))
+    return StyleStatistics.of(torch.cat(styles))
 
 
 @torch.inference_mode()
@@ -79,23 +88,39 @@ def restyle(
     """
     device = model.cls_token.device
     crops, donors = crops.to(device, torch.float32), donors.to(device, torch.float32)
-
-    def moved(style: Tensor) -> Tensor:
-        return (style - own.mean) / own.deviation * donor.deviation + donor.mean  # (.., Ds)
-
     if whole:
         factors, given = model(crops), model(donors).style  # (N, L, Ds)
-        styles = (factors.style, moved(factors.style), given)
+        styles = (factors.style, own.moved_to(donor, factors.style), given)
         return Restyled(*(model.reconstruct(factors._replace(style=s)).float().cpu() for s in styles))
-
     mixed, index = mix_twice(model, crops, donors, hiding_masks(model.config, len(crops), seed=0))
     streams = model.decode(mixed, index)
-    is_own = torch.cat([~index.mask[: len(crops)], index.mask[len(crops) :]]).unsqueeze(-1)  # (2N, L, 1)
-    shifted = mixed._replace(style=torch.where(is_own, moved(mixed.style), mixed.style))
-    by_statistics = model.decode(shifted, index, swapped=False).straight
+    by_statistics = _decode_moved(model, mixed, index, own, donor)
     return Restyled(
         *(hidden_crops(model, kind, index) for kind in (streams.straight, by_statistics, streams.swapped))
     )
+
+
+def _decode_moved(
+    model: MeDUET, mixed: Factors, index: MixIndex, own: StyleStatistics, donor: StyleStatistics
+) -> Tensor:
+    """Decode crops that were mixed with their donors, their own styles moved: (4N, L, p^3*C)."""
+    size = len(index.mask) // 2
+    is_own = torch.cat([~index.mask[:size], index.mask[size:]]).unsqueeze(-1)  # (2N, L, 1)
+    style = torch.where(is_own, own.moved_to(donor, mixed.style), mixed.style)  # (2N, L, Ds)
+    return model.decode(mixed._replace(style=style), index, swapped=False).straight
+
+
+@torch.inference_mode()
+def restyle_by_statistics(
+    model: MeDUET, crops: Tensor, donors: Tensor, own: StyleStatistics, donor: StyleStatistics, whole: bool
+) -> Tensor:
+    """Give crops (N, C, S, S, S) the style of donors by statistics; see :func:`restyle`, which does more."""
+    if whole:
+        factors = model(crops.to(model.cls_token.device, torch.float32))
+        return model.reconstruct(factors._replace(style=own.moved_to(donor, factors.style))).float().cpu()
+    masks = hiding_masks(model.config, len(crops), seed=0)
+    mixed, index = mix_twice(model, crops, donors, masks)
+    return hidden_crops(model, _decode_moved(model, mixed, index, own, donor), index)
 
 
 class RestyledRegion(NamedTuple):
@@ -127,10 +152,7 @@ def restyle_region(
         region, donor_region: latents (C, X, Y, Z) of the region and of what the donor's windows are cut from.
     """
     size = model.config.latent_size
-    stride = max(1, size // 2)
-    starts = window_starts(region.shape[1:], size, stride)
-    others = window_starts(donor_region.shape[1:], size, stride)
-    paired = [others[-1 - number * len(others) // len(starts)] for number in range(len(starts))]
+    starts, paired = _paired_starts(region, donor_region, size)
     parts: list[Restyled] = []
     for first in range(0, len(starts), BATCH):
         rows = slice(first, first + BATCH)
@@ -139,6 +161,37 @@ def restyle_region(
     blended = [blend(torch.cat(windows), starts, region.shape[1:]) for windows in zip(*parts, strict=True)]
     donated = blend(cut(donor_region, paired, size).float(), starts, region.shape[1:])
     return RestyledRegion(Restyled(*blended), donated)
+
+
+def restyle_region_by_statistics(
+    model: MeDUET,
+    region: Tensor,
+    donor_region: Tensor,
+    own: StyleStatistics,
+    donor: StyleStatistics,
+    whole: bool,
+) -> Tensor:
+    """Give a region the style of another by statistics; see :func:`restyle_region`, which does more.
+
+    Returns:
+        Latents (C, X, Y, Z), float32 on the CPU.
+    """
+    size = model.config.latent_size
+    starts, paired = _paired_starts(region, donor_region, size)
+    parts = []
+    for first in range(0, len(starts), BATCH):
+        rows = slice(first, first + BATCH)
+        crops, donors = cut(region, starts[rows], size), cut(donor_region, paired[rows], size)
+        parts.append(restyle_by_statistics(model, crops, donors, own, donor, whole))
+    return blend(torch.cat(parts), starts, region.shape[1:])
+
+
+def _paired_starts(region: Tensor, donor_region: Tensor, size: int) -> tuple[list[Start], list[Start]]:
+    """Return first corners of windows that cover a region, and of as many of its donor."""
+    stride = max(1, size // 2)
+    starts = window_starts(region.shape[1:], size, stride)
+    others = window_starts(donor_region.shape[1:], size, stride)
+    return starts, [others[-1 - number * len(others) // len(starts)] for number in range(len(starts))]
 
 
 @dataclass(frozen=True)

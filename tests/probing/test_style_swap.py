@@ -22,6 +22,7 @@ from meduet_fast.probing import (
     measure_change,
     restyle,
     restyle_region,
+    restyle_region_by_statistics,
     style_statistics,
     untrained_like,
 )
@@ -119,6 +120,16 @@ def test_a_region_is_put_together_and_its_donors_come_from_elsewhere(
         restyle_region(untrained_like(config, 0), region, other, *statistics, whole=True).donated.shape
         == region.shape
     )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_statistics_alone_give_the_same_region(
+    config: MeDUETConfig, statistics: tuple[StyleStatistics, StyleStatistics], whole: bool
+) -> None:
+    model = untrained_like(config, 0)
+    region, donor = torch.randn(2, 4, 13, 9, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found = restyle_region_by_statistics(model, region, donor, *statistics, whole)
+    assert torch.equal(found, restyle_region(model, region, donor, *statistics, whole).result.by_statistics)
 
 
 def test_errors_and_likeness_of_known_results() -> None:
