@@ -47,10 +47,10 @@ accelerated copy.
 
 Left alone in diffusers: attention, which goes through `scaled_dot_product_attention` already; the decoders
 of AutoencoderKLCogVideoX and of AutoencoderKLKVAEVideo, which scale and shift between norm and SiLU by what
-the latents say; the second norm of blocks with `scale_shift`, for the same reason; the one norm at the end of
-each U-Net, encoder and decoder; the residual blocks of AutoencoderKLCosmos, of AutoencoderKLMiniMaxH3 and of
-the encoder of AutoencoderKLKVAEVideo, whose norms are classes of their own; AutoencoderKLWan,
-AutoencoderKLQwenImage, AutoencoderKLHunyuanVideo15 and AutoencoderKLLTXVideo, which have no group norm.
+the latents say, at each place; the one norm at the end of each U-Net, encoder and decoder; the residual
+blocks of AutoencoderKLCosmos, of AutoencoderKLMiniMaxH3 and of the encoder of AutoencoderKLKVAEVideo, whose
+norms are classes of their own; AutoencoderKLWan, AutoencoderKLQwenImage, AutoencoderKLHunyuanVideo15 and
+AutoencoderKLLTXVideo, which have no group norm.
 AutoencoderKLAllegro encodes in large tiles alone and is not in the table; its blocks are of kinds that
 are."""
 

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU on 3D maps, in both memory formats, beside PyTorch's two calls.
+"""GroupNorm and SiLU on 3D maps, in both memory formats, beside PyTorch's two calls; adaptive, too.
 
 ``python -m benchmarks.bench_group_norm [--device cpu] [--quick] [--only NAME] [--json PATH]``
 """
@@ -17,7 +17,7 @@ from meduet_fast.kernels.workloads import group_norm_workload
 
 from .command import cases_command
 from .harness import Case, Variant
-from .operations import COMPILED, compiled, op_cases
+from .operations import COMPILED, compiled, op_cases, standard_peers
 
 
 def two_calls(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def two_calls(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield a MAISI decoder's widest map and a diffusion U-Net's middle."""
+    """Yield a MAISI decoder's widest map and a diffusion U-Net's middle, then a map with scale and shift."""
     gpu = device.type == "cuda"
     sizes = [(1, 64, 64), (4, 256, 16)] if gpu else [(1, 64, 32), (2, 128, 16)]
     for batch, channels, edge in sizes[:1] if quick and not gpu else sizes:
@@ -42,6 +42,17 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 {"batch": batch, "channels": channels, "edge": edge},
                 peers,
             )
+    batch, channels, size = (4, 256, (16, 16, 8)) if gpu else (2, 64, (16, 16, 8))
+    for last in (False, True):
+        adaptive = group_norm_workload(batch, channels, size, last, adaptive=True)
+        yield from op_cases(
+            "group_norm",
+            f"B={batch} {channels}x16x16x8 adaptive{' channels last' if last else ''}",
+            adaptive,
+            device,
+            {"batch": batch, "channels": channels},
+            standard_peers(adaptive, with_compiler=True),
+        )
 
 
 def test_group_norm(benchmark: Any, variant: Variant) -> None:

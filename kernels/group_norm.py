@@ -1,6 +1,7 @@
 """Group normalisation and SiLU of 3D feature maps in one pass.
 
-Source: Wu and He, "Group Normalization" (2018), as residual blocks of diffusion U-Nets and VAEs use it.
+Sources: Wu and He, "Group Normalization" (2018), as residual blocks of diffusion U-Nets and VAEs use it;
+Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), for scale and shift by sample.
 """
 
 from __future__ import annotations
@@ -33,10 +34,23 @@ def group_norm_silu_reference(
     wide = wide.contiguous() if transformed() else wide
     weight, bias = (None if item is None else item.to(wide.dtype) for item in (weight, bias))
     with without_autocast(x.device):
-        y = F.group_norm(wide, num_groups, weight, bias, eps)
+        # PyTorch has no rows by sample, and no gradient of a bias without weight.
+        bias_alone = weight is None and bias is not None
+        if bias_alone or _per_sample(weight) or _per_sample(bias):
+            y = F.group_norm(wide, num_groups, eps=eps)
+            rows = (-1, wide.shape[1], 1, 1, 1)  # (1, C, 1, 1, 1) or (B, C, 1, 1, 1)
+            y = y if weight is None else y * weight.reshape(rows)
+            y = y if bias is None else y + bias.reshape(rows)
+        else:
+            y = F.group_norm(wide, num_groups, weight, bias, eps)
         y = F.silu(y) if activation else y
     y = y.to(x.dtype)
     return y if transformed() else y.contiguous(memory_format=_memory_format(x))
+
+
+def _per_sample(factors: Tensor | None) -> bool:
+    """Tell whether weight or bias is (B, C), not (C,)."""
+    return factors is not None and factors.dim() == 2
 
 
 # 2. Kernels
@@ -58,8 +72,8 @@ if triton is not None:
 class _Norm(NamedTuple):
     x: Tensor  # (B, C, X, Y, Z), contiguous or channels last
     num_groups: int
-    weight: Tensor | None  # (C,)
-    bias: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,) or (B, C), with stride 1 along C
+    bias: Tensor | None  # as weight, by itself
     eps: float
     activation: bool
 
@@ -68,8 +82,8 @@ class _Gradients(NamedTuple):
     grad_y: Tensor  # (B, C, X, Y, Z)
     x: Tensor  # (B, C, X, Y, Z)
     num_groups: int
-    weight: Tensor | None  # (C,)
-    bias: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,) or (B, C), with stride 1 along C
+    bias: Tensor | None  # as weight, by itself
     mean: Tensor  # (B, G)
     rstd: Tensor  # (B, G)
     activation: bool
@@ -83,6 +97,11 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=_memory_format(x))
+
+
+def _sample_stride(factors: Tensor | None) -> int | None:
+    """Return how far the rows of (B, C) lie apart; None for the one row of all samples."""
+    return factors.stride(0) if factors is not None and factors.dim() == 2 else None
 
 
 def _tiles(
@@ -127,15 +146,20 @@ def _launch_norm(x: _Norm) -> tuple[Tensor, Tensor, Tensor]:
     constants = {"BLOCK": options["BLOCK"], "EPS": x.eps, "ACC": constants["ACC"]}
     launch(group_norm_combine_kernel, (x.num_groups, batch), arguments, constants, options)
 
+    weight_b, bias_b = _sample_stride(x.weight), _sample_stride(x.bias)
     grid, strides, constants, options = _tiles(x.x, "group_norm_apply")
-    arguments = (x.x, x.weight, x.bias, mean, rstd, y, *sizes, x.num_groups, *strides)
+    arguments = (x.x, x.weight, x.bias, weight_b, bias_b, mean, rstd, y, *sizes, x.num_groups, *strides)
     constants["ACTIVATION"] = x.activation
     launch(group_norm_apply_kernel, grid, arguments, constants, options)
     return y, mean, rstd
 
 
 def _fake_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    grad_weight, grad_bias = (x.mean.new_empty(x.x.shape[1]) for _ in range(2))
+    batch, channels = x.x.shape[:2]
+    grad_weight, grad_bias = (
+        x.mean.new_empty((batch, channels) if _per_sample(item) else (channels,))
+        for item in (x.weight, x.bias)
+    )
     return _like(x.x), grad_weight, grad_bias
 
 
@@ -144,8 +168,10 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (x.x[0, 0].numel(), channels, channels // groups)  # S, C, channels of a group
     grad_y = x.grad_y.contiguous(memory_format=_memory_format(x.x))  # (B, C, X, Y, Z)
     grad_x = _like(x.x)  # (B, C, X, Y, Z)
-    sums, means = x.mean.new_empty(2, batch, channels), x.mean.new_empty(2, batch, groups)
-    known = (x.x, x.weight, x.bias, x.mean, x.rstd, grad_y)
+    grad_weight, grad_bias = (x.mean.new_empty(batch, channels) for _ in range(2))
+    means = x.mean.new_empty(2, batch, groups)
+    weight_b, bias_b = _sample_stride(x.weight), _sample_stride(x.bias)
+    known = (x.x, x.weight, x.bias, weight_b, bias_b, x.mean, x.rstd, grad_y)
 
     grid, strides, constants, options = _tiles(x.x, "group_norm_sums", stepped=True)
     chunks = grid[0]
@@ -156,7 +182,7 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
 
     options = config("group_norm_reduce", x.x.device)
     columns = min(triton.next_power_of_2(sizes[2]), options["COLUMNS"])
-    arguments = (partial, x.weight, sums, means, chunks, *sizes)
+    arguments = (partial, x.weight, weight_b, grad_weight, grad_bias, means, chunks, *sizes)
     constants = {"CHUNKS": options["TILE"] // columns, "COLUMNS": columns, "ACC": constants["ACC"]}
     launch(group_norm_reduce_kernel, (groups, batch), arguments, constants, options)
 
@@ -164,7 +190,9 @@ def _launch_gradients(x: _Gradients) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (*known, means, grad_x, *sizes, groups, *strides)
     constants["ACTIVATION"] = x.activation
     launch(group_norm_backward_kernel, grid, arguments, constants, options)
-    return grad_x, sums[1].sum(0), sums[0].sum(0)
+    grad_weight = grad_weight if _per_sample(x.weight) else grad_weight.sum(0)
+    grad_bias = grad_bias if _per_sample(x.bias) else grad_bias.sum(0)
+    return grad_x, grad_weight, grad_bias
 
 
 def _setup_context(ctx: Any, x: _Norm, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -210,6 +238,8 @@ def group_norm_silu(
 ) -> Tensor:
     """Compute GroupNorm and SiLU of a 3D feature map: two reads and one write.
 
+    With a weight and bias for each sample it is the adaptive norm of diffusion U-Nets: ``weight`` is one plus
+    the scale that the conditions give, ``bias`` the shift.
     Statistics are sums of squares around means, never differences of squares: a large mean costs no digits.
     Under autocast, too, the result has the dtype of ``x``; it is computed in at least float32.
 
@@ -217,7 +247,8 @@ def group_norm_silu(
         x: (B, C, X, Y, Z), any float dtype; read in place if contiguous or channels last
             (``torch.channels_last_3d``), made contiguous otherwise.
         num_groups: groups of neighbouring channels; divides C.
-        weight, bias: (C,) or None for 1 and 0, any float dtype.
+        weight, bias: (C,), or (B, C) with a row for each sample, or None for 1 and 0; any float dtype. Rows
+            are read where they lie, so they may be halves of one projection.
         eps: added to the variance.
         activation: False leaves the SiLU out.
 
@@ -230,14 +261,18 @@ def group_norm_silu(
     if x.dim() != 5:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, C, X, Y, Z)")
     check_float("x", x)
-    channels = x.shape[1]
+    batch, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}, expected a divisor of the {channels} channels")
     for name, item in (("weight", weight), ("bias", bias)):
-        if item is not None and item.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(item.shape)}, expected {(channels,)}")
+        if item is not None and item.shape not in ((channels,), (batch, channels)):
+            raise ValueError(
+                f"{name} has shape {tuple(item.shape)}, expected {(channels,)} or {(batch, channels)}"
+            )
     if not use_triton(x) or x.numel() == 0:
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, activation)
-    weight, bias = (None if item is None else item.contiguous() for item in (weight, bias))
+    weight, bias = (
+        item if item is None or item.stride(-1) == 1 else item.contiguous() for item in (weight, bias)
+    )
     x = x.contiguous(memory_format=_memory_format(x))
     return _group_norm(x, num_groups, weight, bias, eps, activation)[0]

@@ -2,6 +2,7 @@
 
 A feature map is (B, C, S), S = X*Y*Z, with strides: a tile is some positions of some channels. Contiguous
 maps have tiles of few channels and many positions, channels-last ones the reverse: both load whole lines.
+weight_b and bias_b are strides from sample to sample; None where all samples share one row.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -21,13 +22,17 @@ def _tile(chunk, spatial, channels, stride_c, stride_s, ROWS: tl.constexpr, COLU
 
 
 @triton.jit
-def _affine(weight, bias, columns, channels, ACC: tl.constexpr):
+def _affine(weight, bias, weight_b, bias_b, batch, columns, channels, ACC: tl.constexpr):
     valid = columns < channels
     scale = tl.full(columns.shape, 1.0, ACC)
     shift = tl.zeros(columns.shape, ACC)
     if weight is not None:
+        if weight_b is not None:
+            weight += batch * weight_b
         scale = tl.load(weight + columns, mask=valid, other=0.0).to(ACC)
     if bias is not None:
+        if bias_b is not None:
+            bias += batch * bias_b
         shift = tl.load(bias + columns, mask=valid, other=0.0).to(ACC)
     return scale, shift
 
@@ -118,14 +123,15 @@ def group_norm_combine_kernel(
 
 @triton.jit
 def group_norm_apply_kernel(
-    x, weight, bias, mean, rstd, y, spatial, channels, width, groups, stride_b, stride_c, stride_s,
+    x, weight, bias, weight_b, bias_b, mean, rstd, y, spatial, channels, width, groups,
+    stride_b, stride_c, stride_s,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     columns, inside, offsets = _tile(tl.program_id(0), spatial, channels, stride_c, stride_s, ROWS, COLUMNS)
     offsets += batch * stride_b
     tile = tl.load(x + offsets, mask=inside, other=0.0).to(ACC)
-    scale, shift = _affine(weight, bias, columns, channels, ACC)
+    scale, shift = _affine(weight, bias, weight_b, bias_b, batch, columns, channels, ACC)
     tile, _ = _normalised(tile, mean, rstd, batch, columns, channels, width, groups)
     tile = tile * scale[None, :] + shift[None, :]
     if ACTIVATION:
@@ -135,7 +141,7 @@ def group_norm_apply_kernel(
 
 @triton.jit
 def group_norm_sums_kernel(
-    x, weight, bias, mean, rstd, grad_y, partial, spatial, channels, width, groups,
+    x, weight, bias, weight_b, bias_b, mean, rstd, grad_y, partial, spatial, channels, width, groups,
     stride_b, stride_c, stride_s,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
@@ -150,7 +156,7 @@ def group_norm_sums_kernel(
         offsets += batch * stride_b
         unit = tl.load(x + offsets, mask=inside, other=0.0).to(ACC)
         outer = tl.load(grad_y + offsets, mask=inside, other=0.0).to(ACC)
-        scale, shift = _affine(weight, bias, columns, channels, ACC)
+        scale, shift = _affine(weight, bias, weight_b, bias_b, batch, columns, channels, ACC)
         unit, _ = _normalised(unit, mean, rstd, batch, columns, channels, width, groups)
         outer *= _slope(unit * scale[None, :] + shift[None, :], ACTIVATION)
         of_bias += tl.sum(outer, 0)
@@ -163,14 +169,16 @@ def group_norm_sums_kernel(
 
 @triton.jit
 def group_norm_reduce_kernel(
-    partial, weight, sums, means, chunks, spatial, channels, width,
+    partial, weight, weight_b, grad_weight, grad_bias, means, chunks, spatial, channels, width,
     CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # One program for a group adds the chunks in order. sums (2, B, C): of each channel. means (2, B, G):
-    # of the gradient that reaches the normalised values, and of its product with them.
+    # One program for a group adds the chunks in order. grad_weight, grad_bias (B, C): of each sample.
+    # means (2, B, G): of the gradient that reaches the normalised values, and of its product with them.
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     samples, groups = tl.num_programs(1), tl.num_programs(0)
     partial += batch * chunks * 2 * channels
+    if weight_b is not None:
+        weight += batch * weight_b
     plain = tl.zeros((COLUMNS,), ACC)
     product = tl.zeros((COLUMNS,), ACC)
     for first in range(0, width, COLUMNS):
@@ -185,9 +193,9 @@ def group_norm_reduce_kernel(
             inside = (chunk < chunks)[:, None] & valid[None, :]
             of_bias += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
             of_weight += tl.sum(tl.load(at + channels, mask=inside, other=0.0), 0)
-        out = sums + batch * channels + columns
-        tl.store(out, of_bias, mask=valid)
-        tl.store(out + samples * channels, of_weight, mask=valid)
+        out = batch * channels + columns
+        tl.store(grad_bias + out, of_bias, mask=valid)
+        tl.store(grad_weight + out, of_weight, mask=valid)
         if weight is not None:
             scale = tl.load(weight + columns, mask=valid, other=0.0).to(ACC)
             of_bias *= scale
@@ -202,7 +210,7 @@ def group_norm_reduce_kernel(
 
 @triton.jit
 def group_norm_backward_kernel(
-    x, weight, bias, mean, rstd, grad_y, means, grad_x, spatial, channels, width, groups,
+    x, weight, bias, weight_b, bias_b, mean, rstd, grad_y, means, grad_x, spatial, channels, width, groups,
     stride_b, stride_c, stride_s,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +219,7 @@ def group_norm_backward_kernel(
     offsets += batch * stride_b
     unit = tl.load(x + offsets, mask=inside, other=0.0).to(ACC)
     outer = tl.load(grad_y + offsets, mask=inside, other=0.0).to(ACC)
-    scale, shift = _affine(weight, bias, columns, channels, ACC)
+    scale, shift = _affine(weight, bias, weight_b, bias_b, batch, columns, channels, ACC)
     unit, factor = _normalised(unit, mean, rstd, batch, columns, channels, width, groups)
     outer *= _slope(unit * scale[None, :] + shift[None, :], ACTIVATION) * scale[None, :]
     at, valid = means + batch * groups + columns // width, columns < channels

@@ -28,7 +28,7 @@ from .patch_embed import (
     patch_embed_tokens,
     patch_embed_tokens_reference,
 )
-from .patchify import Triple, patch_grid
+from .patchify import Triple, patch_grid, triple
 from .pool import pooled_layer_norm, pooled_layer_norm_reference
 from .reconstruction import Pairing, dual_reconstruction_loss, dual_reconstruction_loss_reference
 from .style_conv import style_convolution, style_convolution_reference
@@ -284,25 +284,39 @@ def reconstruction_workload(
     return Workload("dual_reconstruction_loss", label, inputs, run, reference, cost)
 
 
-def group_norm_workload(batch: int, channels: int, edge: int, last: bool) -> Workload:
-    """Normalise maps (batch, channels, edge, edge, edge) in 32 groups; channels-last if ``last``."""
+def group_norm_workload(
+    batch: int, channels: int, size: int | Triple, last: bool, adaptive: bool = False
+) -> Workload:
+    """Normalise maps (batch, channels, X, Y, Z) in 32 groups.
+
+    Args:
+        size: X, Y and Z, or the edge of a cube.
+        last: channels-last input.
+        adaptive: weight and bias of each sample, the bias half of a projection.
+    """
 
     def inputs(device: str, dtype: torch.dtype) -> Inputs:
-        x = torch.randn(batch, channels, edge, edge, edge, device=device, dtype=dtype)
+        x = torch.randn(batch, channels, *triple(size), device=device, dtype=dtype)
         memory_format = torch.channels_last_3d if last else torch.contiguous_format
+        weight, bias = _leaf(device, dtype, channels), _leaf(device, dtype, channels)
+        if adaptive:
+            projection = torch.randn(batch, 2 * channels, device=device, dtype=dtype)
+            weight, bias = 1 + projection[:, :channels], projection[:, channels:]  # (B, C) each
         return {
             "x": x.contiguous(memory_format=memory_format).requires_grad_(),
             "num_groups": 32,
-            "weight": _leaf(device, dtype, channels),
-            "bias": _leaf(device, dtype, channels),
+            "weight": weight.requires_grad_(),
+            "bias": bias.requires_grad_(),
         }
 
-    def cost(size: int) -> tuple[Cost, Cost]:
+    def cost(element: int) -> tuple[Cost, Cost]:
         # The kernels read a map twice, since the statistics must come first; a cache may hold it.
-        elements = batch * channels * edge**3
-        return Cost(2 * elements * size, 12 * elements), Cost(3 * elements * size, 30 * elements)
+        elements = batch * channels * math.prod(triple(size))
+        return Cost(2 * elements * element, 12 * elements), Cost(3 * elements * element, 30 * elements)
 
-    label = f"{batch}x{channels}x{edge}^3{' channels last' if last else ''}"
+    shape = f"{size}^3" if isinstance(size, int) else "x".join(map(str, size))
+    notes = [note for note, on in (("adaptive", adaptive), ("channels last", last)) if on]
+    label = " ".join([f"{batch}x{channels}x{shape}", *notes])
     return Workload("group_norm_silu", label, inputs, group_norm_silu, group_norm_silu_reference, cost)
 
 
@@ -427,6 +441,7 @@ def standard_workloads() -> list[Workload]:
         streams_workload(64, 216, 384),
         streams_workload(64, 216, 384, straight=False),
         *(group_norm_workload(*size, last) for size in ((1, 64, 64), (4, 256, 16)) for last in (False, True)),
+        *(group_norm_workload(4, 256, (16, 16, 8), last, adaptive=True) for last in (False, True)),
         *mixing_workloads(64),
         pool_workload(64, 216, 768, masked=True),
         pool_workload(64, 216, 192, masked=True),
@@ -458,6 +473,7 @@ def further_workloads() -> list[Workload]:
         supervised_workload(5900, 7300, 700, itself=True),
         streams_workload(3, 210, 300, swapped=False),
         *(group_norm_workload(3, 96, 15, last) for last in (False, True)),
+        *(group_norm_workload(3, 96, (9, 5, 7), last, adaptive=True) for last in (False, True)),
         *mixing_workloads(3, 215, 700),
         pool_workload(3, 215, 700, masked=True),
         reconstruction_workload(3, 3, 15, 3, "reference"),

@@ -152,10 +152,8 @@ def load_pretrained(weights: Path) -> Pretrained:
     Raises:
         UserError: if it, its run's record or the index of the run's store can't be read.
     """
-    run = weights.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
-    if (weights / "checkpoints").is_dir():
-        run, weights = weights, latest_checkpoint(weights) / "teacher.safetensors"
-    file = weight_file(weights)
+    file = teacher_file(weights)
+    run = file.absolute().parent.parent.parent  # of RUN/checkpoints/STEP/teacher.safetensors
     of_run = file.parent.parent.name == "checkpoints" and (run / "run.json").is_file()
     record = read_run(run, of_checkpoint=False) if of_run else None
     store = record["data"] if record else None
@@ -258,6 +256,17 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         check_numbers(self, POSITIVE, "spacing")
         check_numbers(self, FROM_1, "stride", "batch_size")
+
+
+def teacher_file(weights: Path) -> Path:
+    """Return the file of weights that a path stands for; of a run's folder its last checkpoint's teacher.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if (weights / "checkpoints").is_dir():
+        weights = latest_checkpoint(weights) / "teacher.safetensors"
+    return weight_file(weights)
 
 
 class Encoder:

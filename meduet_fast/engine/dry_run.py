@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from meduet_fast.devices import select_device
 from meduet_fast.files import refuse_unwritable
 from meduet_fast.layers import set_attention_backend
 from meduet_fast.lock import refuse_held
+from meduet_fast.weight_files import listed
 
 from .checkpoint import find_start
 from .config import EngineConfig
@@ -58,6 +61,14 @@ def si(value: float, unit: str) -> str:
     prefixes = " kMGTPEZ"
     power = next((n for n in range(len(prefixes)) if value < 999.95 * 1000**n), len(prefixes) - 1)
     return f"{value / 1000**power:.4g} {prefixes[power].strip()}{unit}"
+
+
+def count_tensors(what: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a line of a table: what it is about, how many tensors and values, and of which parts."""
+    parts = list(dict.fromkeys(name.split(".")[0] for name in tensors))
+    count = si(sum(value.numel() for value in tensors.values()), "").strip()
+    named = f": {listed(parts, most=20)}" if parts else ""
+    return f"{what:10}  {len(tensors)} tensor{'s' * (len(tensors) != 1)}, {count} parameters{named}"
 
 
 def describe_run(

@@ -16,6 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiChunkedGroup
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
+from meduet_fast.kernels import group_norm_silu
+
 from .fused import Fused, bare, norm_silu
 
 
@@ -42,15 +44,18 @@ def _norm_silu_frames(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
     """The residual block that 2D, 3D and video U-Nets apply to every slice, with pairs fused.
 
-    With "scale_shift" the embedded time comes between the second norm and its SiLU: the first pair alone is
-    fused then.
+    With "scale_shift" the embedded time scales and shifts between the second norm and its SiLU: one pass with
+    that norm's own weight and bias.
     """
 
     summary = "group_norm_silu"
 
     @staticmethod
     def fits(module: Any) -> bool:
-        return module.time_embedding_norm in ("default", "scale_shift") and _plain(module)
+        known = module.time_embedding_norm == "default" or (
+            module.time_embedding_norm == "scale_shift" and module.norm2.affine
+        )
+        return known and _plain(module)
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Map (B, C, X, Y) and the embedded time (B, E), if the block takes it, to (B, C', X', Y')."""
@@ -64,13 +69,18 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             x, hidden = resample(x), resample(hidden)
         hidden = self.conv1(hidden)  # (B, C', X', Y')
         if temb is not None:
+            # (B, C'), or (B, 2 C') with "scale_shift"
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-            temb = temb[:, :, None, None]  # (B, C', 1, 1), twice the channels with scale_shift
-        if temb is None or shifted:
-            hidden = _norm_silu_2d(self.norm2, hidden if temb is None else hidden + temb)
+        if temb is None:
+            hidden = _norm_silu_2d(self.norm2, hidden)
+        elif shifted:
+            hidden = _norm_silu_2d(self.norm2, hidden + temb[:, :, None, None])
         else:
-            scale, shift = temb.chunk(2, dim=1)  # (B, C', 1, 1) each
-            hidden = self.nonlinearity(self.norm2(hidden) * (1 + scale) + shift)
+            # Rows for all samples, as one time may serve them all.
+            scale, shift = temb.expand(hidden.shape[0], -1).chunk(2, dim=1)  # (B, C') each
+            norm = self.norm2
+            weight, bias = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift  # (B, C')
+            hidden = group_norm_silu(hidden.unsqueeze(2), norm.num_groups, weight, bias, norm.eps).squeeze(2)
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
             # Strides that DDP expects of the gradients.

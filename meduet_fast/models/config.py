@@ -231,6 +231,20 @@ def stated(beside: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, set
     return found
 
 
+def stated_or_published(beside: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, set[Any]]:
+    """Find what :func:`stated` finds; blocks of the published widths have the published heads if none are.
+
+    Raises:
+        ValueError: as :func:`stated`.
+    """
+    said = stated(beside, sizes)
+    for name, published in PUBLISHED_HEADS.items():
+        width = sizes.get(name.replace("num_heads", "embed_dim"))
+        if width in published:
+            said.setdefault(name, {published[width]})
+    return said
+
+
 def _number(value: Any, kind: type) -> Any:
     """Return a number, perhaps written as text or as a float, as what it should be; None if it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from meduet_fast.engine.beginning import Beginning
-from meduet_fast.engine.dry_run import Rows, si
+from meduet_fast.engine.dry_run import Rows, count_tensors
 from meduet_fast.errors import UserError
 from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
-from meduet_fast.models.config import PUBLISHED_HEADS, read_sizes, stated
+from meduet_fast.models.config import PUBLISHED_HEADS, read_sizes, stated_or_published
 from meduet_fast.models.published import read_published
 from meduet_fast.weight_files import Weights, listed, misfit
 
@@ -65,11 +65,7 @@ class InitialWeights:
         for what, tensors in (
             ("loaded", self.loaded), ("left fresh", self.fresh), ("left out", self.left_out),
         ):  # fmt: skip
-            parts = list(dict.fromkeys(key.split(".")[0] for key in tensors))
-            count = si(sum(value.numel() for value in tensors.values()), "").strip()
-            named = f": {listed(parts, most=len(self.loaded))}" if parts else ""
-            several = "s" * (len(tensors) != 1)
-            rows.append(("init", f"{what:10}  {len(tensors)} tensor{several}, {count} parameters{named}"))
+            rows.append(("init", count_tensors(what, tensors)))
         for name in self.assumed:
             rows.append(("init", f"{name} not stated in the file; taken from model.{name}"))
         return rows
@@ -123,11 +119,7 @@ def _check_sizes(weights: Weights, config: MeDUETConfig) -> tuple[str, ...]:
     if differing:
         both = ", ".join(f"{name} {sizes[name]} (model.{name} is {run[name]})" for name in differing)
         raise ValueError(f"weights of another network: {both}")
-    said = stated(weights.beside, sizes)
-    for name, published in PUBLISHED_HEADS.items():
-        width = sizes.get(name.replace("num_heads", "embed_dim"))
-        if width in published:
-            said.setdefault(name, {published[width]})
+    said = stated_or_published(weights.beside, sizes)
     config.check_stated(said)
     return tuple(
         name

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_index import LATENTS
+from meduet_fast.engine import EngineConfig, FitResult
 from meduet_fast.engine.checkpoint import CheckpointWriter
 from meduet_fast.errors import UserError
-from meduet_fast.pretraining import PretrainConfig, pretrain
 
 HANGS = "hangs from here on"  # test_stop.py waits for it
 
@@ -102,8 +102,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], None]]] = {
 
 
 def main(
-    store: Path, run: Path, config: PretrainConfig, log: Path, env: dict[str, str], fault: str, count: int
-) -> None:
+    train: Callable[..., FitResult], run: Path, config: EngineConfig, log: Path, env: dict[str, str],
+    fault: str, count: int,
+) -> None:  # fmt: skip
     """Train as the command line would, with everything printed to ``log``."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -117,7 +118,7 @@ def main(
         owner, name, act = FAULTS[fault]
         before(owner, name, count, act)
     try:
-        result = pretrain(store, run, config, resume=True)
+        result = train(run, config, resume=True)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)

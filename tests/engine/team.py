@@ -7,12 +7,15 @@ import os
 import runpy
 import signal
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
+from meduet_fast.engine import EngineConfig, FitResult
 from meduet_fast.engine.metrics import METRICS_FILE, read_metrics
 from meduet_fast.pretraining import PretrainConfig, pretrain
 from meduet_fast.pretraining.losses import LOSSES
@@ -27,7 +30,7 @@ class Team:
     """Processes of one run; killed at the end of the ``with`` if they are still there.
 
     Args:
-        store: latents.
+        store: latents, for pretraining; or what trains, called with run, config and ``resume``.
         run: folder of the run; what a process prints goes to ``rankN.log`` beside it.
         config: of the run.
         size: number of processes.
@@ -38,15 +41,16 @@ class Team:
 
     def __init__(
         self,
-        store: Path,
+        store: Path | Callable[..., FitResult],
         run: Path,
-        config: PretrainConfig,
+        config: EngineConfig,
         size: int,
         fault: str = "",
         at: int = 0,
         rank: int = 1,
     ) -> None:
         self.run = run
+        task = partial(pretrain, store) if isinstance(store, Path) else store
         self.store: dist.TCPStore | None = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
         )
@@ -60,7 +64,7 @@ class Team:
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }  # fmt: skip
             settings = {
-                "store": store, "run": run, "config": config, "log": self.logs[number], "env": env,
+                "train": task, "run": run, "config": config, "log": self.logs[number], "env": env,
                 "fault": fault if number == rank else "", "count": at,
             }  # fmt: skip
             script = str(Path(__file__).with_name("rank.py"))
@@ -112,7 +116,7 @@ class Team:
         return "\n".join(f"-- {log.name}\n{log.read_text()}" for log in logs if log.exists())
 
 
-def train(store: Path, run: Path, config: PretrainConfig, size: int) -> str:
+def train(store: Path | Callable[..., FitResult], run: Path, config: EngineConfig, size: int) -> str:
     """Train with that many processes; what they printed."""
     with Team(store, run, config, size) as team:
         assert team.wait() == [0] * size, team.said()
@@ -131,11 +135,13 @@ def steps_done(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def assert_same_losses(run: Path, expected: Path, rank: int = 0, steps: int | None = None) -> None:
+def assert_same_losses(
+    run: Path, expected: Path, rank: int = 0, steps: int | None = None, losses: Sequence[str] = LOSSES
+) -> None:
     """Every loss of every step, or of the first, within 1e-5 of those of another run."""
     records, wanted = (records[:steps] for records in (read_metrics(run, rank), read_metrics(expected)))
     assert steps is None or len(records) == steps
     assert [record["step"] for record in records] == [record["step"] for record in wanted]
-    for name in LOSSES:
+    for name in losses:
         worst = max(abs(a[name] - b[name]) for a, b in zip(records, wanted, strict=True))
         assert worst < 1e-5, (name, worst)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from meduet_fast.kernels import (
     assemble_streams,
@@ -172,6 +173,10 @@ GRADCHECKS = {
             randn(5, 2, seed=4),
         ),
     ),
+    "group_norm_silu": lambda: (
+        lambda x, weight, bias: group_norm_silu(x, 1, weight, bias),
+        (randn(2, 2, 1, 1, 2), randn(2, 2, seed=1), randn(2, 4, seed=2)[:, ::2].detach().requires_grad_()),
+    ),
     "pooled_layer_norm": lambda: (
         lambda x: pooled_layer_norm(x, torch.tensor([[1, 0, 0, 1]])),
         (randn(1, 4, 3),),
@@ -195,6 +200,31 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("bias_rows", [None, 1, 3])
+@pytest.mark.parametrize("weight_rows", [None, 1, 3])
+def test_group_norm_of_each_sample_is_a_module_of_its_own(
+    weight_rows: int | None, bias_rows: int | None, activation: bool
+) -> None:
+    x = randn(3, 4, 2, 3, 2)
+    weight, bias = (rows and randn(rows, 4, seed=rows + 1) for rows in (weight_rows, bias_rows))
+    given = [item if item is None or len(item) > 1 else item[0] for item in (weight, bias)]  # (4,) or (3, 4)
+    y = group_norm_silu(x, 2, *given, eps=1e-3, activation=activation)
+    expected = []
+    for row in range(3):
+        module = nn.GroupNorm(2, 4, eps=1e-3).double()
+        with torch.no_grad():
+            for factors, parameter in ((weight, module.weight), (bias, module.bias)):
+                if factors is not None:
+                    parameter.copy_(factors[row % len(factors)])
+        normal = module(x[row : row + 1])
+        expected.append(normal * normal.sigmoid() if activation else normal)
+    assert torch.allclose(y, torch.cat(expected), atol=1e-12)
+    y.sum().backward()
+    for factors in (weight, bias):
+        assert factors is None or (factors.grad is not None and factors.grad.shape == factors.shape)
+
+
 def test_refusals_name_the_argument() -> None:
     x, weight = torch.zeros(2, 1, 4, 4, 5), torch.zeros(3, 1, 2, 2, 2)
     with pytest.raises(
@@ -213,6 +243,10 @@ def test_refusals_name_the_argument() -> None:
         unpatchify_3d(torch.zeros(1, 8, 8), 2, (2, 2, 3))
     with pytest.raises(ValueError, match="tokens has width 7"):
         unpatchify_3d(torch.zeros(1, 8, 7), 2, (2, 2, 2))
+    for name, shape in (("weight", (2,)), ("bias", (1, 4)), ("weight", (4, 3)), ("bias", (3, 4, 1))):
+        found = re.escape(f"{name} has shape {shape}, expected (4,) or (3, 4)")
+        with pytest.raises(ValueError, match=found):
+            group_norm_silu(torch.zeros(3, 4, 1, 1, 2), 2, **{name: torch.zeros(shape)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="an even L > 0"):
         build_mix_index(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="values other than 0 and 1"):

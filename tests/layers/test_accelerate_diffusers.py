@@ -62,6 +62,16 @@ def test_residual_block_of_slices(options: dict[str, Any]) -> None:
     assert restore(fused) == ["block"]
 
 
+def test_scale_and_shift_are_part_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = ResnetBlock2D(**RESNET, time_embedding_norm="scale_shift").double()
+    for norm in (block.norm1, block.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    fused = require_same(Block(block), (randn(3, 4, 4, 6), randn(1, 6)))  # one time for all samples
+    monkeypatch.setattr(nn.GroupNorm, "forward", None)  # not called
+    fused(randn(3, 4, 4, 6), randn(3, 6))
+
+
 VOLUME: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "time": (TemporalResnetBlock(32, 64, temb_channels=6), (2, 32, 3, 2, 2)),
     "magvit, by frames": (EasyAnimateResidualBlock3D(4, 6, norm_num_groups=2), (2, 4, 3, 4, 2)),

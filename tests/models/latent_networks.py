@@ -9,16 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
+from meduet_fast.models.unet3d import MeDUETUNet3D
 
 SIZES: dict[str, Any] = {
     "in_channels": 3, "sample_size": (4, 6, 2), "content_dim": 12, "style_dim": 5, "content_projection": 4,
     "latents_mean": (0.0,) * 3, "latents_std": (1.0,) * 3,
 }  # fmt: skip
 TRANSFORMER: dict[str, Any] = {"patch_size": 2, "hidden_size": 12, "depth": 3, "num_heads": 2}
+UNET: dict[str, Any] = {
+    "num_channels": (8, 16), "num_res_blocks": 1, "attention_levels": (False, True), "num_heads": 2,
+    "norm_num_groups": 4, "features_patch": 2,
+}  # fmt: skip
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "transformer pooled": (MeDUETTransformer3D, TRANSFORMER),
     "transformer tokens": (
         MeDUETTransformer3D, {**TRANSFORMER, "content": "tokens", "qk_norm": True, "gelu": "exact"}
+    ),
+    "U-Net pooled": (MeDUETUNet3D, UNET),
+    "U-Net tokens": (MeDUETUNet3D, {**UNET, "content": "tokens"}),
+    "U-Net of patches": (
+        MeDUETUNet3D, {**UNET, "patch_size": 2, "num_channels": (8,), "attention_levels": (True,)}
     ),
 }  # fmt: skip
 TRANSFORMERS = [name for name in NETWORKS if name.startswith("transformer")]

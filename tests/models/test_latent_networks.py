@@ -189,7 +189,11 @@ def test_unfit_inputs_and_settings_get_one_line(name: str) -> None:
     model, arguments = network(name), inputs(name)
     with pytest.raises(ValueError, match="spatial axis 1 has size 5, expected"):
         model(torch.zeros(3, 3, 4, 5, 2), *arguments[1:])
-    for position, what, shape in ((2, "content", (3, 11)), (3, "style", (3, 4, 5))):
+    for position, what, shape in (
+        (0, ".*", (3, 2, 4, 6, 2)),
+        (2, "content", (3, 11)),
+        (3, "style", (3, 4, 5)),
+    ):
         wrong = [*arguments]
         wrong[position] = torch.zeros(*shape)
         with pytest.raises(ValueError, match=f"{what} has shape .*, expected"):

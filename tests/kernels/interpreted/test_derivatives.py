@@ -30,6 +30,8 @@ WORKLOADS = [
     workloads.volume_workload(2, 1, (4, 2, 2), 2, masked=True, width=3, differentiate=True),
     workloads.volume_workload(2, 2, (2, 2, 4), 2, last=True, width=3, differentiate=True),
     workloads.token_workload(2, 3, 1, 2, width=3),
+    workloads.group_norm_workload(2, 4, 2, last=False, adaptive=True),
+    workloads.group_norm_workload(2, 4, 2, last=True, adaptive=True),
 ]
 Function = Callable[..., tuple[Tensor, ...]]
 Values = tuple[Tensor, ...]

@@ -18,16 +18,30 @@ from meduet_fast.kernels.verify import require
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNELS = ("group_norm_statistics", "group_norm_apply", "group_norm_sums", "group_norm_backward")
 LAST = torch.channels_last_3d
+# One row for all samples; one for each, half of a projection, or every other value of one.
+FACTORS = ["none", "shared", "half", "strided"]
 
 
 def make(
     batch: int, groups: int, width: int, size: tuple[int, int, int], dtype: torch.dtype, layout: str,
-    activation: bool = True, affine: bool = True, mean: float = 0.5, seed: int = 0,
+    activation: bool = True, weight: str = "shared", bias: str = "shared", mean: float = 0.5, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
+    """Make inputs; weight and bias are one of ``FACTORS`` each."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def factors(kind: str) -> Tensor | None:
+        if kind == "none":
+            return None
+        rows = randn(groups * width) if kind == "shared" else randn(batch, 2 * groups * width)
+        rows = rows.to(dtype)
+        if kind == "half":
+            rows = rows[:, groups * width :]
+        elif kind == "strided":
+            rows = rows[:, ::2]
+        return rows.requires_grad_()
 
     x = (randn(batch, groups * width, *size) + mean).to(dtype)
     if layout == "last":
@@ -37,8 +51,8 @@ def make(
     return {
         "x": x.requires_grad_(),
         "num_groups": groups,
-        "weight": randn(groups * width).to(dtype).requires_grad_() if affine else None,
-        "bias": randn(groups * width).to(dtype).requires_grad_() if affine else None,
+        "weight": factors(weight),
+        "bias": factors(bias),
         "eps": 1e-6,
         "activation": activation,
     }
@@ -54,22 +68,22 @@ edges = st.integers(1, 7)
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.tuples(edges, edges, edges),
-    st.sampled_from(DTYPES), st.sampled_from(["first", "last", "turned"]), st.booleans(), st.booleans(),
-    st.integers(0, 1000),
+    st.sampled_from(DTYPES), st.sampled_from(["first", "last", "turned"]), st.booleans(),
+    st.sampled_from(FACTORS), st.sampled_from(FACTORS), st.integers(0, 1000),
 )  # fmt: skip
 def test_any_shape(
     batch: int, groups: int, width: int, size: tuple[int, int, int], dtype: torch.dtype, layout: str,
-    activation: bool, affine: bool, seed: int,
+    activation: bool, weight: str, bias: str, seed: int,
 ) -> None:  # fmt: skip
     if width * size[0] * size[1] * size[2] == 1:  # PyTorch refuses groups of one value
         size = (2, 1, 1)
-    check(make(batch, groups, width, size, dtype, layout, activation, affine, seed=seed), seed)
+    check(make(batch, groups, width, size, dtype, layout, activation, weight, bias, seed=seed), seed)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize(("tile", "columns", "steps"), [(8, 2, 1), (16, 4, 3), (64, 64, 2), (1024, 4, 5)])
 def test_block_sizes(tile: int, columns: int, steps: int, layout: str) -> None:
-    inputs = make(2, 2, 3, (3, 2, 5), torch.float32, layout)
+    inputs = make(2, 2, 3, (3, 2, 5), torch.float32, layout, weight="half", bias="strided")
     values = {"TILE": tile, "COLUMNS": columns, "STEPS": steps, "num_warps": 4, "num_stages": 1}
     with (
         override_config(KERNELS[0], values), override_config(KERNELS[1], values),
@@ -111,14 +125,19 @@ def test_empty_batch() -> None:
 
 
 def test_gradcheck_and_opcheck() -> None:
-    for layout, activation, affine in (("last", True, True), ("first", False, False)):
-        arguments = tuple(make(1, 2, 1, (1, 2, 2), torch.float64, layout, activation, affine).values())
+    for layout, activation, weight, bias in (
+        ("last", True, "shared", "half"),
+        ("first", False, "half", "none"),
+    ):
+        made = make(2, 1, 1, (1, 1, 3), torch.float64, layout, activation, weight, bias)
+        arguments = tuple(made.values())
         assert torch.autograd.gradcheck(lambda *values: group_norm._group_norm(*values)[0], arguments)
     torch.library.opcheck(group_norm._group_norm, arguments)
 
 
-def test_compiles_as_one_graph() -> None:
-    inputs = make(1, 2, 2, (2, 3, 2), torch.float32, "last")
+@pytest.mark.parametrize("factors", ["shared", "half"])
+def test_compiles_as_one_graph(factors: str) -> None:
+    inputs = make(2, 2, 3, (2, 3, 2), torch.float32, "last", weight=factors, bias=factors)
     require(
         torch.compile(group_norm_silu, fullgraph=True), group_norm.group_norm_silu_reference, inputs
     )  # fmt: skip

@@ -310,10 +310,17 @@ def _streams(straight: bool, swapped: bool, prefixes: int) -> Case:
     return Case(kernels.assemble_streams, decoder_streams.assemble_streams_reference, inputs, names)
 
 
-def _group_norm(layout: torch.memory_format, affine: bool) -> Case:
+def _group_norm(
+    layout: torch.memory_format, weight: Tensor | None, bias: Tensor | None, activation: bool = True
+) -> Case:
     x = torch.randn(2, 6, 3, 3, 5).contiguous(memory_format=layout)
-    weight, bias = (_randn(6), _randn(6)) if affine else (None, None)
-    inputs = {"x": x.requires_grad_(), "num_groups": 2, "weight": weight, "bias": bias, "activation": affine}
+    inputs = {
+        "x": x.requires_grad_(),
+        "num_groups": 2,
+        "weight": weight,
+        "bias": bias,
+        "activation": activation,
+    }
     steps = ("statistics", "combine", "apply", "sums", "reduce", "backward")
     names = tuple(f"group_norm_{step}_kernel" for step in steps)
     return Case(kernels.group_norm_silu, group_norm.group_norm_silu_reference, inputs, names)
@@ -401,9 +408,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "streams": lambda: _streams(True, True, 1),
     "straight streams": lambda: _streams(True, False, 2),
     "swapped streams": lambda: _streams(False, True, 0),
-    "group norm": lambda: _group_norm(torch.contiguous_format, True),
-    "group norm of channels last": lambda: _group_norm(torch.channels_last_3d, True),
-    "group norm alone": lambda: _group_norm(torch.channels_last_3d, False),
+    "group norm": lambda: _group_norm(torch.contiguous_format, _randn(6), _randn(6)),
+    "group norm of channels last": lambda: _group_norm(torch.channels_last_3d, _randn(6), _randn(6)),
+    "group norm alone": lambda: _group_norm(torch.channels_last_3d, None, None, activation=False),
+    "group norm by sample": lambda: _group_norm(
+        torch.channels_last_3d, _randn(2, 6), _tokens(2, 1, 6)[:, 0].detach().requires_grad_()
+    ),
     "pool": lambda: _pool(False),
     "pool by source": lambda: _pool(True),
     "reconstruction by source": lambda: _reconstruction("source"),
