@@ -24,6 +24,17 @@ def random_stream(seed: int, stream: int, number: int = 0, lane: int = 0) -> np.
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def balanced_domains(count: int, size: int, seed: int, number: int) -> tuple[np.ndarray, np.random.Generator]:
+    """Draw the domain of each row of a training batch: each as often as any other, give or take one.
+
+    Returns:
+        (size,) int64, of ``count`` domains, and the numbers that the rest of the batch is drawn with.
+    """
+    order = random_stream(seed, TRAINING, number, 0).permutation(count)  # (domains,)
+    rng = random_stream(seed, TRAINING, number, 1)
+    return rng.permutation(order[np.arange(size) % count]), rng
+
+
 class CropBatches(Dataset[dict[str, Tensor]]):
     """Read batches, as a map-style data set: item ``number`` is a batch of one endless stream.
 
@@ -110,9 +121,7 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         if number < 0:
             raise IndexError(f"batch {number}: the number is negative")
         size, seed = self.batch_size, self.seed
-        order = random_stream(seed, TRAINING, number, 0).permutation(len(self._count))  # (domains,)
-        rng = random_stream(seed, TRAINING, number, 1)
-        domain = rng.permutation(order[np.arange(size) % len(order)])  # (B,)
+        domain, rng = balanced_domains(len(self._count), size, seed, number)  # (B,)
         own, partner = domain[: size // 2], domain[: size // 2 - 1 : -1]  # (B/2,), views: rows i and B-1-i
         # No pair may have both its rows in a domain of one volume. Of two or more domains none fills more
         # than half the rows, so for such a pair there is always another pair without that domain; a swap with
@@ -134,6 +143,10 @@ class CropBatches(Dataset[dict[str, Tensor]]):
         volume = self._by_domain[self._first[domain] + rank_in_domain]  # (B,)
         start = (rng.random((size, 3)) * self._choices[volume]).astype(np.int64)  # (B, 3)
         return domain, volume, start
+
+    def volumes(self, number: int) -> np.ndarray:
+        """Draw the volumes (B,) of a batch without reading it."""
+        return self.plan(number)[1]
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         domain, volume, start = self.plan(number)

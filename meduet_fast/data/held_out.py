@@ -17,6 +17,7 @@ from .store_index import StoreEntry
 
 HeldOutKind = Literal["slab", "volumes"]
 MOST_NAMES = 20  # of volumes in a line of text
+HELD_OUT_VOLUMES = "held_out_volumes"  # in a run's record: names of the volumes that are held out whole
 
 
 @dataclass(frozen=True)

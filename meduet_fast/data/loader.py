@@ -24,15 +24,16 @@ from math import prod
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from meduet_fast.connections import close_inherited, descriptors
 from meduet_fast.errors import UserError
 
-from .crops import CropBatches
+from .store import LatentStore
 
 AHEAD = 2  # batches that every reader is asked for before they are wanted
 SPARE_DESCRIPTORS = 16  # left for latents, checkpoints and logs
@@ -41,11 +42,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # they reach the whole process group
 Slot = dict[str, Tensor]  # a batch's place in shared memory
 
 
+class CropSource(Protocol):
+    """An endless stream of batches of crops: item ``n`` is batch ``n``, a pure function of its number."""
+
+    @property
+    def store(self) -> LatentStore:
+        """Return the store whose crops they are."""
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of every entry of a batch."""
+
+    def volumes(self, number: int) -> np.ndarray:
+        """Return the volumes (B,) of a batch, positions in ``store.entries``, without reading it."""
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Read a batch."""
+
+
 class CropLoader:
-    """Load batches of :class:`CropBatches`, by other processes if asked for; see :func:`crop_loader`."""
+    """Load batches of a :class:`CropSource`, by other processes if asked for; see :func:`crop_loader`."""
 
     def __init__(
-        self, batches: CropBatches, numbers: Sequence[int], workers: int, pin_memory: bool, timeout_s: float
+        self, batches: CropSource, numbers: Sequence[int], workers: int, pin_memory: bool, timeout_s: float
     ) -> None:
         self._batches, self._numbers, self._workers = batches, numbers, workers
         self._pin, self._timeout_s = pin_memory, timeout_s
@@ -79,15 +97,15 @@ class CropLoader:
         return reads[0], f"{self._batches.store.path}: {_contents(self._batches, reads[1])}"
 
 
-def _contents(batches: CropBatches, number: int) -> str:
+def _contents(batches: CropSource, number: int) -> str:
     """Name the volumes of a batch, not too many."""
-    volumes = list(dict.fromkeys(batches.store.entries[int(item)].name for item in batches.plan(number)[1]))
+    volumes = list(dict.fromkeys(batches.store.entries[int(item)].name for item in batches.volumes(number)))
     more = f" and {len(volumes) - 4} more" if len(volumes) > 4 else ""
     return f"batch {number} is of {', '.join(volumes[:4])}{more}"
 
 
 def crop_loader(
-    batches: CropBatches,
+    batches: CropSource,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -119,7 +137,40 @@ def crop_loader(
     return CropLoader(batches, numbers, workers, pin_memory, timeout_s)
 
 
-def _shared_slot(batches: CropBatches) -> Slot:
+class LoadedCrops:
+    """Read a stream for the engine; see :class:`meduet_fast.engine.Batches`, whose part this is.
+
+    Args:
+        batches: the stream.
+        workers, timeout_s: see :func:`crop_loader`.
+
+    Attributes:
+        path: the store.
+    """
+
+    def __init__(self, batches: CropSource, workers: int, timeout_s: float) -> None:
+        self.path = batches.store.path
+        self._batches, self._workers, self._timeout_s = batches, workers, timeout_s
+        self._loader: CropLoader | None = None
+
+    def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[dict[str, Tensor]]:
+        """Yield this process's share."""
+        self._loader = crop_loader(
+            self._batches, rank=rank, world_size=size, start_step=first, total_steps=last,
+            workers=self._workers, pin_memory=pin, timeout_s=self._timeout_s,
+        )  # fmt: skip
+        return iter(self._loader)
+
+    def reading(self) -> tuple[float, str] | None:
+        """Say which batch this process itself reads."""
+        return self._loader.reading() if self._loader else None
+
+    def names(self, ids: Tensor) -> list[str]:
+        """Return the volumes' names."""
+        return [self._batches.store.entries[int(index)].name for index in ids]
+
+
+def _shared_slot(batches: CropSource) -> Slot:
     """Get memory for a batch that this process shares with those that it forks from now on."""
     places, size = {}, 0
     for name, (shape, dtype) in batches.layout().items():
@@ -139,7 +190,7 @@ class _Reader:
         OSError: there is no room for one more.
     """
 
-    def __init__(self, batches: CropBatches, earlier: Sequence[_Reader]) -> None:
+    def __init__(self, batches: CropSource, earlier: Sequence[_Reader]) -> None:
         self.slots = [_shared_slot(batches) for _ in range(AHEAD)]
         self.connection, theirs = Pipe()
         self.reaped = False
@@ -158,7 +209,7 @@ class _Reader:
         theirs.close()
 
     def _work(
-        self, theirs: Connection[Any, Any], batches: CropBatches, earlier: Sequence[_Reader]
+        self, theirs: Connection[Any, Any], batches: CropSource, earlier: Sequence[_Reader]
     ) -> NoReturn:
         """Be the reader, until the run ends."""
         try:
@@ -181,7 +232,7 @@ class _Reader:
         return states.get(letter, "waits")
 
 
-def _start_readers(batches: CropBatches, wanted: int) -> list[_Reader]:
+def _start_readers(batches: CropSource, wanted: int) -> list[_Reader]:
     """Start readers, or as many as there is room for."""
     readers, why = list[_Reader](), ""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -213,7 +264,7 @@ def _stand_alone() -> None:
     close_inherited()
 
 
-def _serve(connection: Connection[Any, Any], batches: CropBatches, slots: Sequence[Slot]) -> NoReturn:
+def _serve(connection: Connection[Any, Any], batches: CropSource, slots: Sequence[Slot]) -> NoReturn:
     """Read what is asked for, and answer None or what went wrong, until the run ends."""
     while True:
         try:
@@ -255,7 +306,7 @@ class _ReadAhead(Iterator[dict[str, Tensor]]):
     """Hand out batches in order; readers take turns, and so do the slots of each."""
 
     def __init__(
-        self, batches: CropBatches, numbers: Sequence[int], readers: Sequence[_Reader], pin: bool,
+        self, batches: CropSource, numbers: Sequence[int], readers: Sequence[_Reader], pin: bool,
         timeout_s: float,
     ) -> None:  # fmt: skip
         self._batches, self._numbers, self._readers = batches, numbers, readers

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +68,11 @@ class LatentStore:
             UserError: see :func:`read_index`.
         """
         return cls(Path(path), read_index(Path(path)))
+
+    def identity(self) -> str:
+        """Compute the SHA-256 (hex) of names, domains and content keys, which changes when the latents do."""
+        entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in self.entries])
+        return hashlib.sha256(entries.encode()).hexdigest()
 
     def domain_id(self, index: int) -> int:
         """Return the domain id of volume ``index``."""

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from meduet_fast.data.crops import CropBatches
-from meduet_fast.data.held_out import HeldOut
-from meduet_fast.data.loader import CropLoader, crop_loader
+from meduet_fast.data.held_out import HELD_OUT_VOLUMES, HeldOut
+from meduet_fast.data.loader import LoadedCrops
 from meduet_fast.data.store import LatentStore
-from meduet_fast.engine import Batch, Batches, FitResult, fit
+from meduet_fast.engine import Batches, FitResult, fit
 from meduet_fast.engine.beginning import find_beginning
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import format_rows
@@ -25,10 +20,8 @@ from .config import PretrainConfig
 from .init_weights import read_initial
 from .task import MeDUETPretraining
 
-HELD_OUT_VOLUMES = "held_out_volumes"  # in the run's record: names of the volumes that are held out whole
 
-
-class LatentCrops(Batches):
+class LatentCrops(LoadedCrops, Batches):
     """Random crops of a store: ``latents`` (B, C, S, S, S) bfloat16, ``domain`` and ``volume`` (B,) int64.
 
     Attributes:
@@ -49,32 +42,12 @@ class LatentCrops(Batches):
                 f"{store.path}: {len(store.domains)} domains ({', '.join(store.domains)}), "
                 f"model.num_domains is {config.model.num_domains}; raise it"
             )
-        self._store, self._config, self.path = store, config, store.path
-        self._loader: CropLoader | None = None
-        entries = json.dumps([(entry.name, entry.domain, entry.content_key) for entry in store.entries])
-        self.identity = hashlib.sha256(entries.encode()).hexdigest()
+        self.identity = store.identity()
         self.held_out = HeldOut.choose(store, config.held_out, config.held_out_fraction, config.seed)
         if config.held_out == "volumes":
             self.record = {HELD_OUT_VOLUMES: self.held_out.names()}
-        self._batches = CropBatches(
-            store, config.model.latent_size, config.batch_size, config.seed, self.held_out
-        )
-
-    def read(self, first: int, last: int, rank: int, size: int, pin: bool) -> Iterator[Batch]:
-        """Yield this process's share; see :class:`~meduet_fast.engine.Batches`."""
-        self._loader = crop_loader(
-            self._batches, rank=rank, world_size=size, start_step=first, total_steps=last,
-            workers=self._config.workers, pin_memory=pin, timeout_s=self._config.timeout_s,
-        )  # fmt: skip
-        return iter(self._loader)
-
-    def reading(self) -> tuple[float, str] | None:
-        """Say which batch this process itself reads; see :class:`~meduet_fast.engine.Batches`."""
-        return self._loader.reading() if self._loader else None
-
-    def names(self, ids: Tensor) -> list[str]:
-        """Return the volumes' names."""
-        return [self._store.entries[int(index)].name for index in ids]
+        batches = CropBatches(store, config.model.latent_size, config.batch_size, config.seed, self.held_out)
+        super().__init__(batches, config.workers, config.timeout_s)
 
 
 def pretrain(

@@ -12,7 +12,7 @@ import torch
 
 import meduet_fast
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
-from meduet_fast.data.held_out import HeldOut
+from meduet_fast.data.held_out import HELD_OUT_VOLUMES, HeldOut
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_index import index_path
 from meduet_fast.engine.checkpoint import latest_checkpoint, read_run
@@ -22,7 +22,6 @@ from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
 from meduet_fast.prepare.import_cache import TOKENIZER as IMPORTED
 from meduet_fast.pretraining.config import doubts
-from meduet_fast.pretraining.train import HELD_OUT_VOLUMES
 from meduet_fast.probing import (
     FactorTable,
     FillErrors,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,29 +16,13 @@ from meduet_fast.data.same_anatomy import same_anatomy_groups
 from meduet_fast.data.store import LatentStore
 from meduet_fast.errors import UserError
 
+from .crops import held_out_windows, training_windows
+from .factors import FactorTable
+
 PLACES = 8  # held-out places of a volume: one is asked for, all are candidates when it is looked for
 FITTED = 48  # training crops of each domain that the probe for the style is fitted on
 MAX_VOLUMES = 64  # volumes that are looked at; a large store has many that tell the same
 FALLBACK_FRACTION = 1 / 3  # of axis 0, for runs that held nothing out
-
-
-class WindowTable(Protocol):
-    """Name what is used of a :class:`~.factors.FactorTable`.
-
-    Attributes:
-        volume: (N,) positions in ``volumes``.
-        start: (N, 3) first corners in latent voxels.
-        window: (x, y, z) edges in latent voxels.
-        volumes: records with ``name``.
-        content_mean, content_deviation: (D,) over the windows.
-    """
-
-    volume: Tensor
-    start: Tensor
-    window: tuple[int, int, int]
-    volumes: list[dict[str, Any]]
-    content_mean: Tensor
-    content_deviation: Tensor
 
 
 class Condition(NamedTuple):
@@ -62,7 +46,6 @@ class Windows:
     Attributes:
         table: the table.
         store: where their latents are.
-        volumes: position in ``store.entries`` of each volume of the table.
         places: held-out windows of each volume (position in ``store.entries``), those with the most to see
             and far from each other; volumes of one group have them at the same places.
         fitted: windows of each domain (position in ``store.domains``) in the training region.
@@ -71,9 +54,8 @@ class Windows:
         unseen: whether training kept away from ``places``.
     """
 
-    table: WindowTable
+    table: FactorTable
     store: LatentStore
-    volumes: list[int]
     places: dict[int, list[int]]
     fitted: dict[int, list[int]]
     trained: list[int]
@@ -92,7 +74,7 @@ class Windows:
 
     def volume(self, row: int) -> int:
         """Return the volume of a window, a position in ``store.entries``."""
-        return self.volumes[int(self.table.volume[row])]
+        return int(self.table.volume[row])
 
     def domain(self, row: int) -> int:
         """Return the domain of a window, a position in ``store.domains``."""
@@ -146,37 +128,32 @@ class Windows:
         return first, [self.places[styles[domain]][-1] for domain in self.domains[:columns]]
 
 
-def choose_windows(table: WindowTable, store: LatentStore, held_out: HeldOut, seed: int = 0) -> Windows:
+def choose_windows(table: FactorTable, store: LatentStore, held_out: HeldOut, seed: int = 0) -> Windows:
     """Choose held-out places and training windows of a table.
 
     Args:
-        table: factors of windows of the store's volumes.
+        table: factors of windows of the store, see :func:`~.crops.check_table`.
         store: an open store.
         held_out: by the run; if that is nothing, a third of every volume is set apart, which it has seen.
         seed: chooses the training windows that the probe is fitted on.
 
     Raises:
-        UserError: the table has volumes that the store has not, no volume with two held-out windows, or no
-            training windows.
+        UserError: no volume with two held-out windows, no training windows, or as
+            :func:`~.crops.held_out_windows`.
     """
     unseen = held_out.fraction > 0
     if not unseen:
         held_out = HeldOut(store.entries, FALLBACK_FRACTION)
-    edge = table.window[0]
+    volumes = table.volume.tolist()
     by_volume: defaultdict[int, list[int]] = defaultdict(list)  # held-out rows
-    trained, of_domain = [], defaultdict(list)
-    volumes = _store_volumes(table, store)
-    borders = {volume: _border(held_out, volume, edge) for volume in volumes}
-    firsts = table.start[:, 0].tolist()
-    for row, (number, start) in enumerate(zip(table.volume.tolist(), firsts, strict=True)):
-        volume = volumes[number]
-        if start >= borders[volume]:
-            by_volume[volume].append(row)
-        elif start + edge <= borders[volume]:
-            trained.append(row)
-            of_domain[store.domain_id(volume)].append(row)
+    for row in held_out_windows(table, held_out).tolist():
+        by_volume[volumes[row]].append(row)
+    trained = training_windows(table, held_out).tolist()
     if not trained:
-        raise UserError(f"{store.path}: the table of factors has no window in the training region")
+        raise UserError(f"{table.path}: no window lies in the training region")
+    of_domain: defaultdict[int, list[int]] = defaultdict(list)
+    for row in trained:
+        of_domain[store.domain_id(volumes[row])].append(row)
     usable = [
         volume
         for volume in by_volume
@@ -194,44 +171,21 @@ def choose_windows(table: WindowTable, store: LatentStore, held_out: HeldOut, se
             places.update(_spread_places(table, store, {volume: by_volume[volume] for volume in members}))
     if not places:
         raise UserError(
-            f"{store.path}: no volume has two windows of {table.window} in what is held out "
-            f"({held_out.describe()}); make the table of factors with a smaller window or stride"
+            f"{table.path}: no volume has two windows of {table.window} in what is held out "
+            f"({held_out.describe()}); make the table with a smaller window or stride"
         )
     rng = random_stream(seed, EVALUATION, number=1)
     fitted = {
         domain: sorted(rng.permutation(rows)[:FITTED].tolist()) for domain, rows in sorted(of_domain.items())
     }
     groups = [group for group in groups if group[0] in places and _same_starts(table, places, group)]
-    return Windows(table, store, volumes, dict(sorted(places.items())), fitted, trained, groups, unseen)
+    return Windows(table, store, dict(sorted(places.items())), fitted, trained, groups, unseen)
 
 
-def _same_starts(table: WindowTable, places: Mapping[int, Sequence[int]], group: Sequence[int]) -> bool:
+def _same_starts(table: FactorTable, places: Mapping[int, Sequence[int]], group: Sequence[int]) -> bool:
     """Tell whether volumes have their windows at the same places: a table's windows may lie differently."""
     first, *others = (table.start[places[volume]].tolist() for volume in group)
     return all(starts == first for starts in others)
-
-
-def _store_volumes(table: WindowTable, store: LatentStore) -> list[int]:
-    """Return the position in ``store.entries`` of each volume of a table.
-
-    Raises:
-        UserError: the store has not all of them.
-    """
-    known = {entry.name: index for index, entry in enumerate(store.entries)}
-    names = [record["name"] for record in table.volumes]
-    if missing := [name for name in names if name not in known]:
-        raise UserError(
-            f"{store.path}: has no volume {missing[0]!r}, of which the table of factors has windows"
-        )
-    return [known[name] for name in names]
-
-
-def _border(held_out: HeldOut, volume: int, edge: int) -> int:
-    """Return where the held-out part begins; the volume's size if it cannot be divided."""
-    try:
-        return held_out.border(volume, edge)
-    except UserError:
-        return held_out.entries[volume].grid[0]
 
 
 def _some_of_each_domain(
@@ -255,7 +209,7 @@ def _some_of_each_domain(
 
 
 def _spread_places(
-    table: WindowTable, store: LatentStore, rows: Mapping[int, Sequence[int]]
+    table: FactorTable, store: LatentStore, rows: Mapping[int, Sequence[int]]
 ) -> dict[int, list[int]]:
     """Choose the same places of volumes of one anatomy: of the half with more structure, far from each other.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ CONFIG = MeDUETConfig(
     latent_size=4, patch_size=2, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,
     decoder_num_heads=2, num_domains=3,
 )  # fmt: skip
+PATCH_4 = replace(CONFIG, patch_size=4, latent_size=8)
 Volumes = dict[str, tuple[str, tuple[int, int, int]]]  # domain and grid, by name
 VOLUMES: Volumes = {
     "a0": ("a", (13, 8, 8)), "a1": ("a", (12, 9, 8)), "b0": ("b", (14, 8, 8)), "c0": ("c", (12, 8, 6)),
@@ -46,12 +48,12 @@ def write_store(path: Path, volumes: Volumes = VOLUMES, tokenizer: str = "fake-1
     return LatentStore.open(path)
 
 
-def write_run(path: Path, store: Path, lambda_whole: float = 1.0) -> Path:
+def write_run(path: Path, store: Path, lambda_whole: float = 1.0, config: MeDUETConfig = CONFIG) -> Path:
     """Leave behind a run's last checkpoint."""
     settings = {"config": {"objective": {"lambda_whole": lambda_whole}}, "data": str(store)}
     checkpoint = path / "checkpoints" / "12"
     checkpoint.mkdir(parents=True)
     (path / "run.json").write_text(json.dumps(settings))
     (checkpoint / "run.json").write_text(json.dumps({**settings, "step": 12}))
-    network().save_pretrained(checkpoint / "teacher.safetensors")
+    network(config).save_pretrained(checkpoint / "teacher.safetensors")
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from meduet_fast.probing import StyleStatistics, restyle_region
 from meduet_fast.synthesis import factors as factors_module
 from meduet_fast.synthesis.factors import FactorsConfig, FactorTable, choose_donors, write_factors
 
-from .material import CONFIG, network, write_run, write_store
+from .material import PATCH_4, network, write_run, write_store
 
 Make = Callable[..., FactorTable]
 
@@ -83,9 +82,7 @@ def test_a_window_has_the_mean_of_its_tokens(store: LatentStore, make: Make) -> 
 
 def test_windows_begin_with_the_first_patch(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", {"a": ("a", (11, 10, 8))})
-    run = write_run(tmp_path / "run", store.path)
-    model = network(replace(CONFIG, patch_size=4, latent_size=8))
-    model.save_pretrained(run / "checkpoints" / "12" / "teacher.safetensors")
+    run, model = write_run(tmp_path / "run", store.path, config=PATCH_4), network(PATCH_4)
     write_factors(run, store.path, tmp_path / "table", FactorsConfig(device="cpu", tokens=True))
     table = FactorTable.open(tmp_path / "table")
     assert table.window == (8, 8, 8)
