@@ -8,13 +8,30 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := $(VENV)/triton-oldest
 
-.PHONY: demo test test-oldest lint inspect bench bench-gpu setup clean
+.PHONY: demo demo-synthesis test test-oldest lint inspect bench bench-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/meduet-fast sample-data $(DEMO)/sample-data
 	$(BIN)/meduet-fast prepare --input $(DEMO)/sample-data/manifest.yaml --output $(DEMO)/store
 	$(BIN)/meduet-fast pretrain --config demo --data $(DEMO)/store --output $(DEMO)/run --resume
 	$(BIN)/meduet-fast report $(DEMO)/run
+
+# After `make demo`: networks that make volumes, each from scratch, with the pretrained encoder's weights, and aligned
+# to it, for equally many steps; with one vector of content, and with its tokens; then what they are worth.
+SYNTHESIS := $(DEMO)/synthesis
+TRAIN := $(BIN)/meduet-fast synthesize train --data $(DEMO)/store --factors $(DEMO)/factors.safetensors --resume
+demo-synthesis: $(DEMO)/factors.safetensors
+	$(TRAIN) --output $(SYNTHESIS)/sit-scratch --config sit_demo
+	$(TRAIN) --output $(SYNTHESIS)/sit-transferred --config sit_demo --init $(DEMO)/run
+	$(TRAIN) --output $(SYNTHESIS)/sit-aligned --config sit_demo --diffusion.align 0.5
+	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --content tokens
+	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
+	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5
+	$(BIN)/meduet-fast synthesize evaluate $(wildcard $(SYNTHESIS)/sit-*) --output $(SYNTHESIS)/evaluation
+
+$(DEMO)/factors.safetensors: | $(READY)
+	$(BIN)/meduet-fast factors $(DEMO)/run --data $(DEMO)/store --output $@ --window 12 --stride 2 --tokens true \
+		--exchanged 2 --batch_size 64
 
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
 # Two workers of one thread each: eight to twelve minutes on two cores, less than one worker of two takes.

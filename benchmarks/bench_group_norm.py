@@ -51,7 +51,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             adaptive,
             device,
             {"batch": batch, "channels": channels},
-            standard_peers(adaptive, with_compiler=True),
+            # Compiled for a CPU it adds gradients of channels-last maps less exactly than is allowed.
+            standard_peers(adaptive, with_compiler=gpu or not last),
         )
 
 

@@ -41,8 +41,10 @@ class Command:
     run: Run
 
 
-def _settings(parser: ArgumentParser, settings: type, packaged: str = "") -> None:
-    """Add ``--config`` and an option for every field of a dataclass."""
+def _settings(parser: ArgumentParser, settings: type, command: str = "") -> None:
+    """Add ``--config`` and an option for every field of a dataclass; a command may have packaged files."""
+    names = ", ".join(sorted(_packaged(command))) if command in PACKAGED else ""
+    packaged = f", or the name of a packaged one ({names})" if names else ""
     parser.add_argument(
         "--config",
         action=ActionConfigFile,
@@ -65,8 +67,12 @@ def _built(settings: type, arguments: Namespace) -> Any:
     return built
 
 
-def _packaged() -> dict[str, Path]:
-    return {path.stem: path for path in CONFIGS.glob("*.yaml")}
+# Folder of the packaged configurations of a command.
+PACKAGED = {"pretrain": CONFIGS, "synthesize train": CONFIGS / "synthesis"}
+
+
+def _packaged(command: str = "pretrain") -> dict[str, Path]:
+    return {path.stem: path for path in PACKAGED[command].glob("*.yaml")}
 
 
 def _sample_data(arguments: Namespace) -> int:
@@ -134,7 +140,7 @@ def _pretrain_arguments(parser: ArgumentParser) -> None:
         type=Path,
         help="weights to begin from: an export (meduet or reference), or a checkpoint of the published code",
     )
-    _settings(parser, PretrainConfig, f", or the name of a packaged one ({', '.join(sorted(_packaged()))})")
+    _settings(parser, PretrainConfig, "pretrain")
 
 
 def _tell_end(result: FitResult, output: Path, steps: int) -> int:
@@ -152,6 +158,13 @@ def _tell_end(result: FitResult, output: Path, steps: int) -> int:
     return 0 if stopped_by is None else 128 + stopped_by
 
 
+def _require(arguments: Namespace, *names: str) -> None:
+    """Refuse a run without what a dry run can do without."""
+    missing = [f"--{name}" for name in names if arguments[name] is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: required, unless with --dry-run")
+
+
 def _pretrain(arguments: Namespace) -> int:
     from meduet_fast.pretraining.dry_run import print_plan
 
@@ -161,9 +174,7 @@ def _pretrain(arguments: Namespace) -> int:
     if arguments.dry_run:
         print_plan(config, arguments.data, arguments.output, arguments.resume, arguments.init)
         return 0
-    missing = [f"--{name}" for name in ("data", "output") if arguments[name] is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: required, unless with --dry-run")
+    _require(arguments, "data", "output")
     result = pretrain(arguments.data, arguments.output, config, arguments.resume, arguments.init)
     return _tell_end(result, arguments.output, config.steps)
 
@@ -207,14 +218,19 @@ def _export(arguments: Namespace) -> int:
     return 0
 
 
+_WEIGHTS_HELP = (
+    "folder of a run (the teacher of its last checkpoint), an export (meduet or reference), or a published "
+    "checkpoint"
+)
+
+
 def _encode_arguments(parser: ArgumentParser) -> None:
     from meduet_fast.encoding import EncodeConfig
 
     parser.add_argument(
         "weights",
         type=Path,
-        help="folder of a run (the teacher of its last checkpoint), an export (meduet or reference), or a "
-        "published checkpoint",
+        help=_WEIGHTS_HELP,
     )
     parser.add_argument("--input", type=Path, required=True, help="scans, as `prepare` takes them")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
@@ -228,6 +244,54 @@ def _encode(arguments: Namespace) -> int:
     summary = encode_scans(arguments.weights, arguments.input, arguments.output, config)
     print(summary)
     return 0 if summary.complete else EXIT_FAILED
+
+
+def _factors_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.synthesis.factors import FactorsConfig
+
+    parser.add_argument("weights", type=Path, help=_WEIGHTS_HELP)
+    parser.add_argument("--data", type=Path, required=True, help="latent store whose volumes are encoded")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    _settings(parser, FactorsConfig)
+
+
+def _factors(arguments: Namespace) -> int:
+    from meduet_fast.synthesis.factors import FactorsConfig, write_factors
+
+    config = _built(FactorsConfig, arguments)
+    print(write_factors(arguments.weights, arguments.data, arguments.output, config))
+    return 0
+
+
+def _synthesize_train_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.synthesis.config import SynthesisConfig
+
+    parser.add_argument("--data", type=Path, required=True, help="latent store")
+    parser.add_argument("--factors", type=Path, required=True, help="its table, of `meduet-fast factors`")
+    parser.add_argument("--output", type=Path, help="folder of the run (required, unless with --dry-run)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that can be checked, print parameters, FLOPs, batch and steps; write nothing",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
+    parser.add_argument("--init", type=Path, help=f"pretrained encoder to take weights from: {_WEIGHTS_HELP}")
+    _settings(parser, SynthesisConfig, "synthesize train")
+
+
+def _synthesize_train(arguments: Namespace) -> int:
+    from meduet_fast.synthesis.config import SynthesisConfig
+    from meduet_fast.synthesis.train import print_plan, train_synthesis
+
+    config = _built(SynthesisConfig, arguments)
+    given = arguments.data, arguments.factors, arguments.output, config, arguments.resume, arguments.init
+    if arguments.dry_run:
+        print_plan(*given)
+        return 0
+    _require(arguments, "output")
+    return _tell_end(train_synthesis(*given), arguments.output, config.steps)
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -302,6 +366,14 @@ COMMANDS = {
         "list the packaged configurations: parameters, FLOPs, memory", lambda parser: None, _sizes
     ),
     "report": Command("write a report of a run to look at", _report_arguments, _report),
+    "factors": Command(
+        "write content and style of a store's volumes, window by window", _factors_arguments, _factors
+    ),
+    "synthesize train": Command(
+        "train a network that makes volumes of content and style",
+        _synthesize_train_arguments,
+        _synthesize_train,
+    ),
     "train-tokenizer": Command(
         "train a small tokenizer on volumes", _train_tokenizer_arguments, _train_tokenizer
     ),
@@ -359,7 +431,7 @@ def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
         if option != "--config" or (not equals and position + 1 == len(found)):
             continue
         value = value if equals else found[position + 1]
-        packaged = _packaged() if name == "pretrain" else {}
+        packaged = _packaged(name) if name in PACKAGED else {}
         if value in packaged:
             found[position if equals else position + 1] = (
                 f"--config={packaged[value]}" if equals else str(packaged[value])
@@ -370,6 +442,12 @@ def _find_packaged(name: str, arguments: Sequence[str]) -> list[str]:
         else:
             check_yaml(Path(value))  # the parser's own words on a syntax error do not name the file
     return found
+
+
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Divide what was typed into the command, of one word or two, and its arguments."""
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:count]), list(words[count:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -384,14 +462,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print("usage: meduet-fast COMMAND ... (meduet-fast COMMAND --help tells more)\n\ncommands:")
         for name, command in COMMANDS.items():
-            print(f"  {name:16} {command.summary}")
+            print(f"  {name:20} {command.summary}")
         return 0 if given else EXIT_USAGE
-    name = given[0]
+    name, rest = split_command(given)
     if name not in COMMANDS:
         print(f"meduet-fast: no command {name!r}, expected one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        return COMMANDS[name].run(_parse(name, given[1:]))
+        return COMMANDS[name].run(_parse(name, rest))
     except UserError as error:
         # One line: parsers and libraries like to explain over several.
         print(f"meduet-fast {name}: {' '.join(str(error).split())}", file=sys.stderr)

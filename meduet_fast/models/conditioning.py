@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,7 @@ class FactorStatistics(nn.Module):
     # What diffusers reads: it would otherwise take the dtype of all weights from the first tensor, a buffer.
     _supports_param_buffer_assignment = False
 
+    config: Any  # diffusers', which the networks bring: their arguments by name
     content_mean: Tensor  # (D,)
     content_deviation: Tensor  # (D,)
     style_mean: Tensor  # (Ds,)

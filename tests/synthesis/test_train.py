@@ -1,0 +1,212 @@
+"""Training a network of synthesis: losses, averages, exact resume, several processes, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meduet_fast.engine import AdamWConfig
+from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
+from meduet_fast.engine.metrics import read_metrics
+from meduet_fast.engine.step import batch_generator
+from meduet_fast.errors import UserError
+from meduet_fast.synthesis.averages import power_exponent, power_momentum
+from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig, TransformerConfig, UNetConfig
+from meduet_fast.synthesis.factors import FactorsConfig, FactorTable, write_factors
+from meduet_fast.synthesis.networks import load_network, save_network
+from meduet_fast.synthesis.train import build_network, build_task, format_plan, train_synthesis
+from tests.engine.team import Team, assert_same_losses, train
+
+from .material import write_run, write_store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOSSES = ("denoising", "total", "grad_norm")
+VOLUMES = {name: (name[0], (16, 10, 8)) for name in ("a0", "a1", "b0")}
+CONFIG = SynthesisConfig(
+    steps=6, batch_size=3, workers=0, device="cpu", log_every=1, checkpoint_every=2, keep_checkpoints=3,
+    held_out_fraction=0.3, power_averages=(0.1,), constant_average=0.5, content_projection=4,
+    optimizer=AdamWConfig(1e-3, warmup_steps=2, weight_decay=0.0),
+    transformer=TransformerConfig(patch_size=2, hidden_size=12, depth=3, num_heads=2),
+    unet=UNetConfig(
+        patch_size=1, num_channels=(8, 12), num_res_blocks=1, attention_levels=(False, True), num_heads=2,
+        norm_num_groups=4,
+    ),
+)  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "transformer": {},
+    "unet": {"network": "unet"},
+    "tokens": {"content": "tokens"},
+    "unet tokens": {"network": "unet", "content": "tokens"},
+    "volume": {"factors": "volume", "standardise": "none"},
+    "epsilon": {"diffusion": DiffusionConfig(objective="epsilon")},
+    "aligned": {"diffusion": DiffusionConfig(times="logit_normal", align=0.5, align_until=0.5)},
+    "unet aligned": {"network": "unet", "diffusion": DiffusionConfig(align=0.5)},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``store``, ``run`` of an encoder, and ``factors.safetensors``."""
+    path = tmp_path_factory.mktemp("synthesis")
+    write_store(path / "store", VOLUMES)
+    write_run(path / "run", path / "store")
+    write_factors(
+        path / "run", path / "store", path / "factors.safetensors",
+        FactorsConfig(window=(4, 6, 4), stride=2, tokens=True, exchanged=1, device="cpu"),
+    )  # fmt: skip
+    return path
+
+
+def fit(place: Path, run: Path, config: SynthesisConfig, **changes: Any) -> Path:
+    assert train_synthesis(place / "store", place / "factors.safetensors", run, config, **changes).finished
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All that the last checkpoint exported."""
+    return {
+        f"{file.stem}.{name}": value
+        for file in latest_checkpoint(run).glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_and_is_read_again(place: Path, tmp_path: Path, kind: str) -> None:
+    config = replace(CONFIG, **KINDS[kind])
+    run = fit(place, tmp_path / "run", config)
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == list(range(6))
+    assert all(record["grad_norm"] > 0 for record in records)
+    aligned = [step for step, record in enumerate(records) if record.get("alignment")]
+    assert aligned == ([0, 1, 2] if config.diffusion.align else [])
+    checkpoint = latest_checkpoint(run)
+    names = {"network", "power_0.100", "constant"}
+    assert {file.stem for file in checkpoint.glob("*.safetensors")} == names
+    networks = {name: load_network(checkpoint / f"{name}.safetensors") for name in names}
+    assert networks["network"].config.prediction == config.diffusion.objective
+    assert tuple(networks["network"].config.sample_size) == (4, 6, 4)
+    moved = [name for name, value in networks["network"].state_dict().items()
+             if not torch.equal(value, networks["constant"].state_dict()[name])]  # fmt: skip
+    assert moved
+
+
+def test_averages_are_the_sums_they_stand_for(place: Path) -> None:
+    """Both, after steps that put known weights into the network."""
+    table = FactorTable.open(place / "factors.safetensors")
+    task = build_task(CONFIG, table, build_network(CONFIG, table))
+    parameter = next(task.network.parameters())
+    first = parameter.detach().clone()
+    power, constant, gamma = torch.zeros_like(first), first.clone(), power_exponent(0.1)
+    for step in range(5):
+        with torch.no_grad():
+            parameter.fill_(float(step))
+        task.after_step(step)
+        momentum = power_momentum(step, gamma)
+        power, constant = momentum * power + (1 - momentum) * step, 0.5 * constant + 0.5 * step
+    averages = [next(average.parameters()) for average in task.averages.values()]
+    torch.testing.assert_close(averages[0].data, power)
+    torch.testing.assert_close(averages[1].data, constant)
+
+
+def test_noise_and_times_are_the_batchs_own(place: Path) -> None:
+    """Drawn from the generator alone; latents come out normalised by the table's statistics."""
+    table = FactorTable.open(place / "factors.safetensors")
+    task = build_task(CONFIG, table, build_network(CONFIG, table))
+    latents = table.latents_mean.view(-1, 1, 1, 1).expand(2, 4, 4, 6, 4)
+    batch = {"latents": latents.bfloat16(), "content": table.content[:2], "style": table.style[:2]}
+    one, two, other = (task.prepare(dict(batch), batch_generator(0, number)) for number in (3, 3, 4))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["noise"], other["noise"])
+    assert one["latents"].abs().max() < 0.1  # bfloat16's rounding of the means
+    assert (one["times"] > 0).all()
+    assert (one["times"] < 1).all()
+
+
+def test_a_killed_run_goes_on_to_the_bit(place: Path, tmp_path: Path) -> None:
+    """SIGKILL in the fourth step: from the checkpoint of step 2."""
+    config = replace(CONFIG, **KINDS["aligned"])
+    whole = fit(place, tmp_path / "whole", config)
+    task = partial(train_synthesis, place / "store", place / "factors.safetensors")
+    with Team(task, tmp_path / "run", config, 1, "killed in a step", at=3, rank=0) as team:
+        assert team.wait() == [-9], team.said()
+    assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
+    fit(place, tmp_path / "run", config, resume=True)
+    found, wanted = weights(tmp_path / "run"), weights(whole)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_of_one(place: Path, tmp_path: Path, parallel: str) -> None:
+    kind = "aligned" if parallel == "fsdp" else "unet tokens"
+    config = replace(CONFIG, **KINDS[kind], steps=50, accumulate=2, checkpoint_every=50)
+    alone = fit(place, tmp_path / "alone", config)
+    task = partial(train_synthesis, place / "store", place / "factors.safetensors")
+    train(task, tmp_path / "run", replace(config, accumulate=1, parallel=parallel), 2)
+    assert_same_losses(tmp_path / "run", alone, losses=LOSSES)
+
+
+def test_transfer_begins_from_the_encoder_and_is_remembered(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, steps=2, transformer=replace(CONFIG.transformer, depth=1))
+    run = fit(place, tmp_path / "run", config, init=place / "run")
+    assert "folded" in capsys.readouterr().err
+    fit(place, run, replace(config, steps=4), resume=True)
+    other = tmp_path / "other.safetensors"
+    shutil.copy(latest_checkpoint(place / "run") / "teacher.safetensors", other)
+    fit(place, run, replace(config, steps=5), resume=True, init=other)  # the same weights
+    with pytest.raises(UserError, match="a U-Net has no place"):
+        fit(place, tmp_path / "unet", replace(CONFIG, network="unet"), init=place / "run")
+
+
+def test_a_plan_tells_the_run_and_writes_nothing(place: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, **KINDS["aligned"])
+    text = format_plan(place / "store", place / "factors.safetensors", tmp_path / "run", config)
+    assert "MeDUETTransformer3D" in text
+    assert "aligned until step 3" in text
+    assert "4 x 6 x 4 latent voxels" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_are_refused(place: Path, tmp_path: Path) -> None:
+    run = fit(place, tmp_path / "run", replace(CONFIG, steps=2))
+    with pytest.raises(UserError, match="can't resume with other settings: content differ"):
+        fit(place, run, replace(CONFIG, content="tokens"), resume=True)
+
+
+def test_what_is_no_network_is_refused(place: Path, tmp_path: Path) -> None:
+    teacher = latest_checkpoint(place / "run") / "teacher.safetensors"
+    with pytest.raises(UserError, match="not a network of synthesis"):
+        load_network(teacher)
+    table = FactorTable.open(place / "factors.safetensors")
+    network = build_network(CONFIG, table)
+    state = dict(network.state_dict())
+    state.popitem()
+    save_network(network, tmp_path / "less.safetensors", state)
+    with pytest.raises(UserError, match=r"less.safetensors: not a readable MeDUETTransformer3D"):
+        load_network(tmp_path / "less.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("diffusion", {"objective": "epsilon", "times": "logit_normal"}, "times: found logit_normal"),
+        ("diffusion", {"drop_style": 1.0}, "drop_style: found 1"),
+        ("diffusion", {"min_snr": 0.0}, "min_snr: found 0, expected more than 0, or null"),
+        ("run", {"power_averages": (0.1, 0.5)}, "power_averages: found .0.1, 0.5., expected 0 < value"),
+        ("run", {"content": "tokens", "factors": "volume"}, "factors: found volume, expected own"),
+    ],
+)
+def test_settings_are_checked(kind: str, changes: dict[str, Any], message: str) -> None:
+    own = CONFIG.diffusion if kind == "diffusion" else CONFIG
+    with pytest.raises(UserError, match=message):
+        replace(own, **changes)
