@@ -22,8 +22,8 @@ from rich.table import Table
 
 from meduet_fast.engine.metrics import first_and_last, losses_in, read_metrics
 from meduet_fast.errors import UserError
+from meduet_fast.plotting import COLORS, save_png, styled
 from meduet_fast.report.curves import Records, loss_axes, smooth
-from meduet_fast.report.plotting import COLORS, save_png, styled
 
 _LINES = ("-", "--", ":", "-.")  # runs that agree hide each other
 

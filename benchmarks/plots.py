@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from meduet_fast.report.plotting import COLORS, GREY, MARKERS, save_png, styled, subplots
+from meduet_fast.plotting import COLORS, GREY, MARKERS, save_png, styled, subplots
 
 from .results import Results, Row
 from .tables import DIRECTIONS, OURS, headlines, si, three, without_batch

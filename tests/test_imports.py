@@ -23,10 +23,13 @@ BASE = [
     "weight_files",
     "tensor_file",
 ]
+DRAWING = ["page", "plotting"]
 MAY_IMPORT = {
     "errors": [],
     **{name: ["errors"] for name in BASE[1:-1]},
     "tensor_file": ["errors", "weight_files"],
+    "page": [],
+    "plotting": ["errors", "files"],
     "kernels": [],
     "layers": ["errors", "kernels"],
     "models": [*BASE, "kernels", "layers"],
@@ -38,10 +41,12 @@ MAY_IMPORT = {
     "probing": [*BASE, "kernels", "models", "data", "autoencoder"],
     "encoding": [*BASE, "models", "engine", "data", "autoencoder"],
     "synthesis": [
-        *BASE, "kernels", "layers", "models", "engine", "data", "autoencoder", "probing", "encoding",
+        *BASE, *DRAWING, "kernels", "layers", "models", "engine", "data", "autoencoder", "pretraining",
+        "probing", "encoding",
     ],
     "report": [
-        *BASE, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing",
+        *BASE, *DRAWING, "kernels", "models", "engine", "data", "autoencoder", "prepare", "pretraining",
+        "probing",
     ],
     "cli": [
         *BASE, "models", "engine", "data", "autoencoder", "prepare", "pretraining", "probing", "encoding",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from meduet_fast.progress import ProgressBar
 
 from .crops import ProbeCrops
 from .factors import FactorTable, factor_table
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -113,24 +116,36 @@ def probe_factors(
     return result, trained
 
 
+def fit_probe(values: np.ndarray, domain: np.ndarray) -> Pipeline:
+    """Fit a linear probe: logistic regression, L2 penalty of C = 1, on dimensions scaled to deviation 1.
+
+    Args:
+        values: (N, D) factors.
+        domain: (N,) classes.
+
+    Returns:
+        A pipeline of scikit-learn, with ``predict``.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000)).fit(values, domain)
+
+
 def probe_accuracy(table: FactorTable, factor: str) -> float:
     """Fit a linear probe for the domain and measure its balanced accuracy (0 to 1).
 
-    Each dimension is scaled to mean 0 and deviation 1 on the fitted crops; logistic regression with an L2
-    penalty of C = 1. Fitted on the crops of the training region, measured on the held-out ones.
+    Fitted on the crops of the training region, see :func:`fit_probe`, measured on the held-out ones.
 
     Args:
         table: factors.
         factor: "content" or "style".
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     values, fitted = getattr(table, factor), ~table.held_out
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
-    probe.fit(values[fitted], table.domain[fitted])
+    probe = fit_probe(values[fitted], table.domain[fitted])
     predicted = probe.predict(values[table.held_out])
     return float(balanced_accuracy_score(table.domain[table.held_out], predicted))
 

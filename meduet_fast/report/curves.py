@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from meduet_fast.engine.metrics import losses_in
-
-from .plotting import COLORS, GREY, styled, subplots
+from meduet_fast.plotting import COLORS, GREY, styled, subplots
 
 Records = Sequence[dict[str, float]]
 

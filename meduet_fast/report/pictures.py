@@ -21,6 +21,17 @@ from meduet_fast.data.transforms import TransformConfig, content_key, load_volum
 from meduet_fast.data.windows import Start, blend, cut, window_starts
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET
+from meduet_fast.plotting import (
+    GREY,
+    PLANES,
+    WIDTH,
+    Planes,
+    ct_limits,
+    describe_grey,
+    middle_slices,
+    new_figure,
+    styled,
+)
 from meduet_fast.probing import (
     ProbeCrops,
     RestyledRegion,
@@ -36,17 +47,12 @@ from meduet_fast.probing import (
 from meduet_fast.probing.crops import evaluation_starts, has_room
 from meduet_fast.probing.style_swap import BATCH
 
-from .plotting import GREY, WIDTH, new_figure, styled
-
 SAME_ANATOMY_PAIRS = 3
 OTHER_PAIRS = 2
 MOST_CROPS = 8  # edge of the region that is looked at, in crops: more tells the same, and takes its time
 STATISTICS_CROPS = 64  # whose styles stand for their volume
 MARGIN = 2  # latent voxels that are decoded on both sides of a slice, for the decoder's surroundings
-PLANES = ("axial", "coronal", "sagittal")
 BAR_MM = 50
-
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]  # middle slices in [0, 1], rows from top to bottom
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,7 @@ class Region:
     @property
     def grey(self) -> str:
         """Say what black and white are."""
-        if self.low is None or self.high is None:
-            return "black and white are the limits of the scan's intensity rule"
-        return (
-            f"black is {self.low:.0f} HU, white {self.high:.0f} HU (level {(self.low + self.high) / 2:.0f}, "
-            f"window {self.high - self.low:.0f})"
-        )
+        return describe_grey(self.low, self.high)
 
     @property
     def scale(self) -> tuple[float, str]:
@@ -191,8 +192,7 @@ def held_out_region(store: LatentStore, index: int, crops: ProbeCrops) -> Region
     entry = store.entries[index]
     border = crops.held_out.border(index, crops.crop_size)
     (x, y, z), latents = _middle(store.read_volume(index)[:, border:].float(), crops.crop_size)
-    rule = json.loads(store.metadata(index).get("intensity", "{}"))
-    low, high = (rule.get("low"), rule.get("high")) if rule.get("kind") == "ct_window" else (None, None)
+    low, high = ct_limits(store.metadata(index))
     return Region(index, entry.domain, (border + x, y, z), latents, entry.spacing[0], low, high)
 
 
@@ -205,18 +205,6 @@ def _middle(latents: Tensor, crop_size: int) -> tuple[Start, Tensor]:
         latents = latents.narrow(axis, corner[-1], kept)
     x, y, z = corner
     return (x, y, z), latents
-
-
-def middle_slices(image: Tensor) -> Planes:
-    """Cut the middle slices of an image (X, Y, Z).
-
-    Superior (axial: anterior) is up, the patient's right (sagittal: anterior) is on the right.
-    """
-    x, y, z = (size // 2 for size in image.shape)
-    axial, coronal, sagittal = (
-        np.flipud(plane.numpy().T) for plane in (image[:, :, z], image[:, y], image[x])
-    )
-    return axial, coronal, sagittal
 
 
 def decode_slices(tokenizer: Tokenizer, latents: Tensor) -> Planes:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from meduet_fast.plotting import COLORS, MARKERS, styled, subplots
 from meduet_fast.probing import FactorTable, ProbeResult
-
-from .plotting import COLORS, MARKERS, styled, subplots
 
 
 @styled

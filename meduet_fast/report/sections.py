@@ -8,17 +8,12 @@ from pathlib import Path
 import torch
 
 import meduet_fast
+from meduet_fast.page import details, figure, paragraph, percent, table
 from meduet_fast.probing import FactorScores, PairVerdict, StyleChange
 
 from .curves import HEADLINE_LOSS, LOSS_PANELS, LossPanel
 from .inputs import NETWORK, Findings, ReportInputs
-from .page import details, figure, paragraph, table
 from .pictures import BAR_MM, StylePicture
-
-
-def percent(value: float | None) -> str:
-    """Return a share as text."""
-    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def headline(findings: Findings) -> str:

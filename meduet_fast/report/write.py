@@ -11,14 +11,14 @@ from typing import Any
 from meduet_fast.engine.loggers import BOARD, log_pictures
 from meduet_fast.errors import UserError
 from meduet_fast.files import atomic_path, remove_leftovers
+from meduet_fast.page import page
+from meduet_fast.plotting import save_png
 from meduet_fast.progress import track
 
 from . import sections
 from .curves import draw_losses, draw_speed, loss_panels
 from .inputs import NETWORK, Findings, ReportInputs, measure, open_run
-from .page import page
 from .pictures import FilledPicture, StylePicture, draw_columns
-from .plotting import save_png
 from .scatter import draw_scatter
 
 FOLDER, PAGE, NUMBERS = "report", "index.html", "separation.json"

@@ -150,7 +150,7 @@ def test_without_matplotlib_the_folder_has_all_but_pictures(tmp_path, monkeypatc
             raise ImportError(f"No module named {name!r}")
         return whole(name, *arguments, **keywords)
 
-    for name in ("benchmarks.plots", "meduet_fast.report.plotting"):
+    for name in ("benchmarks.plots", "meduet_fast.plotting"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     write_folder(make_results(), tmp_path / "home")

@@ -8,13 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meduet_fast.autoencoder import Tokenizer
-from meduet_fast.report.pictures import (
-    Column,
-    decode_slices,
-    draw_columns,
-    middle_slices,
-    root_mean_square,
-)
+from meduet_fast.plotting import middle_slices
+from meduet_fast.report.pictures import Column, decode_slices, draw_columns, root_mean_square
 
 
 class Repeating(Tokenizer):

@@ -1,4 +1,4 @@
-"""Build the report as one HTML file that needs nothing else."""
+"""Build a report as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px;
   padding: .5rem; box-sizing: border-box; }
 nav a { margin-right: 1rem; } pre { overflow-x: auto; font-size: .85rem; }
 """
+
+
+def percent(value: float | None) -> str:
+    """Return a share as text."""
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def paragraph(text: str) -> str:
@@ -68,7 +73,7 @@ def details(summary: str, facts: Mapping[str, str], text: str) -> str:
 
 def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
     """Return the whole document; ``sections`` are HTML by heading."""
-    anchors = {heading: heading.lower().replace(" ", "-") for heading in sections}
+    anchors = {heading: escape(heading.lower().replace(" ", "-")) for heading in sections}
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for heading, anchor in anchors.items())
     bodies = "\n".join(
         f'<section id="{anchors[heading]}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
