@@ -60,6 +60,14 @@ def test_long_vectors_do_not_overflow(dtype: torch.dtype) -> None:
     assert alignment_loss(long, long).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_autocast_changes_nothing() -> None:
+    """The cosine is float32 wherever it is computed."""
+    features, targets = random(2, 4, 4, 4, 6), random(2, 2, 2, 2, 6, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = alignment_loss(features, targets)
+    assert torch.equal(found, alignment_loss(features, targets))
+
+
 def test_the_head_has_three_layers_and_learns() -> None:
     torch.manual_seed(0)
     head = AlignmentHead(6, 9)
