@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
@@ -83,6 +86,7 @@ class Tokenizer:
     """
 
     OVERLAP = 16  # image voxels that neighbouring windows share
+    SIGMA = 0.125  # of the Gaussian that a window is weighted by, in edges of it
 
     def __init__(
         self,
@@ -159,6 +163,61 @@ class Tokenizer:
         )  # (B, 1, X, Y, Z)
         return image.clamp_(0, 1)
 
+    @torch.no_grad()
+    def decode_parts(self, latents: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+        """Decode one volume slab after slab along its longest axis, the same windows blended as the same.
+
+        What this takes of memory beside the latents does not grow with that axis.
+
+        Args:
+            latents: (C, x, y, z) of any floating type, as :meth:`encode` makes them.
+
+        Yields:
+            Where a slab lies in the image, and the slab (X', Y', Z'), float32 in [0, 1] on the tokenizer's
+            device. In the order of the axis they cover the image once.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if latents.ndim != 4 or latents.shape[0] != self.channels:
+            raise ValueError(
+                f"decode_parts: found shape {tuple(latents.shape)}, expected ({self.channels}, x, y, z)"
+            )
+        factor, shape = self.compression, tuple(latents.shape[1:])
+        axis, overlap = max(range(3), key=lambda number: shape[number]), self.OVERLAP // factor
+        edges = [_window_edge(size, self.window // factor, overlap, 1) for size in shape]
+        if edges == list(shape):
+            yield tuple(slice(0, factor * size) for size in shape), self.decode(latents[None])[0, 0]
+            return
+        x = (latents[None] / self.scale).to(self.device, torch.float32)  # (1, C, x, y, z)
+        weight = compute_importance_map(tuple(edges), "gaussian", self.SIGMA, self.device)  # (x', y', z')
+        weight = F.interpolate(weight[None, None], scale_factor=factor)[0, 0]  # (X', Y', Z')
+        windows = dense_patch_slices(
+            shape,
+            edges,
+            [max(1, edge - overlap * (edge < size)) for edge, size in zip(edges, shape, strict=True)],
+        )
+        slab = [factor * (edges[axis] if number == axis else size) for number, size in enumerate(shape)]
+        total, weights = torch.zeros(2, *slab, device=self.device)  # (X, Y, Z) each, short along the axis
+        begin = 0  # of the slab, in latent voxels
+        by_start = groupby(sorted(windows, key=lambda one: one[axis].start), lambda one: one[axis].start)
+        for start, group in [*((start, list(group)) for start, group in by_start), (shape[axis], [])]:
+            done = factor * (start - begin)  # of the slab's voxels, where no more windows are to come
+            if done:
+                place = [slice(0, factor * size) for size in shape]
+                place[axis] = slice(factor * begin, factor * start)
+                part = total.narrow(axis, 0, done) / weights.narrow(axis, 0, done)
+                yield (place[0], place[1], place[2]), part.clamp_(0, 1)
+                for values in (total, weights):
+                    kept = values.narrow(axis, done, slab[axis] - done).clone()
+                    values.zero_().narrow(axis, 0, slab[axis] - done).copy_(kept)
+            begin = start
+            for window in group:
+                inside = [slice(factor * part.start, factor * part.stop) for part in window]
+                inside[axis] = slice(0, slab[axis])
+                total[tuple(inside)] += weight * self.network.decode(x[(..., *window)])[0, 0]
+                weights[tuple(inside)] += weight
+
     def _in_windows(
         self, x: Tensor, network: Callable[[Tensor], tuple[Tensor, ...]], voxels: int
     ) -> tuple[Tensor, ...]:
@@ -180,6 +239,7 @@ class Tokenizer:
             # MONAI steps by int(edge * (1 - overlap)); the half keeps rounding from making that one less.
             overlap=[(overlap - 0.5) / edge for edge in edges],
             mode="gaussian",
+            sigma_scale=self.SIGMA,
         )
         return (blended,) if isinstance(blended, Tensor) else tuple(blended)  # MONAI unpacks a tuple of one
 

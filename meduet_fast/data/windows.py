@@ -35,6 +35,13 @@ def cut(volume: Tensor, starts: Iterable[Start], size: int) -> Tensor:
     return torch.stack([volume[:, x : x + size, y : y + size, z : z + size] for x, y, z in starts])
 
 
+def blend_weight(size: Sequence[int]) -> Tensor:
+    """Return how much each voxel of a window (x, y, z) counts, float32: less towards its faces."""
+    edges = [torch.arange(1, edge + 1, dtype=torch.float32) for edge in size]
+    x, y, z = (torch.minimum(edge, edge.flip(0)) for edge in edges)  # 1 at the faces
+    return x[:, None, None] * y[:, None] * z  # (x, y, z)
+
+
 def blend(windows: Tensor, starts: Sequence[Start], shape: Sequence[int]) -> Tensor:
     """Put windows together: a mean in which a window counts less towards its faces, so that no seam shows.
 
@@ -47,9 +54,7 @@ def blend(windows: Tensor, starts: Sequence[Start], shape: Sequence[int]) -> Ten
         (C, X, Y, Z), float32.
     """
     size = windows.shape[-1]
-    edge = torch.arange(1, size + 1, dtype=torch.float32)
-    edge = torch.minimum(edge, edge.flip(0))  # (s,), 1 at the faces
-    weight = edge[:, None, None] * edge[:, None] * edge  # (s, s, s)
+    weight = blend_weight((size, size, size))  # (s, s, s)
     total = torch.zeros(windows.shape[1], *shape)  # (C, X, Y, Z)
     weights = torch.zeros(*shape)
     for window, (x, y, z) in zip(windows, starts, strict=True):

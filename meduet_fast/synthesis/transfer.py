@@ -1,9 +1,10 @@
 """Begin a network with what pretraining has learnt: patch embedding, attention and MLP of the encoder.
 
-The network's norms have no weights, and its latents are normalised. So the weights of an encoder's LayerNorm
-go into the map behind it, and the normalisation into the patch embedding: with open gates and without
-modulation a block computes what it did in the encoder, up to rounding. CLS, positions, the last LayerNorm and
-all that follows it have no place in the network.
+The latents of a network are normalised, which is folded into the patch embedding. The transformer's norms
+have no weights: those of an encoder's LayerNorm are folded into the map behind it. A block of the transformer
+with open gates and without modulation then computes what it did in the encoder, up to rounding and to its
+GELU; so does an attention block of the U-Net, as long as cross-attention adds nothing, as at the start.
+CLS, positions, the last LayerNorm and all that follows it have no place in the networks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +24,46 @@ from meduet_fast.files import file_sha256
 from meduet_fast.models.config import read_sizes, stated_or_published
 from meduet_fast.models.published import read_published
 from meduet_fast.models.transformer3d import LAYER_NORM_EPS, MeDUETTransformer3D
+from meduet_fast.models.unet3d import NORM_EPS, ContextBlock, MeDUETUNet3D
 from meduet_fast.weight_files import misfit
 
-# The encoder's name of a size, and the network's.
-_SIZES = {"in_channels": "in_channels", "patch_size": "patch_size", "embed_dim": "hidden_size"}
-_EMBEDDING = "embed_layer.proj"
-# Maps of a block, in the encoder and in the network, and the encoder's norm before each.
-_NORM_BEFORE = {"attn.qkv": "norm1", "attn.proj": None, "mlp.fc1": "norm2", "mlp.fc2": None}
+_EMBEDDING = "embed_layer.proj"  # of the encoder
 _KINDS = ("weight", "bias")
+
+
+class _Map(NamedTuple):
+    """A module of the encoder and what it becomes in a network, by name.
+
+    Attributes:
+        source: in the encoder.
+        target: in the network.
+        norm: in the encoder, before it; None if that is not folded in.
+    """
+
+    source: str
+    target: str
+    norm: str | None = None
+
+    def within(self, source: str, target: str) -> _Map:
+        """Return the same of a block."""
+        norm = self.norm and f"{source}.{self.norm}"
+        return _Map(f"{source}.{self.source}", f"{target}.{self.target}", norm)
+
+
+_OF_TRANSFORMER = [
+    _Map("attn.qkv", "attn.qkv", "norm1"),
+    _Map("attn.proj", "attn.proj"),
+    _Map("mlp.fc1", "mlp.fc1", "norm2"),
+    _Map("mlp.fc2", "mlp.fc2"),
+]
+_OF_UNET = [
+    _Map("norm1", "norm1"),
+    _Map("attn.qkv", "attn.qkv"),
+    _Map("attn.proj", "attn.proj"),
+    _Map("norm2", "norm3"),
+    _Map("mlp.fc1", "mlp.fc1"),
+    _Map("mlp.fc2", "mlp.fc2"),
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +74,7 @@ class Transferred:
         file: of the pretrained weights.
         sha256: of the file.
         part: which of several networks in it, the prefix of its names.
-        blocks: how many were transferred, and how many the encoder and the network have.
+        blocks: how many were transferred, how many the encoder has, and how many of the network could be.
         copied: tensors of the network that are the encoder's, by the network's names.
         folded: those that are computed from several of the encoder's.
         new: the network's others, as they were.
@@ -78,8 +111,8 @@ class Transferred:
         blocks, of_encoder, of_network = self.blocks
         texts = [
             f"{self.file}{named}, SHA-256 {self.sha256[:12]}...",
-            f"the first {blocks} of the encoder's {of_encoder} blocks, for the first of the network's "
-            f"{of_network}",
+            f"the first {blocks} of the encoder's {of_encoder} blocks, for the first of {of_network} "
+            "that fit",
             count_tensors("copied", self.copied),
             count_tensors("folded", self.folded),
             count_tensors("new", self.new),
@@ -92,10 +125,15 @@ class Transferred:
 
 
 @torch.no_grad()
-def transfer(network: MeDUETTransformer3D, path: Path, blocks: int | None = None) -> Transferred:
+def transfer(
+    network: MeDUETTransformer3D | MeDUETUNet3D, path: Path, blocks: int | None = None
+) -> Transferred:
     """Write a pretrained encoder's patch embedding and first blocks into a network.
 
-    The first, because they stand nearest to the patch embedding; a deeper network's others stay as they are.
+    The first, because they stand nearest to the patch embedding. They become the first blocks of the
+    transformer; a deeper one's others stay as they are. Of the U-Net they become the first attentions at the
+    level of the encoder's width whose voxels are its patches, in the order of a pass; the patch embedding
+    becomes its own, if that is of this patch and width.
 
     Args:
         network: on any device; on "meta" nothing is written. Its ``latents_mean`` and ``latents_std`` are
@@ -114,54 +152,41 @@ def transfer(network: MeDUETTransformer3D, path: Path, blocks: int | None = None
     try:
         sizes = read_sizes(source)
         said = stated_or_published(weights.beside, sizes)
-        _check_sizes(sizes, said, config)
-        depths = sizes.get("depth", 0), config.depth
-        blocks = min(depths) if blocks is None else blocks
-        if not 1 <= blocks <= min(depths):
+        if isinstance(network, MeDUETUNet3D):
+            maps, places, inner, eps = *_of_unet(network, sizes), _OF_UNET, NORM_EPS
+        else:
+            maps, places, inner, eps = *_of_transformer(network, sizes), _OF_TRANSFORMER, LAYER_NORM_EPS
+        _check_traceless(said, config.num_heads, eps)
+        found = (sizes.get("depth", 0), len(places))
+        blocks = min(found) if blocks is None else blocks
+        if not 1 <= blocks <= min(found):
             raise ValueError(
-                f"{blocks} blocks to transfer, the encoder has {depths[0]} and the network {depths[1]}"
+                f"{blocks} blocks to transfer, the encoder has {found[0]} and the network takes {found[1]}"
             )
-        block_maps = [
-            (f"blocks.{number}.{name}", norm and f"blocks.{number}.{norm}")
-            for number in range(blocks)
-            for name, norm in _NORM_BEFORE.items()
-        ]
-        expected = {f"{_EMBEDDING}.{kind}": own[f"patch_embed.{kind}"] for kind in _KINDS}
-        for name, norm in block_maps:
-            expected |= {f"{name}.{kind}": own[f"{name}.{kind}"] for kind in _KINDS}
-            if norm:
-                expected |= {f"{norm}.{kind}": own[f"{name}.weight"][0] for kind in _KINDS}  # (W,)
+        for number in range(blocks):
+            maps += [item.within(f"blocks.{number}", places[number]) for item in inner]
+        expected = {f"{item.source}.{kind}": own[f"{item.target}.{kind}"] for item in maps for kind in _KINDS}
+        expected |= {
+            f"{item.norm}.{kind}": own[f"{item.target}.weight"][0]  # (W,)
+            for item in maps if item.norm for kind in _KINDS
+        }  # fmt: skip
         taken = {name: source[name] for name in expected if name in source}
         if problems := misfit(taken, expected):
             raise ValueError(f"weights that do not fit: {problems}")
     except ValueError as error:
         raise UserError(f"{file}: {error}{weights.described()}") from error
-
-    def both(name: str) -> tuple[Tensor, Tensor]:
-        """Return weight and bias, in float64."""
-        return taken[f"{name}.weight"].double(), taken[f"{name}.bias"].double()
-
-    copied, folded = dict[str, Tensor](), dict[str, Tensor]()
     mean, deviation = (
-        torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1)
+        torch.tensor(values, dtype=torch.float64)  # (C,)
         for values in (config.latents_mean, config.latents_std)
-    )  # (C, 1, 1, 1) each
-    weight, bias = both(_EMBEDDING)  # (W, C, p, p, p), (W,)
-    folded["patch_embed.weight"] = weight * deviation  # (W, C, p, p, p)
-    folded["patch_embed.bias"] = bias + (weight * mean).sum((1, 2, 3, 4))  # (W,)
-    for name, norm in block_maps:
-        weight, bias = both(name)  # (N, M), (N,)
-        if norm:
-            scale, shift = both(norm)  # (M,) each
-            weight, bias = weight * scale, bias + weight @ shift  # (N, M), (N,)
-        (folded if norm else copied).update({f"{name}.weight": weight, f"{name}.bias": bias})
+    )
+    copied, folded = _put_together(maps, taken, mean, deviation)
     for name, value in (copied | folded).items():
         own[name].copy_(value)
     return Transferred(
         file,
         file_sha256(file),
         weights.part,
-        (blocks, *depths),
+        (blocks, *found),
         {name: own[name] for name in copied},
         {name: own[name] for name in folded},
         {name: value for name, value in own.items() if name not in copied and name not in folded},
@@ -171,27 +196,101 @@ def transfer(network: MeDUETTransformer3D, path: Path, blocks: int | None = None
     )
 
 
-def _check_sizes(sizes: Mapping[str, Any], said: Mapping[str, set[Any]], config: Mapping[str, Any]) -> None:
-    """Refuse an encoder whose blocks compute something else.
-
-    Args:
-        sizes: which its weights show.
-        said: what leaves no trace in them.
-        config: of the network.
+def _of_transformer(network: MeDUETTransformer3D, sizes: Mapping[str, Any]) -> tuple[list[_Map], list[str]]:
+    """Return where a transformer takes the patch embedding, and the names of its blocks.
 
     Raises:
         ValueError: naming what differs, in the encoder and in the network.
     """
+    config: Any = network.config
+    _check_sizes(sizes, config, {"patch_size": "patch_size", "embed_dim": "hidden_size"})
+    if config.qk_norm:
+        raise ValueError("made without norms of queries and keys, the network has them: expected no qk_norm")
+    return [_Map(_EMBEDDING, "patch_embed")], [f"blocks.{number}" for number in range(config.depth)]
+
+
+def _of_unet(network: MeDUETUNet3D, sizes: Mapping[str, Any]) -> tuple[list[_Map], list[str]]:
+    """Return where a U-Net takes the patch embedding, if it does, and the names of its attentions that fit.
+
+    Raises:
+        ValueError: if no attention does, naming what there is.
+    """
+    config: Any = network.config
+    _check_sizes(sizes, config, {})
+    patch, width = sizes["patch_size"], sizes["embed_dim"]
+    levels = [(config.patch_size * 2**n, own) for n, own in enumerate(config.num_channels)]  # edge, width
+    places = []
+    for name, module in network.named_modules():
+        if isinstance(module, ContextBlock):
+            part, number, *_ = name.split(".")
+            level = {"down_blocks": int(number), "up_blocks": -1 - int(number)}.get(part, -1)
+            places += [name] if levels[level] == (patch, width) else []
+    if not places:
+        there = ", ".join(f"{own} wide at {edge}" for edge, own in levels)
+        raise ValueError(
+            f"patches of {patch} embedded {width} wide, expected a level of the U-Net with attention, as "
+            f"wide and with voxels of this size: its levels are {there}"
+        )
+    same = levels[0] == (patch, width) and patch > 1  # of 1 it would be another convolution
+    return [_Map(_EMBEDDING, "conv_in")] if same else [], places
+
+
+def _check_sizes(sizes: Mapping[str, Any], config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Refuse an encoder of other sizes.
+
+    Args:
+        sizes: its own.
+        config: the network's.
+        names: which must be equal beside the channels, the encoder's name and the network's.
+
+    Raises:
+        ValueError: naming those that differ.
+    """
     differing = [
         f"{name} {sizes[name]} (the network's {ours} is {config[ours]})"
-        for name, ours in _SIZES.items()
+        for name, ours in {"in_channels": "in_channels", **names}.items()
         if sizes[name] != config[ours]
     ]
     if differing:
         raise ValueError(f"weights of another network: {', '.join(differing)}")
-    for name, ours in (("num_heads", config["num_heads"]), ("layer_norm_eps", LAYER_NORM_EPS)):
+
+
+def _check_traceless(said: Mapping[str, set[Any]], num_heads: int, eps: float) -> None:
+    """Refuse an encoder that differs in what leaves no trace in weights, as far as something states it.
+
+    Raises:
+        ValueError: naming what it was made with, and what the network has.
+    """
+    for name, ours in (("num_heads", num_heads), ("layer_norm_eps", eps)):
         if said.get(name) and ours not in said[name]:
             made = " or ".join(map(str, sorted(said[name])))
             raise ValueError(f"the weights were made with {name} {made}, the network's is {ours}")
-    if config["qk_norm"]:
-        raise ValueError("made without norms of queries and keys, the network has them: expected no qk_norm")
+
+
+def _put_together(
+    maps: list[_Map], taken: Mapping[str, Tensor], mean: Tensor, deviation: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute what a network gets.
+
+    Args:
+        maps: which of its modules are made of which.
+        taken: the encoder's tensors.
+        mean, deviation: (C,) float64, of the channels of the network's latents.
+
+    Returns:
+        Tensors that are the encoder's, and those that norms or the normalisation are folded into.
+    """
+    copied, folded = dict[str, Tensor](), dict[str, Tensor]()
+    for item in maps:
+        weight, bias = (taken[f"{item.source}.{kind}"].double() for kind in _KINDS)
+        if item.source == _EMBEDDING:
+            weight, bias = (
+                weight * deviation.view(-1, 1, 1, 1),  # (W, C, p, p, p)
+                bias + torch.einsum("wcxyz,c->w", weight, mean),  # (W,)
+            )
+        if item.norm:
+            scale, shift = (taken[f"{item.norm}.{kind}"].double() for kind in _KINDS)  # (M,) each
+            weight, bias = weight * scale, bias + weight @ shift  # (N, M), (N,)
+        made = copied if item.source != _EMBEDDING and item.norm is None else folded
+        made |= {f"{item.target}.weight": weight, f"{item.target}.bias": bias}
+    return copied, folded

@@ -168,3 +168,25 @@ def test_builtin_on_held_out_tissue(builtin: Tokenizer, sample_data: Path) -> No
     assert crop.std() > 0.2
     assert -10 * mse.log10() > 20
     assert 0.5 < latents.std() < 2
+
+
+@pytest.mark.parametrize("grid", [(9, 8, 30), (31, 9, 8), (24, 23, 22), (8, 5, 3)])
+def test_parts_of_a_volume_are_the_volume(grid: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(SMALL, SMALL.build(), "small", scale=2.0, window=40)
+    latents = torch.randn(4, *grid)
+    parts = list(tokenizer.decode_parts(latents))
+    whole = tokenizer.decode(latents[None])[0, 0]
+    axis = grid.index(max(grid))
+    assert [place[axis].start for place, _ in parts] == [0, *(place[axis].stop for place, _ in parts[:-1])]
+    assert len(parts) == (1 if max(grid) <= 10 else 1 + -(-(max(grid) - 10) // 6))
+    put_together = torch.full(whole.shape, torch.nan)
+    for place, part in parts:
+        assert put_together[place].isnan().all()
+        put_together[place] = part
+    torch.testing.assert_close(put_together, whole, rtol=0, atol=1e-6)
+
+
+def test_parts_of_another_shape_are_refused(builtin: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"found shape \(1, 4, 2, 2, 2\), expected \(4, x, y, z\)"):
+        next(builtin.decode_parts(torch.zeros(1, 4, 2, 2, 2)))

@@ -93,7 +93,7 @@ def test_runs_that_held_out_other_parts_are_not_compared(made: Path, tmp_path: P
     shutil.copytree(made / "scratch", tmp_path / "other")
     path = tmp_path / "other" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "config": {"held_out_fraction": 0.3}}))
-    with pytest.raises(UserError, match=r"other: trained on another store or table .* held out other volumes"):
+    with pytest.raises(UserError, match="other: trained on another store or table"):
         evaluate([made / "scratch", tmp_path / "other"], tmp_path / "out", CONFIG, open_noise)
 
 

@@ -22,6 +22,7 @@ from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.models.export import export_model
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
+from meduet_fast.models.unet3d import MeDUETUNet3D
 from meduet_fast.synthesis.transfer import transfer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "meduet_reference_tiny.safetensors"
@@ -54,6 +55,18 @@ def make_network(encoder: MeDUETConfig = ENCODER, **changes: Any) -> MeDUETTrans
     return MeDUETTransformer3D(**settings | changes).requires_grad_(False)
 
 
+def make_unet(**changes: Any) -> MeDUETUNet3D:
+    """A U-Net whose first level has the encoder's patches and width, and attention."""
+    torch.manual_seed(2)
+    settings = {
+        "in_channels": 4, "sample_size": (8, 8, 8), "content_dim": 24, "style_dim": 6,
+        "latents_mean": (0.5, -1.0, 0.0, 0.2), "latents_std": (1.8, 0.3, 0.4, 0.25),
+        "patch_size": 2, "num_channels": (24, 36), "num_res_blocks": 1, "attention_levels": (True, True),
+        "num_heads": 2, "norm_num_groups": 12, "features_patch": 2,
+    }  # fmt: skip
+    return MeDUETUNet3D(**settings | changes).requires_grad_(False)
+
+
 def through_blocks(network: MeDUETTransformer3D, x: Tensor, number: int | None = None) -> Tensor:
     """Tokens (B, L, W) after one of the blocks, or all, with open gates and without modulation."""
     conditions = torch.randn(3, len(x), x.shape[2], dtype=x.dtype)  # (3, B, W)
@@ -63,7 +76,7 @@ def through_blocks(network: MeDUETTransformer3D, x: Tensor, number: int | None =
     return x
 
 
-def normalised(network: MeDUETTransformer3D, latents: Tensor) -> Tensor:
+def normalised(network: MeDUETTransformer3D | MeDUETUNet3D, latents: Tensor) -> Tensor:
     mean, deviation = (
         torch.tensor(values, dtype=latents.dtype).view(-1, 1, 1, 1)
         for values in (network.config.latents_mean, network.config.latents_std)
@@ -187,7 +200,7 @@ def test_every_tensor_of_both_sides_is_listed(tmp_path: Path) -> None:
     text = format_rows(found.rows())
     assert f"copied      12 tensors, {values / 1000:.4g} k parameters: blocks\n" in text
     assert "folded      14 tensors" in text
-    assert "the first 3 of the encoder's 3 blocks, for the first of the network's 3" in text
+    assert "the first 3 of the encoder's 3 blocks, for the first of 3 that fit" in text
     assert "not stated" not in text
 
 
@@ -235,11 +248,89 @@ def test_another_network_is_refused(
     assert all(torch.equal(value, untouched[name]) for name, value in network.state_dict().items())
 
 
+# Of a U-Net: settings, the stages whose attentions take an encoder's blocks, whether its first layer fits.
+UNETS: dict[str, tuple[dict[str, Any], list[str], bool]] = {
+    "first level": ({}, ["down_blocks.0.stages.0", "up_blocks.1.stages.0", "up_blocks.1.stages.1"], True),
+    "lowest level": (
+        {"patch_size": 1, "num_channels": (12, 24), "attention_levels": (False, True)},
+        ["down_blocks.1.stages.0", "mid_block.0", "up_blocks.0.stages.0", "up_blocks.0.stages.1"],
+        False,
+    ),
+    "middle level": (
+        {"patch_size": 1, "num_channels": (12, 24, 24), "attention_levels": (False, True, False)},
+        ["down_blocks.1.stages.0", "up_blocks.1.stages.0", "up_blocks.1.stages.1"],
+        False,
+    ),
+    "no attention on the way": (
+        {"patch_size": 1, "num_channels": (12, 24), "attention_levels": (False, False)},
+        ["mid_block.0"],
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kind", UNETS)
+def test_attentions_of_a_unet_equal_the_pretrained(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As long as cross-attention adds nothing, on tokens without CLS."""
+    changes, names, embeds = UNETS[kind]
+    encoder, network = make_encoder(dtype=dtype), make_unet(**changes).to(dtype)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = transfer(network, save_checkpoint(encoder, tmp_path))
+    close: dict[str, Any] = {"rtol": 0, "atol": TOLERANCES[dtype]}
+    x = torch.randn(2, 24, 4, 4, 4, dtype=dtype)  # (B, W, X, Y, Z)
+    context = torch.randn(2, 1, 4 * network.config.num_channels[0], dtype=dtype)
+    blocks = min(3, len(names))
+    assert found.blocks == (blocks, 3, len(names))
+    for name, block in zip(names, encoder.blocks, strict=False):  # the U-Net may have more
+        attention = network.get_submodule(f"{name}.attention")
+        attention.mlp.approximate = "none"  # type: ignore[union-attr, assignment]
+        expected = block(x.flatten(2).mT).mT.unflatten(2, (4, 4, 4))
+        torch.testing.assert_close(attention(x, context, None), expected, **close)
+    if embeds:
+        latents = 2 * torch.randn(2, 4, 8, 8, 8, dtype=dtype) + 1
+        tokens = encoder.embed_layer.proj(latents)[:, 1:]  # (B, L, W), without positions
+        own_tokens = network.conv_in(normalised(network, latents)).flatten(2).mT  # (B, L, W)
+        torch.testing.assert_close(own_tokens, tokens, **close)
+
+    own = network.state_dict()
+    changed = {name for name, value in own.items() if not torch.equal(value, before[name])}
+    assert changed == found.copied.keys() | found.folded.keys()
+    assert set(own) == changed | found.new.keys()
+    assert found.taken.keys() | found.unused.keys() == encoder.state_dict().keys()
+    assert len(found.copied) == 12 * blocks
+    assert len(found.folded) == 2 * embeds
+    # The rest of the network starts as ever: it predicts 0.
+    factors = torch.randn(2, 24, dtype=dtype), torch.randn(2, 6, dtype=dtype)
+    sample = torch.randn(2, 4, 8, 8, 8, dtype=dtype)
+    assert not network(sample, torch.rand(2, dtype=dtype), *factors).any()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (
+        {"num_channels": (36, 48)},
+        "patches of 2 embedded 24 wide, expected a level of the U-Net with attention, as wide and with "
+        "voxels of this size: its levels are 36 wide at 2, 48 wide at 4$",
+    ),
+    ({"patch_size": 1, "num_channels": (24, 36)}, "its levels are 24 wide at 1, 36 wide at 2$"),
+    ({"attention_levels": (False, True)}, "with attention, .* its levels are 24 wide at 2, 36 wide at 4$"),
+    ({"num_heads": 4}, "made with num_heads 2, the network's is 4$"),
+    (
+        {"in_channels": 3, "latents_mean": (0.0,) * 3, "latents_std": (1.0,) * 3},
+        r"in_channels 4 \(the network's in_channels is 3\)$",
+    ),
+])  # fmt: skip
+def test_a_unet_without_a_place_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        transfer(make_unet(**changes), save_checkpoint(make_encoder(), tmp_path))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(("depth", "asked", "message"), [
-    (3, 4, "4 blocks to transfer, the encoder has 3 and the network 3"),
-    (5, 5, "5 blocks to transfer, the encoder has 3 and the network 5"),
-    (2, 3, "3 blocks to transfer, the encoder has 3 and the network 2"),
-    (3, 0, "0 blocks to transfer, the encoder has 3 and the network 3"),
+    (3, 4, "4 blocks to transfer, the encoder has 3 and the network takes 3"),
+    (5, 5, "5 blocks to transfer, the encoder has 3 and the network takes 5"),
+    (2, 3, "3 blocks to transfer, the encoder has 3 and the network takes 2"),
+    (3, 0, "0 blocks to transfer, the encoder has 3 and the network takes 3"),
 ])  # fmt: skip
 def test_fewer_blocks_than_asked_for_are_an_error(
     depth: int, asked: int, message: str, tmp_path: Path
