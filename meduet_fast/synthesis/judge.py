@@ -13,6 +13,7 @@ from meduet_fast.data.crops import EVALUATION, random_stream
 from meduet_fast.progress import ProgressBar
 from meduet_fast.settings import FROM_1, SEED, Range, SettingError, check_numbers
 
+from .guidance import Guidance, GuidanceMode
 from .measures import Bench, Estimate
 
 Scales = tuple[float, float]  # of content and of style
@@ -33,7 +34,14 @@ class EvaluateConfig:
             every domain at 8 places.
         decoded: how many of them are decoded, of those that a real scan shows: for FID, KID and MMD, MS-SSIM
             and decoded errors. Decoding takes longer than all else on a CPU.
+        features: a TorchScript network on whose features of slices sets are compared, too: from (N, 3, H, W)
+            in [0, 1] to (N, F). Such a file holds code, which is run.
+        average: which average of a run's weights.
+        steps: evaluations of the network.
+        sampler: see ``synthesize sample``.
+        mode: see ``synthesize sample``.
         batch_size: crops that are sampled at once.
+        device: where everything works; "auto" takes CUDA where there is one.
         seed: of the samples and of all that is drawn.
 
     Raises:
@@ -43,19 +51,23 @@ class EvaluateConfig:
     scales: tuple[Scales, ...] = ((1.0, 1.0), (2.0, 2.0), (0.0, 2.0), (2.0, 0.0))
     samples: int = 48
     decoded: int = 24
+    features: str | None = None
+    average: str = "power_0.100"
+    steps: int = 30
+    sampler: str | None = None
+    mode: GuidanceMode = "joint"
     batch_size: int = 16
+    device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_numbers(self, Range(2), "samples", "decoded")
-        check_numbers(self, FROM_1, "batch_size")
+        check_numbers(self, FROM_1, "steps", "batch_size")
         check_numbers(self, SEED, "seed")
-        for pair in self.scales:
-            if len(pair) != 2 or not all(0 <= scale < float("inf") for scale in pair):
-                expected = "pairs of content scale and style scale, finite and 0 or more"
-                raise SettingError("scales", f"found {pair}, expected {expected}")
         if not self.scales:
             raise SettingError("scales", "found none, expected at least one pair")
+        for content, style in self.scales:
+            Guidance(content, style, self.mode)  # checks them
 
     @property
     def shown(self) -> Scales:
