@@ -190,7 +190,11 @@ class PatchConv(PatchEmbed3d):
 
 
 class Upsample(nn.Module):
-    """Double the size by repetition, and convolve."""
+    """Double the size by repetition and convolve, in a transposed convolution with 3.4 times fewer products.
+
+    Of the three repeated voxels that the kernel sees along an axis, two are the same: four kernels of two
+    weights, a sum of weights among them, do for even and odd places.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -198,7 +202,12 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, K, X, Y, Z) to (B, K, 2X, 2Y, 2Z)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, K, 2X, 2Y, 2Z)
+        weight = self.conv.weight  # (K, K, 3, 3, 3)
+        for axis in (2, 3, 4):
+            before, here, after = weight.unbind(axis)
+            weight = torch.stack([after, here + after, before + here, before], axis)
+        weight = weight.transpose(0, 1)  # (K, K, 4, 4, 4), inputs first
+        return F.conv_transpose3d(x, weight, self.conv.bias, stride=2, padding=1)  # (B, K, 2X, 2Y, 2Z)
 
 
 class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):

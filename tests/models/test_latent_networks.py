@@ -119,14 +119,12 @@ def test_recomputed_blocks_give_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["transformer tokens", "U-Net tokens"])
 def test_it_compiles_without_graph_breaks(name: str) -> None:
-    model = network(name)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for size in ((4, 6, 2), (4, 4, 6)):
-        arguments = inputs(name, 3, size)
-        out = compiled(*arguments)
-        torch.testing.assert_close(out, model(*arguments), rtol=1e-4, atol=1e-4)
+    """With a size that it was not made for, whose positions are computed in the graph."""
+    model, arguments = network(name), inputs(name, 3, (4, 4, 6))
+    out = torch.compile(model, fullgraph=True, backend="eager")(*arguments)
+    torch.testing.assert_close(out, model(*arguments), rtol=1e-4, atol=1e-4)
     out.square().mean().backward()
     assert all(item.grad is not None for item in model.parameters())
 

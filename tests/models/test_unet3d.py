@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from meduet_fast.layers import sincos_positions_3d
-from meduet_fast.models.unet3d import ContextBlock, MeDUETUNet3D, ResidualBlock
+from meduet_fast.models.unet3d import ContextBlock, MeDUETUNet3D, ResidualBlock, Upsample
 
 from .latent_networks import NETWORKS, SIZES, inputs, network
 
@@ -62,6 +62,18 @@ def test_a_residual_block_is_its_formula() -> None:
         -1, 1, 1, 1
     )
     torch.testing.assert_close(block(x, time, style), skip + h)
+
+
+@pytest.mark.parametrize("size", [(3, 4, 2), (1, 1, 1)])
+def test_upsampling_repeats_voxels_and_convolves(size: tuple[int, int, int]) -> None:
+    block, x = started(Upsample(6)), randn(2, 6, *size).requires_grad_()
+    repeated = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    inputs = [x, *block.parameters()]
+    outputs = [block.conv(repeated), block(x)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    weight = torch.randn_like(outputs[0])
+    expected, found = (torch.autograd.grad((out * weight).sum(), inputs) for out in outputs)
+    torch.testing.assert_close(found, expected)
 
 
 def test_cross_attention_is_its_formula() -> None:
