@@ -294,6 +294,41 @@ def _synthesize_train(arguments: Namespace) -> int:
     return _tell_end(train_synthesis(*given), arguments.output, config.steps)
 
 
+def _synthesize_sample_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.synthesis.sample import SampleConfig
+
+    parser.add_argument("source", type=Path, help="folder of a run of `synthesize train`, or of a pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for volumes, picture, record")
+    _settings(parser, SampleConfig)
+
+
+def _synthesize_sample(arguments: Namespace) -> int:
+    from meduet_fast.synthesis.sample import SampleConfig, sample
+
+    print(sample(arguments.source, arguments.output, _built(SampleConfig, arguments)))
+    return 0
+
+
+def _synthesize_evaluate_arguments(parser: ArgumentParser) -> None:
+    from meduet_fast.synthesis.judge import EvaluateConfig
+
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of `synthesize train`")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the page; by default `evaluation` in the run, if there is one"
+    )
+    _settings(parser, EvaluateConfig)
+
+
+def _synthesize_evaluate(arguments: Namespace) -> int:
+    from meduet_fast.synthesis.evaluation import evaluate
+    from meduet_fast.synthesis.generators import open_generator
+    from meduet_fast.synthesis.judge import EvaluateConfig
+
+    config = _built(EvaluateConfig, arguments)
+    print(f"{evaluate(arguments.runs, arguments.output, config, open_generator)}: open it in a browser")
+    return 0
+
+
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a run that `pretrain` wrote")
     parser.add_argument("--data", type=Path, help="latent store, if it is not where the run found it")
@@ -373,6 +408,16 @@ COMMANDS = {
         "train a network that makes volumes of content and style",
         _synthesize_train_arguments,
         _synthesize_train,
+    ),
+    "synthesize sample": Command(
+        "make volumes: the anatomy of one, the scanner of another",
+        _synthesize_sample_arguments,
+        _synthesize_sample,
+    ),
+    "synthesize evaluate": Command(
+        "write a page of figures of runs that make volumes",
+        _synthesize_evaluate_arguments,
+        _synthesize_evaluate,
     ),
     "train-tokenizer": Command(
         "train a small tokenizer on volumes", _train_tokenizer_arguments, _train_tokenizer

@@ -11,6 +11,7 @@ from meduet_fast.models.blocks import Gelu
 from meduet_fast.settings import FROM_0, FROM_1, POSITIVE, SHARE, Range, SettingError, check_numbers
 
 from .averages import WIDEST
+from .crops import FactorSource
 from .diffusion import Objective, TimeDraw
 
 
@@ -115,7 +116,7 @@ class SynthesisConfig(EngineConfig):
         optimizer: AdamW and its learning rate.
         content: "pooled" is one vector of a crop; "tokens" a map of it, place by place.
         content_projection: width to which tokens of content are narrowed.
-        factors: "own" are those of the crop; "volume" the means of its volume, the published ones.
+        factor_source: "own" are those of the crop; "volume" the means of its volume, the published ones.
         standardise: "table" brings every dimension of a factor to mean 0 and deviation 1; "none" is the
             published way.
         power_averages: averages of the weights by a power of the step: their widths, as part of the run.
@@ -134,7 +135,7 @@ class SynthesisConfig(EngineConfig):
     batch_size: int = 16
     content: Literal["pooled", "tokens"] = "pooled"
     content_projection: int = 16
-    factors: Literal["own", "volume"] = "own"
+    factor_source: FactorSource = "own"
     standardise: Literal["table", "none"] = "table"
     power_averages: tuple[float, ...] = (0.05, 0.1)
     constant_average: float = 0.9999
@@ -148,5 +149,5 @@ class SynthesisConfig(EngineConfig):
         check_numbers(self, Range(0, WIDEST, above=True), "power_averages")
         if self.held_out == "volumes" and not self.held_out_fraction:
             raise SettingError("held_out_fraction", "found 0, expected more for held_out 'volumes'")
-        if self.content == "tokens" and self.factors == "volume":
-            raise SettingError("factors", "found volume, expected own for content 'tokens'")
+        if self.content == "tokens" and self.factor_source == "volume":
+            raise SettingError("factor_source", "found volume, expected own for content 'tokens'")

@@ -298,7 +298,7 @@ class MeDUETPipeline(DiffusionPipeline):
         spec = index.tokenizer_spec if index is not None else BUILTIN
         if index is None and not builtin:
             raise UserError(f"{store}: the store is not there, which names the tokenizer {table.tokenizer}")
-        whole = record["config"].get("factors") == "volume"
+        whole = record["config"]["factor_source"] == "volume"
         name = "unet" if hasattr(network.config, "num_channels") else "transformer"
         origin = {
             "weights": printable(in_real_folder(file)),

@@ -68,7 +68,7 @@ def open_crops(config: SynthesisConfig, store: LatentStore, table: FactorTable) 
     """
     held_out = HeldOut.choose(store, config.held_out, config.held_out_fraction, config.seed)
     tokens, aligned = config.content == "tokens", config.diffusion.align > 0
-    return FactorCrops(store, table, config, held_out, config.factors, tokens, aligned)
+    return FactorCrops(store, table, config, held_out, config.factor_source, tokens, aligned)
 
 
 def build_task(config: SynthesisConfig, table: FactorTable, network: Network) -> SynthesisTraining:

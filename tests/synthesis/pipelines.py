@@ -97,7 +97,7 @@ def make_run(folder: Path, network: MeDUETTransformer3D) -> Path:
     checkpoint = run / "checkpoints" / "7"
     checkpoint.mkdir(parents=True)
     record = {
-        "data": str(folder / "store"), "config": {"factors": "own"},
+        "data": str(folder / "store"), "config": {"factor_source": "own"},
         "factors": str(table.path), "factors_identity": table.identity,
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(record))

@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "unet": {"network": "unet"},
     "tokens": {"content": "tokens"},
     "unet tokens": {"network": "unet", "content": "tokens"},
-    "volume": {"factors": "volume", "standardise": "none"},
+    "volume": {"factor_source": "volume", "standardise": "none"},
     "epsilon": {"diffusion": DiffusionConfig(objective="epsilon")},
     "aligned": {"diffusion": DiffusionConfig(times="logit_normal", align=0.5, align_until=0.5)},
     "unet aligned": {"network": "unet", "diffusion": DiffusionConfig(align=0.5)},
@@ -203,7 +203,7 @@ def test_what_is_no_network_is_refused(place: Path, tmp_path: Path) -> None:
         ("diffusion", {"drop_style": 1.0}, "drop_style: found 1"),
         ("diffusion", {"min_snr": 0.0}, "min_snr: found 0, expected more than 0, or null"),
         ("run", {"power_averages": (0.1, 0.5)}, "power_averages: found .0.1, 0.5., expected 0 < value"),
-        ("run", {"content": "tokens", "factors": "volume"}, "factors: found volume, expected own"),
+        ("run", {"content": "tokens", "factor_source": "volume"}, "factor_source: found volume, expected own"),
     ],
 )
 def test_settings_are_checked(kind: str, changes: dict[str, Any], message: str) -> None:
