@@ -12,10 +12,9 @@ import torch
 from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine import FitResult, fit
-from meduet_fast.engine.beginning import Beginning, find_beginning
+from meduet_fast.engine.beginning import find_beginning
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
-from meduet_fast.errors import UserError
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
 from meduet_fast.models.unet3d import MeDUETUNet3D
 
@@ -79,18 +78,6 @@ def build_task(config: SynthesisConfig, table: FactorTable, network: Network) ->
     return SynthesisTraining(config, network, head, table)
 
 
-def read_transfer(network: Network, path: Path) -> Beginning:
-    """Write a pretrained encoder's weights into a network; see :func:`~.transfer.transfer`.
-
-    Raises:
-        UserError: as :func:`~.transfer.transfer`; for a U-Net, which has no place for them.
-    """
-    if not isinstance(network, MeDUETTransformer3D):
-        raise UserError(f"{path}: a U-Net has no place for an encoder's blocks: expected network transformer")
-    transferred = transfer(network, path)
-    return Beginning(transferred.record(), rows=transferred.rows())
-
-
 def train_synthesis(
     data: Path,
     factors: Path,
@@ -119,7 +106,7 @@ def train_synthesis(
         table = FactorTable.open(factors)
         crops = open_crops(config, LatentStore.open(data), table)
         network = build_network(config, table)
-        beginning = find_beginning(init, lambda path: read_transfer(network, path), output, resume)
+        beginning = find_beginning(init, lambda path: transfer(network, path).beginning(), output, resume)
         if launch_number("RANK", 0) == 0 and beginning.rows:
             print(format_rows(beginning.rows), file=sys.stderr)
         task = build_task(config, table, network)
@@ -160,7 +147,7 @@ def format_plan(
                       + f", aligned until step {task.phase_starts()[0]}" * bool(task.phase_starts())),
         ("data", f"{len(table.volumes)} volumes; held out: {crops.held_out.describe()}"),
     ]  # fmt: skip
-    rows += find_beginning(init, lambda path: read_transfer(network, path), output, resume).rows
+    rows += find_beginning(init, lambda path: transfer(network, path).beginning(), output, resume).rows
     rows += describe_run(task, config, processes, local)
     return format_rows(rows)
 

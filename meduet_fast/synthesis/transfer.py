@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from meduet_fast.encoding.encode import teacher_file
+from meduet_fast.engine.beginning import Beginning
 from meduet_fast.engine.dry_run import Rows, count_tensors
 from meduet_fast.errors import UserError
 from meduet_fast.files import file_sha256
@@ -93,6 +94,10 @@ class Transferred:
     taken: Mapping[str, Tensor]
     unused: Mapping[str, Tensor]
     heads_assumed: bool
+
+    def beginning(self) -> Beginning:
+        """Return it as what the engine's runs begin from; the network has the weights already."""
+        return Beginning(self.record(), rows=self.rows())
 
     def record(self) -> dict[str, Any]:
         """Return what ``run.json`` keeps of it, as JSON."""
