@@ -34,7 +34,11 @@ class Beginning:
 
 
 def find_beginning(
-    path: Path | None, read: Callable[[Path], Beginning], output: Path | None, resume: bool
+    path: Path | None,
+    read: Callable[[Path], Beginning],
+    output: Path | None,
+    resume: bool,
+    locate: Callable[[Path], Path] = weight_file,
 ) -> Beginning:
     """Find what a run begins from, or began from.
 
@@ -43,6 +47,7 @@ def find_beginning(
     Args:
         path: initial weights; None if none are given.
         read: reads them.
+        locate: returns the file of weights that a path stands for.
         output: the run's folder; None if it is not known yet.
         resume: go on from the last checkpoint in it, if there is one.
 
@@ -51,13 +56,13 @@ def find_beginning(
     """
     holds_run = output is not None and bool(checkpoint_steps(output / "checkpoints"))
     if output is not None and holds_run and resume:
-        return _began_from(latest_checkpoint(output), path)
+        return _began_from(latest_checkpoint(output), path, locate)
     if path is None or holds_run:  # the latter is refused elsewhere
         return Beginning()
     return read(path)
 
 
-def _began_from(checkpoint: Path, path: Path | None) -> Beginning:
+def _began_from(checkpoint: Path, path: Path | None, locate: Callable[[Path], Path]) -> Beginning:
     """Return what the run of a checkpoint began from, if that is what is given now."""
     began = read_run(checkpoint).get("init")
     if path is None:
@@ -65,7 +70,7 @@ def _began_from(checkpoint: Path, path: Path | None) -> Beginning:
     hint = "leave --init out to go on, or choose another --output to begin"
     if began is None:
         raise UserError(f"{path}: the run of {checkpoint} began from random weights, not from these: {hint}")
-    if path.exists() and (found := file_sha256(weight_file(path))) != began["sha256"]:
+    if path.exists() and (found := file_sha256(locate(path))) != began["sha256"]:
         raise UserError(
             f"{path}: has SHA-256 {found[:12]}..., the run of {checkpoint} began from {began['path']} with "
             f"{began['sha256'][:12]}...: {hint}"

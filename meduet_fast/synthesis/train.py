@@ -11,8 +11,9 @@ import torch
 
 from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.store import LatentStore
+from meduet_fast.encoding.encode import teacher_file
 from meduet_fast.engine import FitResult, fit
-from meduet_fast.engine.beginning import find_beginning
+from meduet_fast.engine.beginning import Beginning, find_beginning
 from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
@@ -78,6 +79,13 @@ def build_task(config: SynthesisConfig, table: FactorTable, network: Network) ->
     return SynthesisTraining(config, network, head, table)
 
 
+def _beginning(init: Path | None, network: Network, output: Path | None, resume: bool) -> Beginning:
+    """Find what a run begins from, and write it into the network if it begins now."""
+    return find_beginning(
+        init, lambda path: transfer(network, path).beginning(), output, resume, teacher_file
+    )
+
+
 def train_synthesis(
     data: Path,
     factors: Path,
@@ -106,7 +114,7 @@ def train_synthesis(
         table = FactorTable.open(factors)
         crops = open_crops(config, LatentStore.open(data), table)
         network = build_network(config, table)
-        beginning = find_beginning(init, lambda path: transfer(network, path).beginning(), output, resume)
+        beginning = _beginning(init, network, output, resume)
         if launch_number("RANK", 0) == 0 and beginning.rows:
             print(format_rows(beginning.rows), file=sys.stderr)
         task = build_task(config, table, network)
@@ -147,7 +155,7 @@ def format_plan(
                       + f", aligned until step {task.phase_starts()[0]}" * bool(task.phase_starts())),
         ("data", f"{len(table.volumes)} volumes; held out: {crops.held_out.describe()}"),
     ]  # fmt: skip
-    rows += find_beginning(init, lambda path: transfer(network, path).beginning(), output, resume).rows
+    rows += _beginning(init, network, output, resume).rows
     rows += describe_run(task, config, processes, local)
     return format_rows(rows)
 

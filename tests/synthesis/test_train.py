@@ -164,6 +164,10 @@ def test_transfer_begins_from_the_encoder_and_is_remembered(
     other = tmp_path / "other.safetensors"
     shutil.copy(latest_checkpoint(place / "run") / "teacher.safetensors", other)
     fit(place, run, replace(config, steps=5), resume=True, init=other)  # the same weights
+    fit(place, run, replace(config, steps=6), resume=True, init=place / "run")
+    other.write_bytes(other.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="leave --init out"):
+        fit(place, run, replace(config, steps=7), resume=True, init=other)
     unet = fit(place, tmp_path / "unet", replace(CONFIG, network="unet", steps=2), init=place / "run")
     assert read_run(unet, of_checkpoint=False)["init"]["blocks"] == 1
 
