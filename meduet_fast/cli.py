@@ -71,7 +71,7 @@ def _built(settings: type, arguments: Namespace) -> Any:
 PACKAGED = {"pretrain": CONFIGS, "synthesize train": CONFIGS / "synthesis"}
 
 
-def _packaged(command: str = "pretrain") -> dict[str, Path]:
+def _packaged(command: str) -> dict[str, Path]:
     return {path.stem: path for path in PACKAGED[command].glob("*.yaml")}
 
 
@@ -184,7 +184,7 @@ def _sizes(_: Namespace) -> int:
 
     from .pretraining import PretrainConfig
 
-    parsed = {name: _parse("pretrain", ["--config", name]) for name in sorted(_packaged())}
+    parsed = {name: _parse("pretrain", ["--config", name]) for name in sorted(_packaged("pretrain"))}
     print(format_sizes({name: _built(PretrainConfig, arguments) for name, arguments in parsed.items()}))
     return 0
 

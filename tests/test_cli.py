@@ -29,7 +29,7 @@ def test_help_lists_every_command_and_its_options(capsys: pytest.CaptureFixture[
     assert all(name in listed for name in COMMANDS)
     for name in COMMANDS:
         with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
+            main([*name.split(), "--help"])
         assert stop.value.code == 0
         assert f"meduet-fast {name}" in capsys.readouterr().out
 
@@ -193,7 +193,7 @@ def test_a_dry_run_needs_no_folders_and_writes_nothing(
 def test_sizes_lists_the_packaged_configurations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_packaged", lambda: {"demo": CONFIGS / "demo.yaml"})
+    monkeypatch.setattr(cli, "_packaged", lambda command: {"demo": CONFIGS / "demo.yaml"})
     assert main(["sizes"]) == 0
     assert "| `demo` | 3 x 96 (4) |" in capsys.readouterr().out
 

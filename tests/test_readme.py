@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 from meduet_fast.autoencoder import load_tokenizer
-from meduet_fast.cli import COMMANDS, _parse, main
+from meduet_fast.cli import COMMANDS, _parse, main, split_command
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
@@ -67,10 +67,12 @@ def mentioned_commands(page: Path) -> list[list[str]]:
 
 def refusal(words: list[str]) -> str:
     """Parse a command as the program does, and as torchrun what goes to it; return why it is refused."""
-    name, *arguments = ["demo" if word == "NAME" else word for word in words]
+    configs = [words[place - 1] == "--config" and word == "NAME" for place, word in enumerate(words)]
+    words = ["demo" if config else word for word, config in zip(words, configs, strict=True)]
+    name, arguments = split_command(words)
     if name == "launch":
         launched = get_args_parser().parse_args(arguments)
-        name, arguments = launched.training_script, launched.training_script_args
+        name, arguments = split_command([launched.training_script, *launched.training_script_args])
     if name not in COMMANDS:
         return f"no command {name}"
     try:
@@ -105,7 +107,7 @@ def test_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     known.add("--signal")  # of SLURM
     for name in COMMANDS:
         with pytest.raises(SystemExit):
-            main([name, "--help"])
+            main([*name.split(), "--help"])
         known.update(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
     for page in PAGES:
         said = set(re.findall(r"`(--[a-z][\w.-]*)", page.read_text(encoding="utf-8")))
