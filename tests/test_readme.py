@@ -24,6 +24,9 @@ from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUET, MeDUETConfig
 from meduet_fast.pretraining import PretrainConfig
+from meduet_fast.synthesis.config import SynthesisConfig, TransformerConfig
+from meduet_fast.synthesis.factors import FactorsConfig, write_factors
+from meduet_fast.synthesis.train import train_synthesis
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -125,20 +128,25 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with StoreWriter(
         Path("STORE"), tokenizer=identity, tokenizer_spec="builtin", channels=4, compression=4
     ) as store:
-        record = VolumeRecord(
+        volume = VolumeRecord(
             name="NAME", domain="a", body_part="none", content_key="a", source="a", affine=np.eye(4),
             latent=torch.randn(4, 9, 8, 10), spacing=(1.5, 1.5, 1.5), intensity={},
         )  # fmt: skip
-        store.add(record)
+        store.add(volume)
     torch.manual_seed(0)
     model = MeDUET(CONFIG)
     checkpoint = Path("RUN/checkpoints/200000")
     checkpoint.mkdir(parents=True)
     model.save_pretrained(checkpoint / "teacher.safetensors")
     torch.save({"model": model.to_reference()}, "checkpoint_4999.pth")
-    settings = {"config": asdict(PretrainConfig()), "data": str(Path("STORE").resolve())}
+    record = {"config": asdict(PretrainConfig()), "data": str(Path("STORE").resolve()), "step": 200000}
     for folder in (checkpoint, Path("RUN")):
-        (folder / "run.json").write_text(json.dumps({**settings, "step": 200000}))
+        (folder / "run.json").write_text(json.dumps(record))
+    factors = Path("factors.safetensors")
+    write_factors("RUN", "STORE", factors, FactorsConfig(device="cpu"))
+    sizes = TransformerConfig(CONFIG.patch_size, hidden_size=12, depth=1, num_heads=2)
+    settings = SynthesisConfig(steps=1, workers=0, device="cpu", transformer=sizes)
+    train_synthesis(Path("STORE"), factors, Path("SYNTHESIS"), settings)
     return tmp_path
 
 
@@ -147,16 +155,18 @@ def test_python_runs_as_printed(place: Path, capsys: pytest.CaptureFixture[str])
     for words in [*shell_commands(README), *mentioned_commands(README)]:
         if words[0] in ("encode", "export") and "RUN" in words:
             assert main(words) == 0, words
+    session_of: dict[str, dict[str, Any]] = {}
     for page in PAGES:
         session: dict[str, Any] = {"__name__": "__main__"}
         for block in python_blocks(page):
             exec(compile(block, page.name, "exec", dont_inherit=True), session)
-        if page == README:
-            readme = session
+        session_of[page.name] = session
+    readme = session_of["README.md"]
     printed = capsys.readouterr().out
     assert "scan torch.Size([2, 2, 2, 24])" in printed
     assert "Swap(path='blocks.11.attn', before='monai.networks.blocks.selfattention.SABlock'" in printed
 
+    assert session_of["synthesis.md"]["image"].shape == (32, 32, 32)
     assert readme["style"].shape == (1, 6)
     assert readme["tokens"].shape == (2, 2, 2, 6)
     assert readme["factors"].content.shape == (1, 8, 24)
