@@ -187,7 +187,8 @@ class Tokenizer:
         axis, overlap = max(range(3), key=lambda number: shape[number]), self.OVERLAP // factor
         edges = [_window_edge(size, self.window // factor, overlap, 1) for size in shape]
         if edges == list(shape):
-            yield tuple(slice(0, factor * size) for size in shape), self.decode(latents[None])[0, 0]
+            whole = slice(0, factor * shape[0]), slice(0, factor * shape[1]), slice(0, factor * shape[2])
+            yield whole, self.decode(latents[None])[0, 0]
             return
         x = (latents[None] / self.scale).to(self.device, torch.float32)  # (1, C, x, y, z)
         weight = compute_importance_map(tuple(edges), "gaussian", self.SIGMA, self.device)  # (x', y', z')
@@ -215,7 +216,8 @@ class Tokenizer:
             for window in group:
                 inside = [slice(factor * part.start, factor * part.stop) for part in window]
                 inside[axis] = slice(0, slab[axis])
-                total[tuple(inside)] += weight * self.network.decode(x[(..., *window)])[0, 0]
+                cut = (slice(None), slice(None), *window)
+                total[tuple(inside)] += weight * self.network.decode(x[cut])[0, 0]
                 weights[tuple(inside)] += weight
 
     def _in_windows(

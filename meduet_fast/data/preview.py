@@ -60,26 +60,35 @@ def write_preview(path: Path, preview: Preview) -> None:
     scale = np.array(preview.spacing) / min(preview.spacing)  # pixels a voxel
     whole, parts = [], []
     for name, plane in PLANES.items():
-        panel = _panel(image, plane, corner + edges // 2, scale)
+        panel = draw_slice(image, plane, corner + edges // 2, scale)
         _, across, up = plane
         left, top = corner[across] * scale[across], panel.height - (corner + edges)[up] * scale[up]
         right, bottom = left + edges[across] * scale[across], top + edges[up] * scale[up]
         ImageDraw.Draw(panel).rectangle((left, top, right - 1, bottom - 1), outline=FRAME)
         whole.append((name, panel))
         parts += [
-            (caption, _panel(volume, plane, edges // 2, ZOOM * scale))
+            (caption, draw_slice(volume, plane, edges // 2, ZOOM * scale))
             for caption, volume in ((name, block), ("decoded", decoded))
         ]
     psnr = -10 * math.log10(max(float(np.square(decoded - block).mean()), 1e-10))
     voxels = " x ".join(f"{mm:g}" for mm in preview.spacing)
     pixels_per_mm = 1 / min(preview.spacing)
     rows = [
-        _text(preview.title),
-        _text(f"{_window(preview.intensity)}; voxels of {voxels} mm"),
-        _row(whole, pixels_per_mm),
-        _text(f"the block in the frame, and decoded from its latents: PSNR {psnr:.1f} dB"),
-        _row(parts, ZOOM * pixels_per_mm),
+        draw_text(preview.title),
+        draw_text(f"{_window(preview.intensity)}; voxels of {voxels} mm"),
+        draw_row(whole, pixels_per_mm),
+        draw_text(f"the block in the frame, and decoded from its latents: PSNR {psnr:.1f} dB"),
+        draw_row(parts, ZOOM * pixels_per_mm),
     ]
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Image.Image]) -> None:
+    """Write a PNG of rows below each other.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     width, height = max(row.width for row in rows), sum(row.height for row in rows)
     page, top = Image.new("RGB", (width + 2 * GAP, height + 2 * GAP)), GAP
     for row in rows:
@@ -99,7 +108,9 @@ def _window(rule: IntensityRule) -> str:
     return f"percentiles {limits} of the non-zero voxels"
 
 
-def _panel(volume: np.ndarray, plane: tuple[int, int, int], at: np.ndarray, scale: np.ndarray) -> Image.Image:
+def draw_slice(
+    volume: np.ndarray, plane: tuple[int, int, int], at: np.ndarray, scale: np.ndarray
+) -> Image.Image:
     """Draw a slice of a volume (X, Y, Z); ``scale`` is in pixels a voxel."""
     cut, across, up = plane
     grey = np.flipud(volume.take(at[cut], axis=cut).T)  # (up, across)
@@ -108,9 +119,9 @@ def _panel(volume: np.ndarray, plane: tuple[int, int, int], at: np.ndarray, scal
     return shown.resize(size, Image.Resampling.NEAREST).convert("RGB")
 
 
-def _row(panels: Sequence[tuple[str, Image.Image]], pixels_per_mm: float) -> Image.Image:
+def draw_row(panels: Sequence[tuple[str, Image.Image]], pixels_per_mm: float) -> Image.Image:
     """Put panels side by side, a caption above each and a scale bar below."""
-    captions = [_text(caption) for caption, _ in panels]
+    captions = [draw_text(caption) for caption, _ in panels]
     widths = [max(caption.width, panel.width) for caption, (_, panel) in zip(captions, panels, strict=True)]
     height = max(panel.height for _, panel in panels)
     row = Image.new("RGB", (sum(widths) + GAP * (len(panels) - 1), height + 2 * LINE))
@@ -123,11 +134,12 @@ def _row(panels: Sequence[tuple[str, Image.Image]], pixels_per_mm: float) -> Ima
     bar = next((mm for mm in BARS_MM if mm <= shortest), BARS_MM[-1])
     length = round(bar * pixels_per_mm)
     ImageDraw.Draw(row).line((0, height + 1.5 * LINE, length - 1, height + 1.5 * LINE), fill="white", width=2)
-    row.paste(_text(f"{bar} mm"), (length + GAP, height + LINE))
+    row.paste(draw_text(f"{bar} mm"), (length + GAP, height + LINE))
     return row
 
 
-def _text(text: str) -> Image.Image:
+def draw_text(text: str) -> Image.Image:
+    """Draw a line of text."""
     font = ImageFont.load_default(size=13)
     line = Image.new("RGB", (math.ceil(font.getlength(text)), LINE))
     ImageDraw.Draw(line).text((0, 0), text, fill="white", font=font)
