@@ -321,11 +321,10 @@ def _synthesize_evaluate_arguments(parser: ArgumentParser) -> None:
 
 def _synthesize_evaluate(arguments: Namespace) -> int:
     from meduet_fast.synthesis.evaluation import evaluate
-    from meduet_fast.synthesis.generators import open_generator
     from meduet_fast.synthesis.judge import EvaluateConfig
 
     config = _built(EvaluateConfig, arguments)
-    print(f"{evaluate(arguments.runs, arguments.output, config, open_generator)}: open it in a browser")
+    print(f"{evaluate(arguments.runs, arguments.output, config)}: open it in a browser")
     return 0
 
 

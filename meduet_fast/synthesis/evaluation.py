@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from meduet_fast.autoencoder import Tokenizer, load_tokenizer
 from meduet_fast.data.held_out import HELD_OUT_VOLUMES, HeldOut
 from meduet_fast.data.store import LatentStore
@@ -22,8 +25,9 @@ from .conditions import choose_windows
 from .crops import check_table
 from .factors import FactorTable
 from .features import FeatureNetwork, SliceFeatures, TokenizerFeatures
-from .judge import EvaluateConfig, Judge, SampleLatents
+from .judge import EvaluateConfig, Judge, SampleLatents, Scales
 from .measures import Bench
+from .pipeline import MeDUETPipeline, SamplingSettings
 from .report import write_report
 
 FOLDER = "evaluation"
@@ -31,8 +35,37 @@ FOLDER = "evaluation"
 OpenGenerator = Callable[[Path, FactorTable, EvaluateConfig], tuple[SampleLatents, Mapping[str, str]]]
 
 
+def open_pipeline(
+    run: Path, table: FactorTable, config: EvaluateConfig
+) -> tuple[SampleLatents, Mapping[str, str]]:
+    """Open the last checkpoint of a run; each of its samples is one window of the table.
+
+    Raises:
+        UserError: see :meth:`~.pipeline.MeDUETPipeline.from_run`.
+    """
+    pipeline = MeDUETPipeline.from_run(run, config.average).to(select_device(config.device))
+
+    def asked(row: int) -> str:
+        x, y, z = table.start[row].tolist()
+        return f"{table.volumes[int(table.volume[row])]['name']}@{x},{y},{z}"
+
+    def sample(content: Sequence[int], style: Sequence[int], scales: Scales, seeds: Sequence[int]) -> Tensor:
+        settings = SamplingSettings(
+            config.steps, config.sampler, *scales, mode=config.mode, batch_size=config.batch_size
+        )
+        made = pipeline.sample(
+            [asked(row) for row in content], [asked(row) for row in style], seeds, settings=settings
+        )
+        return torch.stack([one.latents for one in made])  # (N, C, x, y, z)
+
+    return sample, {name: str(value) for name, value in pipeline.about()["network"].items()}
+
+
 def evaluate(
-    runs: Sequence[Path], output: Path | None, config: EvaluateConfig, open_generator: OpenGenerator
+    runs: Sequence[Path],
+    output: Path | None,
+    config: EvaluateConfig,
+    open_generator: OpenGenerator = open_pipeline,
 ) -> Path:
     """Evaluate runs of synthesis on the same held-out places, with the same seeds.
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from meduet_fast.errors import UserError
-from meduet_fast.synthesis.evaluation import evaluate
+from meduet_fast.synthesis.evaluation import evaluate, open_pipeline
 from meduet_fast.synthesis.factors import FactorsConfig, FactorTable, write_factors
 from meduet_fast.synthesis.judge import EvaluateConfig
+from meduet_fast.synthesis.pipeline import MeDUETPipeline
 
 from .material import Volumes, write_run, write_store
+from .pipelines import make_network, make_parts, make_run
 
 GRIDS: Volumes = {"a0": ("a", (16, 8, 8)), "b0": ("b", (16, 8, 8)), "c0": ("c", (16, 8, 6))}
 CONFIG = EvaluateConfig(samples=6, decoded=2, scales=((1.0, 1.0),), device="cpu")
@@ -104,3 +106,30 @@ def test_what_is_no_run_of_synthesis_and_missing_outputs_are_refused(made: Path,
         evaluate([made / "scratch", made / "transferred"], None, CONFIG, open_noise)
     with pytest.raises(UserError, match="two of the name scratch"):
         evaluate([made / "scratch"] * 2, tmp_path, CONFIG, open_noise)
+
+
+def test_a_run_is_sampled_by_its_pipeline(tmp_path: Path) -> None:
+    make_parts(tmp_path)
+    run, table = make_run(tmp_path, make_network()), FactorTable.open(tmp_path / "factors.safetensors")
+    record = json.loads((run / "run.json").read_text())
+    record["config"] |= {"held_out": "volumes", "held_out_fraction": 0.3}
+    (run / "run.json").write_text(json.dumps({**record, "held_out_volumes": ["ct_a"]}))
+    config = EvaluateConfig(samples=4, decoded=2, scales=((1.0, 2.0),), steps=2, device="cpu")
+
+    sample, origin = open_pipeline(run, table, config)
+    content, style = 3, len(table.volume) - 1
+    made = sample([content, style], [style, content], (1.0, 2.0), [5, 6])
+    x, y, z = table.start[content].tolist()
+    a, b, c = table.start[style].tolist()
+    [expected] = MeDUETPipeline.from_run(run)(
+        f"ct_a@{x},{y},{z}", f"mr@{a},{b},{c}", seeds=[5], steps=2, content_scale=1.0, style_scale=2.0
+    )
+    assert (table.volumes[int(table.volume[content])]["name"], made.shape) == ("ct_a", (2, 4, 8, 8, 8))
+    torch.testing.assert_close(made[0], expected.latents)
+    assert origin["average"] == "power_0.100"
+
+    page = evaluate([run], None, config)
+    numbers = json.loads((page.parent / "evaluation.json").read_text())
+    assert numbers["volumes"] == ["ct_a"]
+    assert "kid/tokenizer" in numbers["generators"][0]["scales"][0]["figures"]
+    assert (page.parent / "run-grid.png").is_file()
