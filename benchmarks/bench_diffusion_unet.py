@@ -4,8 +4,8 @@
 
 Both have the same channels, residual blocks, attention levels and heads, and one token as context; both use
 PyTorch's fused attention, and both are compiled whole. A step is forward, backward and AdamW. bfloat16 is by
-autocast, with float32 weights. They are not one function: ours is held to its own definition, MONAI's to finite
-numbers of the right shape.
+autocast, with float32 weights. They are not one function: ours is held to its own definition, MONAI's to
+finite numbers of the right shape.
 """
 
 from __future__ import annotations
