@@ -26,8 +26,9 @@ demo-synthesis: $(DEMO)/factors.safetensors
 	$(TRAIN) --output $(SYNTHESIS)/sit-aligned --config sit_demo --diffusion.align 0.5
 	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --content tokens
 	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
+	$(TRAIN) --output $(SYNTHESIS)/unet-transferred --config unet_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5
-	$(BIN)/meduet-fast synthesize evaluate $(wildcard $(SYNTHESIS)/sit-*) --output $(SYNTHESIS)/evaluation
+	$(BIN)/meduet-fast synthesize evaluate $(SYNTHESIS)/sit-* $(SYNTHESIS)/unet-* --output $(SYNTHESIS)/evaluation
 
 $(DEMO)/factors.safetensors: | $(READY)
 	$(BIN)/meduet-fast factors $(DEMO)/run --data $(DEMO)/store --output $@ --window 12 --stride 2 --tokens true \

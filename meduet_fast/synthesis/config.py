@@ -80,6 +80,8 @@ class DiffusionConfig:
         min_snr: largest signal-to-noise ratio that the loss of "epsilon" counts by; null counts all alike.
         drop_content: part of the crops whose content is left out.
         drop_style: part of the crops whose style is left out.
+        content_noise: deviation of the noise on content in training, in deviations of each dimension: it covers
+            traces of the scanner, which are finer than the anatomy.
         align: weight of the alignment of the network's tokens to the pretrained encoder's; 0 leaves it out.
         align_until: part of the steps after which alignment ends.
     """
@@ -90,12 +92,13 @@ class DiffusionConfig:
     min_snr: float | None = 5.0
     drop_content: float = 0.2
     drop_style: float = 0.2
+    content_noise: float = 0.0
     align: float = 0.0
     align_until: float = 0.5
 
     def __post_init__(self) -> None:
         check_numbers(self, POSITIVE, "shift", "min_snr")
-        check_numbers(self, FROM_0, "align")
+        check_numbers(self, FROM_0, "align", "content_noise")
         check_numbers(self, SHARE, "drop_content", "drop_style")
         check_numbers(self, Range(0, 1), "align_until")
         if self.objective == "epsilon" and self.times != "uniform":

@@ -96,11 +96,15 @@ class SynthesisTraining(Task):
             draw(size, generator=generator, device=device), config.times, config.shift, config.objective
         )  # (B,)
         dropped = torch.rand(2, size, generator=generator, device=device)  # (2, B)
+        content = batch["content_map" if self.config.content == "tokens" else "content"].float()
+        if config.content_noise:
+            spread = config.content_noise * self.network.content_deviation  # (D,)
+            content = content + spread * torch.randn(content.shape, generator=generator, device=device)
         prepared = {
             "latents": latents,
             "noise": noise,
             "times": times,
-            "content": batch["content_map" if self.config.content == "tokens" else "content"].float(),
+            "content": content,  # (B, D) or (B, X, Y, Z, D)
             "style": batch["style"],
             "content_dropped": dropped[0] < config.drop_content,  # (B,)
             "style_dropped": dropped[1] < config.drop_style,  # (B,)

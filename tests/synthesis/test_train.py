@@ -130,6 +130,18 @@ def test_noise_and_times_are_the_batchs_own(place: Path) -> None:
     assert (one["times"] < 1).all()
 
 
+def test_noise_covers_content_in_training(place: Path) -> None:
+    table = FactorTable.open(place / "factors.safetensors")
+    config = replace(CONFIG, diffusion=DiffusionConfig(content_noise=0.5))
+    task = build_task(config, table, build_network(config, table))
+    content = table.content[:2].repeat(500, 1)
+    latents = torch.zeros(1000, 4, 4, 6, 4, dtype=torch.bfloat16)
+    batch = {"latents": latents, "content": content, "style": table.style[:1].repeat(1000, 1)}
+    noise = (task.prepare(batch, batch_generator(0, 1))["content"] - content) / table.content_deviation
+    torch.testing.assert_close(noise.std(0), torch.full((12,), 0.5), rtol=0.1, atol=0)
+    torch.testing.assert_close(noise.mean(0), torch.zeros(12), rtol=0, atol=0.06)
+
+
 def test_a_killed_run_goes_on_to_the_bit(place: Path, tmp_path: Path) -> None:
     """SIGKILL in the fourth step: from the checkpoint of step 2."""
     config = replace(CONFIG, **KINDS["aligned"])
