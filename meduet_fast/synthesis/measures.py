@@ -58,8 +58,10 @@ def ratio_estimate(above: np.ndarray, below: np.ndarray, volumes: np.ndarray, se
         volumes: (N,) volume of each; all values of a volume are drawn together.
         seed: of the bootstrap.
     """
-    low, high = bootstrap_interval(above, volumes, below, seed)
-    return Estimate(float(above.mean() / below.mean()), low, high, len(above))
+    value = float(above.mean() / below.mean())
+    # One crop is one volume: as of any single volume, the ends are the value.
+    low, high = bootstrap_interval(above, volumes, below, seed) if len(above) > 1 else (value, value)
+    return Estimate(value, low, high, len(above))
 
 
 def mean_estimate(values: np.ndarray, volumes: np.ndarray, seed: int) -> Estimate:

@@ -242,6 +242,7 @@ def test_intervals_are_over_volumes() -> None:
     same = mean_estimate(np.tile([0.0, 1.0], 16), volumes, seed=0)
     assert same.low == same.value == same.high == 0.5
     assert ratio_estimate(2 * np.ones(4), np.ones(4), np.arange(4), seed=0).value == 2
+    assert mean_estimate(np.ones(1), np.zeros(1), seed=0).high == 1  # of one crop
 
 
 def test_halves_of_volumes_tell_the_error_of_a_mean() -> None:
