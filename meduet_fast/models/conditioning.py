@@ -78,10 +78,17 @@ class ContentMap(nn.Module):
     """Project content tokens on a few channels: all that a network sees of them, so that style finds no way.
 
     Rows that are dropped get a learnt token everywhere.
+
+    Args:
+        content_dim: D.
+        channels: that are left.
+        pool: tokens along each axis whose mean the network sees: noise and sharpness of a scanner are finer
+            than its anatomy.
     """
 
-    def __init__(self, content_dim: int, channels: int) -> None:
+    def __init__(self, content_dim: int, channels: int, pool: int) -> None:
         super().__init__()
+        self.pool = pool
         self.proj = nn.Linear(content_dim, channels)
         self.null = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -90,8 +97,14 @@ class ContentMap(nn.Module):
         """Draw a null token of length 1, about."""
         nn.init.normal_(self.null, std=len(self.null) ** -0.5)
 
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Return means of tokens (B, X', Y', Z', D): (B, X'/pool, Y'/pool, Z'/pool, D), the rest cut off."""
+        if self.pool == 1:
+            return tokens
+        return F.avg_pool3d(tokens.movedim(-1, 1), self.pool).movedim(1, -1)
+
     def forward(self, tokens: Tensor, grid: Triple, dropped: Tensor) -> Tensor:
-        """Project standardised tokens (B, X', Y', Z', D) on a grid, trilinearly: (B, L, channels)."""
+        """Project standardised tokens, pooled, (B, X', Y', Z', D) on a grid, trilinearly: (B, L, channels)."""
         if tuple(tokens.shape[1:4]) != grid:
             # Of the tokens, not of their projection: no gradient passes here, whose sums CUDA takes in any
             # order.

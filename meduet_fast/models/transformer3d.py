@@ -90,6 +90,7 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         style_dim: Ds.
         content: "pooled", one vector for a crop; "tokens", a map.
         content_projection: channels that are left of content tokens.
+        content_pool: tokens of content along each axis whose mean it sees.
         prediction: "flow", the velocity n - z; "epsilon", the noise n.
         latents_mean, latents_std: of each channel; for those who normalise, the network itself does not.
         patch_size: p, in latent voxels.
@@ -114,6 +115,7 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         style_dim: int = 192,
         content: Content = "pooled",
         content_projection: int = 16,
+        content_pool: int = 1,
         prediction: Prediction = "flow",
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         latents_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
@@ -138,7 +140,9 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         self.grid = patch_grid((x, y, z), patch_size)
         self.patch_embed = PatchEmbed3d(in_channels, hidden_size, patch_size, (x, y, z), "sincos")
         self.time_embed = TimeEmbedding(hidden_size)
-        self.content_map = ContentMap(content_dim, content_projection) if content == "tokens" else None
+        self.content_map = (
+            ContentMap(content_dim, content_projection, content_pool) if content == "tokens" else None
+        )
         self.content_tokens = nn.Linear(content_projection, hidden_size) if content == "tokens" else None
         self.content_embed = FactorEmbedding(
             content_projection if content == "tokens" else content_dim, hidden_size
@@ -211,7 +215,9 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         content, style = self.standardised(content, style)  # (B, D) or (B, X', Y', Z', D); (B, Ds)
         content_dropped = no_row(content_dropped, sample)  # (B,)
         if self.content_map is not None and self.content_tokens is not None:
-            narrow = self.content_map(content, grid, content_dropped)  # (B, L, content_projection)
+            narrow = self.content_map(
+                self.content_map.pooled(content), grid, content_dropped
+            )  # (B, L, content_projection)
             x = x + self.content_tokens(narrow)  # (B, L, W)
             content = narrow.mean(1)  # (B, content_projection)
         content = self.content_embed(content, content_dropped)  # (B, W)

@@ -202,6 +202,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, K, X, Y, Z) to (B, K, 2X, 2Y, 2Z)."""
+        if x.device.type == "cpu" and min(x.shape[2:]) == 1:
+            # There torch 2.13's gradient of a transposed convolution in bfloat16 is memory never written to.
+            return self.conv(F.interpolate(x, scale_factor=2.0))  # (B, K, 2X, 2Y, 2Z)
         weight = self.conv.weight  # (K, K, 3, 3, 3)
         for axis in (2, 3, 4):
             before, here, after = weight.unbind(axis)
@@ -224,6 +227,7 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         style_dim: Ds.
         content: "pooled", one vector for a crop; "tokens", a map.
         content_projection: channels that are left of content tokens.
+        content_pool: tokens of content along each axis whose mean it sees.
         prediction: "flow", the velocity n - z; "epsilon", the noise n.
         latents_mean, latents_std: of each channel; for those who normalise, the network itself does not.
         patch_size: latent voxels along the edge of a voxel of the first level; 1 begins with a convolution.
@@ -249,6 +253,7 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         style_dim: int = 192,
         content: Content = "pooled",
         content_projection: int = 16,
+        content_pool: int = 1,
         prediction: Prediction = "flow",
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         latents_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
@@ -284,7 +289,9 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         self.time_embed = TimeEmbedding(width)
         self.style_embed = FactorEmbedding(style_dim, width)
         self.content_embed = FactorEmbedding(content_dim, width) if content == "pooled" else None
-        self.content_map = ContentMap(content_dim, content_projection) if content == "tokens" else None
+        self.content_map = (
+            ContentMap(content_dim, content_projection, content_pool) if content == "tokens" else None
+        )
         self.content_tokens = nn.Linear(content_projection, width) if content == "tokens" else None
 
         whole = patch_size == 1
@@ -379,6 +386,8 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         check_size(sample.shape, self.divisor)
         grid = patch_grid(sample.shape, self.patch_size)
         content, style = self.standardised(content, style)  # (B, D) or (B, X', Y', Z', D); (B, Ds)
+        if self.content_map is not None:
+            content = self.content_map.pooled(content)  # (B, X', Y', Z', D)
         conditions = Conditions(
             self.time_embed(timestep),  # (B, W)
             self.style_embed(style, no_row(style_dropped, sample)),  # (B, W)

@@ -119,6 +119,7 @@ class SynthesisConfig(EngineConfig):
         optimizer: AdamW and its learning rate.
         content: "pooled" is one vector of a crop; "tokens" a map of it, place by place.
         content_projection: width to which tokens of content are narrowed.
+        content_pool: tokens of content along each axis whose mean the network sees.
         factor_source: "own" are those of the crop; "volume" the means of its volume, the published ones.
         standardise: "table" brings every dimension of a factor to mean 0 and deviation 1; "none" is the
             published way.
@@ -138,6 +139,7 @@ class SynthesisConfig(EngineConfig):
     batch_size: int = 16
     content: Literal["pooled", "tokens"] = "pooled"
     content_projection: int = 16
+    content_pool: int = 1
     factor_source: FactorSource = "own"
     standardise: Literal["table", "none"] = "table"
     power_averages: tuple[float, ...] = (0.05, 0.1)
@@ -147,7 +149,7 @@ class SynthesisConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, FROM_1, "content_projection")
+        check_numbers(self, FROM_1, "content_projection", "content_pool")
         check_numbers(self, SHARE, "constant_average", "held_out_fraction")
         check_numbers(self, Range(0, WIDEST, above=True), "power_averages")
         if self.held_out == "volumes" and not self.held_out_fraction:

@@ -41,6 +41,7 @@ def build_network(config: SynthesisConfig, table: FactorTable) -> Network:
         "style_dim": table.style.shape[1],
         "content": config.content,
         "content_projection": config.content_projection,
+        "content_pool": config.content_pool,
         "prediction": config.diffusion.objective,
         "latents_mean": tuple(table.latents_mean.tolist()),
         "latents_std": tuple(table.latents_deviation.tolist()),

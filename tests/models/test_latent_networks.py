@@ -33,6 +33,20 @@ def test_any_box_and_batch(name: str, batch: int, size: tuple[int, int, int]) ->
     torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["transformer tokens", "U-Net tokens"])
+def test_pooled_tokens_are_means(name: str) -> None:
+    """What the network sees of a map is that of a coarser one."""
+    kind, own = NETWORKS[name]
+    coarse = network(name)
+    fine = kind(**SIZES, **own, content_pool=2)
+    fine.load_state_dict(coarse.state_dict())
+    sample, times, content, *rest = inputs(name, size=(4, 8, 4))  # (3, 2, 4, 2, 12) of content
+    wide = content.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    wide[:, ::2] += 1
+    wide[:, 1::2] -= 1
+    torch.testing.assert_close(fine(sample, times, wide, *rest), coarse(sample, times, content, *rest))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_starts_with_zeros(name: str) -> None:
     assert not network(name, started=False)(*inputs(name)).any()

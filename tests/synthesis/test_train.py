@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "transformer": {},
     "unet": {"network": "unet"},
     "tokens": {"content": "tokens"},
-    "unet tokens": {"network": "unet", "content": "tokens"},
+    "unet tokens": {"network": "unet", "content": "tokens", "content_pool": 2},
     "volume": {"factor_source": "volume", "standardise": "none"},
     "epsilon": {"diffusion": DiffusionConfig(objective="epsilon")},
     "aligned": {"diffusion": DiffusionConfig(times="logit_normal", align=0.5, align_until=0.5)},
