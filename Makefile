@@ -24,7 +24,8 @@ demo-synthesis: $(DEMO)/factors.safetensors
 	$(TRAIN) --output $(SYNTHESIS)/sit-scratch --config sit_demo
 	$(TRAIN) --output $(SYNTHESIS)/sit-transferred --config sit_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/sit-aligned --config sit_demo --diffusion.align 0.5
-	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --content tokens
+	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --content tokens --content_pool 2 \
+		--content_projection 8 --diffusion.content_noise 0.7
 	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
 	$(TRAIN) --output $(SYNTHESIS)/unet-transferred --config unet_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5
