@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,54 @@ def test_kernels_and_layers_need_torch_and_triton_alone() -> None:
     assert len(refusals) == 8
     assert all(line.endswith(hint) for line in refusals), refusals
     assert (done.stderr.splitlines()[-1], exit_code) == (f"meduet-fast: jsonargparse {hint}", "2")
+
+
+WITHOUT_DIFFUSERS = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffusers":
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Without())
+from meduet_fast.cli import COMMANDS, main
+for name in COMMANDS:
+    try:
+        print(main([*name.split(), "--help"]), name)
+    except SystemExit as stop:
+        assert stop.code == 0, name
+print(main(["synthesize", "train", "--data", "a", "--factors", "b", "--output", "c"]))
+"""
+UNTOUCHED = """
+import sys
+from meduet_fast.cli import COMMANDS, main
+import meduet_fast.synthesis, meduet_fast.synthesis.factors, meduet_fast.synthesis.crops
+for name in COMMANDS:
+    if not name.startswith("synthesize"):
+        try:
+            main([name, "--help"])
+        except SystemExit:
+            pass
+main(["factors", "absent", "--data", "absent", "--output", "here.safetensors"])
+assert "diffusers" not in sys.modules
+"""
+
+
+def test_diffusers_is_of_synthesis_alone(tmp_path: Path) -> None:
+    """All else works without it and never imports it; what needs it names its extra, in one line each."""
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        for code in (WITHOUT_DIFFUSERS, UNTOUCHED)
+    ]
+    assert [run.returncode for run in done] == [0, 0], [run.stderr for run in done]
+    lines = done[0].stderr.splitlines()
+    assert len(lines) >= 1
+    hint = "diffusers is not installed: pip install '.[synthesis]' in a clone of meduet-fast"
+    assert all(line.startswith("meduet-fast synthesize ") and line.endswith(hint) for line in lines), lines
+    assert lines[-1].startswith("meduet-fast synthesize train: ")
 
 
 def test_only_packages_of_others_are_of_an_extra() -> None:

@@ -104,7 +104,7 @@ class ContentMap(nn.Module):
         return F.avg_pool3d(tokens.movedim(-1, 1), self.pool).movedim(1, -1)
 
     def forward(self, tokens: Tensor, grid: Triple, dropped: Tensor) -> Tensor:
-        """Project standardised tokens, pooled, (B, X', Y', Z', D) on a grid, trilinearly: (B, L, channels)."""
+        """Project pooled standardised tokens (B, X', Y', Z', D) on a grid, trilinearly: (B, L, channels)."""
         if tuple(tokens.shape[1:4]) != grid:
             # Of the tokens, not of their projection: no gradient passes here, whose sums CUDA takes in any
             # order.

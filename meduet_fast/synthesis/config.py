@@ -80,8 +80,8 @@ class DiffusionConfig:
         min_snr: largest signal-to-noise ratio that the loss of "epsilon" counts by; null counts all alike.
         drop_content: part of the crops whose content is left out.
         drop_style: part of the crops whose style is left out.
-        content_noise: deviation of the noise on content in training, in deviations of each dimension: it covers
-            traces of the scanner, which are finer than the anatomy.
+        content_noise: deviation of the noise on content in training, in deviations of each dimension: it
+            covers traces of the scanner, which are finer than the anatomy.
         align: weight of the alignment of the network's tokens to the pretrained encoder's; 0 leaves it out.
         align_until: part of the steps after which alignment ends.
     """
