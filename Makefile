@@ -29,7 +29,8 @@ demo-synthesis: $(DEMO)/factors.safetensors
 	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
 	$(TRAIN) --output $(SYNTHESIS)/unet-transferred --config unet_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5
-	$(BIN)/meduet-fast synthesize evaluate $(SYNTHESIS)/sit-* $(SYNTHESIS)/unet-* --output $(SYNTHESIS)/evaluation
+	$(BIN)/meduet-fast synthesize evaluate $(SYNTHESIS)/sit-* $(SYNTHESIS)/unet-* --output $(SYNTHESIS)/evaluation \
+		--samples 48 --decoded 12 --steps 12 --scales '[[2,2],[0,2],[2,0]]'
 
 $(DEMO)/factors.safetensors: | $(READY)
 	$(BIN)/meduet-fast factors $(DEMO)/run --data $(DEMO)/store --output $@ --window 12 --stride 2 --tokens true \

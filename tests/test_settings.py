@@ -19,10 +19,15 @@ from meduet_fast.models import MeDUETConfig
 from meduet_fast.prepare.prepare import PrepareConfig
 from meduet_fast.pretraining import ObjectiveConfig, OptimizerConfig, PretrainConfig
 from meduet_fast.settings import check_yaml
+from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig, TransformerConfig, UNetConfig
+from meduet_fast.synthesis.factors import FactorsConfig
+from meduet_fast.synthesis.judge import EvaluateConfig
+from meduet_fast.synthesis.sample import SampleConfig
 
 SETTINGS = [
     AdamWConfig, EncodeConfig, EngineConfig, MeDUETConfig, ObjectiveConfig, OptimizerConfig, PrepareConfig,
-    PretrainConfig, TokenizerTrainingConfig,
+    PretrainConfig, TokenizerTrainingConfig, FactorsConfig, SynthesisConfig, TransformerConfig, UNetConfig,
+    DiffusionConfig, SampleConfig, EvaluateConfig,
 ]  # fmt: skip
 NUMBERS = [
     (settings, name, kind)

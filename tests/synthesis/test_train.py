@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from meduet_fast.cli import PACKAGED, _parse
 from meduet_fast.engine import AdamWConfig
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
 from meduet_fast.engine.metrics import read_metrics
@@ -191,6 +193,25 @@ def test_a_plan_tells_the_run_and_writes_nothing(place: Path, tmp_path: Path) ->
     assert "aligned until step 3" in text
     assert "4 x 6 x 4 latent voxels" in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGED["synthesize train"].glob("*.yaml")))
+def test_packaged_networks_can_be_built(name: str) -> None:
+    """For windows of the published size, or the demo's; widths are those of the encoders to transfer from."""
+    arguments = _parse("synthesize train", ["--config", name, "--data", "a", "--factors", "b"])
+    config = SynthesisConfig(**{item.name: arguments[item.name] for item in fields(SynthesisConfig)})
+    demo = name.endswith("demo")
+    dim, statistics = (96, torch.ones(96)) if demo else (768, torch.ones(768))
+    table: Any = SimpleNamespace(
+        window=(12, 12, 12) if demo else (64, 64, 32), patch=2 if demo else 4,
+        content=torch.empty(1, dim), style=torch.empty(1, dim), latents_mean=torch.zeros(4),
+        latents_deviation=torch.ones(4),
+        **{f"{kind}_{what}": statistics for kind in ("content", "style") for what in ("mean", "deviation")},
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = build_network(replace(config, standardise="none"), table)
+    widths = {"sit_s": 384, "sit_b": 768, "sit_l": 960, "sit_xl": 1152, "unet_b": 768}
+    assert network.feature_width == widths.get(name, 96)
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path) -> None:
