@@ -166,13 +166,15 @@ def _require(arguments: Namespace, *names: str) -> None:
 
 
 def _pretrain(arguments: Namespace) -> int:
-    from meduet_fast.pretraining.dry_run import print_plan
+    from meduet_fast.engine.dry_run import print_plan
+    from meduet_fast.pretraining.dry_run import format_plan
 
     from .pretraining import PretrainConfig, pretrain
 
     config = _built(PretrainConfig, arguments)
     if arguments.dry_run:
-        print_plan(config, arguments.data, arguments.output, arguments.resume, arguments.init)
+        given = arguments.output, arguments.resume, arguments.init
+        print_plan(lambda processes, local: format_plan(config, arguments.data, processes, local, *given))
         return 0
     _require(arguments, "data", "output")
     result = pretrain(arguments.data, arguments.output, config, arguments.resume, arguments.init)
@@ -282,13 +284,14 @@ def _synthesize_train_arguments(parser: ArgumentParser) -> None:
 
 
 def _synthesize_train(arguments: Namespace) -> int:
+    from meduet_fast.engine.dry_run import print_plan
     from meduet_fast.synthesis.config import SynthesisConfig
-    from meduet_fast.synthesis.train import print_plan, train_synthesis
+    from meduet_fast.synthesis.train import format_plan, train_synthesis
 
     config = _built(SynthesisConfig, arguments)
     given = arguments.data, arguments.factors, arguments.output, config, arguments.resume, arguments.init
     if arguments.dry_run:
-        print_plan(*given)
+        print_plan(lambda processes, local: format_plan(*given, processes, local))
         return 0
     _require(arguments, "output")
     return _tell_end(train_synthesis(*given), arguments.output, config.steps)

@@ -15,7 +15,7 @@ from meduet_fast.weight_files import listed
 
 from .checkpoint import find_start
 from .config import EngineConfig
-from .distributed import launched, refuse_lone_tasks
+from .distributed import launch_number, launched, refuse_lone_tasks
 from .loggers import require_loggers
 from .loop import refuse_graph
 from .parallel import shard_count
@@ -115,6 +115,20 @@ def describe_run(
         what = f": {losses(start)}" if losses(start) else ""
         rows.append(("compute", f"{si(flops, 'FLOP')} a {task.sample} from step {start} on{what}"))
     return [*rows, ("compute", f"{si(total, 'FLOP')} in all")]
+
+
+def print_plan(form: Callable[[int, int], str]) -> None:
+    """Print the plan of a run for the processes that torchrun started, once.
+
+    Args:
+        form: formats it, for so many processes in all and on this machine.
+
+    Raises:
+        UserError: as ``form``; for variables of a launcher that make no sense.
+    """
+    processes = launch_number("WORLD_SIZE", 1)
+    if launch_number("RANK", 0) == 0:
+        print(form(processes, launch_number("LOCAL_WORLD_SIZE", processes)))
 
 
 def format_rows(rows: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,6 @@ import torch
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.beginning import find_beginning
-from meduet_fast.engine.distributed import launch_number
 from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
 from meduet_fast.engine.parallel import shard_count
 
@@ -95,24 +94,6 @@ def format_plan(
     rows.append(("disk", f"{config.keep_checkpoints} checkpoints of {si(_CHECKPOINT_BYTES * count, 'B')}"))
     rows += [("warning", doubt) for doubt in (*config.doubts(domains), *doubts)]
     return format_rows(rows)
-
-
-def print_plan(
-    config: PretrainConfig,
-    data: Path | None = None,
-    output: Path | None = None,
-    resume: bool = False,
-    init: Path | None = None,
-) -> None:
-    """Print the plan of a run for the processes that torchrun started, once.
-
-    Raises:
-        UserError: as :func:`format_plan`.
-    """
-    processes = launch_number("WORLD_SIZE", 1)
-    if launch_number("RANK", 0) == 0:
-        local = launch_number("LOCAL_WORLD_SIZE", processes)
-        print(format_plan(config, data, processes, local, output, resume, init))
 
 
 def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:

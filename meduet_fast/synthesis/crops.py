@@ -153,6 +153,11 @@ class WindowBatches:
         """Return the store whose crops they are."""
         return self._store
 
+    @property
+    def training_windows(self) -> int:
+        """Count the windows that batches are drawn from."""
+        return len(self._rows)
+
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and dtype of every entry of a batch."""
         size, table = self._batch_size, self._table
@@ -235,6 +240,7 @@ class FactorCrops(LoadedCrops, Batches):
 
     Attributes:
         held_out: what is never trained on.
+        windows: how many there are to train on.
 
     Raises:
         UserError: see :class:`WindowBatches`.
@@ -255,7 +261,7 @@ class FactorCrops(LoadedCrops, Batches):
             store, table, config.batch_size, config.seed, held_out, factors, tokens, aligned, window
         )
         super().__init__(batches, config.workers, config.timeout_s)
-        self.held_out = held_out
+        self.held_out, self.windows = held_out, batches.training_windows
         self.identity = hashlib.sha256(f"{store.identity()} {table.identity}".encode()).hexdigest()
         self.record = {"factors": printable(in_real_folder(table.path)), "factors_identity": table.identity}
         if held_out.kind == "volumes":

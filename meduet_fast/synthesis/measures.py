@@ -19,7 +19,7 @@ from meduet_fast.autoencoder import Tokenizer
 from meduet_fast.data.crops import EVALUATION, random_stream
 from meduet_fast.data.windows import Start
 from meduet_fast.models import MeDUET
-from meduet_fast.probing import StyleStatistics, restyle_region, style_statistics
+from meduet_fast.probing import StyleStatistics, restyle_region_by_statistics, style_statistics
 from meduet_fast.probing.probe import fit_probe
 
 from .conditions import Condition, Windows
@@ -189,13 +189,12 @@ class Bench:
         return drawn * self.deviation + self.mean  # (N, C, x, y, z)
 
     def exchanged(self) -> Tensor:
-        """Let the pretrained decoder give each content the style asked for; see ``restyle_region``."""
+        """Let the pretrained decoder give each content the style asked for; by statistics."""
         results = []
         for item in self.conditions:
             content, style = self.rows([item.content, item.style])  # (C, x, y, z) each
             own, donor = (self._style(row) for row in (item.content, item.style))
-            changed = restyle_region(self.model, content, style, own, donor, self.whole)
-            results.append(changed.result.by_statistics)
+            results.append(restyle_region_by_statistics(self.model, content, style, own, donor, self.whole))
         return torch.stack(results)  # (N, C, x, y, z)
 
     def measure(

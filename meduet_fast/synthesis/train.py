@@ -21,7 +21,7 @@ from meduet_fast.models.unet3d import MeDUETUNet3D
 
 from .alignment import AlignmentHead
 from .config import SynthesisConfig
-from .crops import FactorCrops, training_windows
+from .crops import FactorCrops
 from .factors import FactorTable
 from .networks import Network
 from .task import SynthesisTraining
@@ -147,11 +147,10 @@ def format_plan(
         task = build_task(config, table, network)
     check_start(task, config, output, crops.identity, resume, processes)
     x, y, z = table.window
-    windows = len(training_windows(table, crops.held_out))
     count = si(sum(parameter.numel() for parameter in network.parameters()), "")
     rows: Rows = [
         ("network", f"{type(network).__name__}, {count} parameters"),
-        ("crops", f"windows of {x} x {y} x {z} latent voxels, {windows} to train on"),
+        ("crops", f"windows of {x} x {y} x {z} latent voxels, {crops.windows} to train on"),
         ("objective", f"{config.diffusion.objective}, content {config.content}"
                       + f", aligned until step {task.phase_starts()[0]}" * bool(task.phase_starts())),
         ("data", f"{len(table.volumes)} volumes; held out: {crops.held_out.describe()}"),
@@ -159,22 +158,3 @@ def format_plan(
     rows += _beginning(init, network, output, resume).rows
     rows += describe_run(task, config, processes, local)
     return format_rows(rows)
-
-
-def print_plan(
-    data: Path,
-    factors: Path,
-    output: Path | None,
-    config: SynthesisConfig,
-    resume: bool = False,
-    init: Path | None = None,
-) -> None:
-    """Print the plan of a run for the processes that torchrun started, once.
-
-    Raises:
-        UserError: as :func:`format_plan`.
-    """
-    processes = launch_number("WORLD_SIZE", 1)
-    if launch_number("RANK", 0) == 0:
-        local = launch_number("LOCAL_WORLD_SIZE", processes)
-        print(format_plan(data, factors, output, config, resume, init, processes, local))

@@ -19,6 +19,7 @@ from meduet_fast.autoencoder.weights import load_tokenizer, save_safetensors
 from meduet_fast.data.intensity import IntensityRule
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.models import MeDUET, MeDUETConfig
+from tests.networks import moved_network
 
 RULE = IntensityRule("ct_window", 0.0, 1000.0)
 CONFIG = MeDUETConfig(
@@ -34,12 +35,7 @@ def _one_thread(one_thread: None) -> None:
 
 def network(config: MeDUETConfig = CONFIG) -> MeDUET:
     """Every parameter is away from its first value."""
-    torch.manual_seed(0)
-    model = MeDUET(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.requires_grad_(False).eval()
+    return moved_network(config)
 
 
 class PoolingTokenizer(Tokenizer):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
+from meduet_fast.engine.dry_run import print_plan
 from meduet_fast.engine.parallel import shard_count
 from meduet_fast.errors import UserError
 from meduet_fast.lock import FolderLock
@@ -38,7 +39,7 @@ from meduet_fast.pretraining.cost import (
     flops_per_sample,
     memory_estimate,
 )
-from meduet_fast.pretraining.dry_run import format_plan, format_sizes, print_plan
+from meduet_fast.pretraining.dry_run import format_plan, format_sizes
 from meduet_fast.pretraining.train import LatentCrops
 
 OBJECTIVES = [
@@ -153,14 +154,17 @@ def test_a_store_that_does_not_fit_is_refused(tiny_store: Path, tiny_config: Pre
 def test_the_plan_is_printed_once(
     tiny_config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def form(processes: int, local: int) -> str:
+        return format_plan(tiny_config, None, processes, local)
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        print_plan(tiny_config)
+        print_plan(form)
         assert capsys.readouterr().out.count("2 processes") == lines
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE is 'two', expected a number"):
-        print_plan(tiny_config)
+        print_plan(form)
 
 
 def test_the_table_of_sizes(tiny_config: PretrainConfig) -> None:

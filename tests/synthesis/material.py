@@ -12,6 +12,7 @@ import torch
 from meduet_fast.data.store import LatentStore
 from meduet_fast.data.store_writer import StoreWriter, VolumeRecord
 from meduet_fast.models import MeDUET, MeDUETConfig
+from tests.networks import moved_network
 
 CONFIG = MeDUETConfig(
     latent_size=4, patch_size=2, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,
@@ -26,12 +27,7 @@ VOLUMES: Volumes = {
 
 def network(config: MeDUETConfig = CONFIG) -> MeDUET:
     """Every parameter is away from its first value."""
-    torch.manual_seed(0)
-    model = MeDUET(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.requires_grad_(False).eval()
+    return moved_network(config)
 
 
 def write_store(path: Path, volumes: Volumes = VOLUMES, tokenizer: str = "fake-1") -> LatentStore:
