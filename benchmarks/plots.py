@@ -187,7 +187,7 @@ def ablation(results: Results) -> Figure | None:
 
 @styled
 def history(runs: Sequence[Results]) -> Figure | None:
-    """Headline figures over the runs of one device, oldest first; None for fewer than two runs."""
+    """Headline figures over the runs of one device, oldest first; None if no benchmark ran twice."""
     ratios: dict[str, list[tuple[int, float]]] = {}
     rates: dict[str, list[tuple[int, float]]] = {}
     for number, results in enumerate(runs):
@@ -198,7 +198,7 @@ def history(runs: Sequence[Results]) -> Figure | None:
     panels = [(ratios, "Ours against the strongest peer", "times as fast (geometric mean)")]
     if rates:
         panels.append((rates, "Throughput of ours, best case", "samples/s"))
-    if len(runs) < 2 or not ratios:
+    if all(len(points) < 2 for points in ratios.values()):
         return None
     figure, axes = subplots(3.6 * len(panels), len(panels), 1)
     looks = {bench: _look(number) for number, bench in enumerate(ratios)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from meduet_fast.files import atomic_path
@@ -75,6 +76,17 @@ def load_runs(folders: Sequence[Path]) -> dict[str, list[Results]]:
     return dict(sorted(runs.items()))
 
 
+def newest(runs: Sequence[Results]) -> list[Results]:
+    """Return the runs of a device, newest first, each with the benchmarks that no newer one has."""
+    kept, seen = [], set[str]()
+    for results in reversed(runs):
+        rows = [row for row in results.rows if row.bench not in seen]
+        if rows:
+            kept.append(replace(results, rows=rows))
+            seen.update(row.bench for row in rows)
+    return kept
+
+
 def provenance_table(results: Results) -> Table:
     """Where and with what a run was measured, and the peaks that it found."""
     rows = [[name, value] for name, value in results.provenance.items()]
@@ -87,23 +99,26 @@ def provenance_table(results: Results) -> Table:
 
 
 def _headline_table(runs: dict[str, list[Results]]) -> Table:
-    """All devices' headlines, latest run each."""
+    """All devices' headlines, latest run of each benchmark."""
     header = ["device", "date", *HEADLINE_HEADER]
     rows = []
-    for device, results in runs.items():
-        date = results[-1].provenance["date"][:10]
-        rows += [[device, date, *row] for row in headline_table(results[-1]).rows]
+    for device, found in runs.items():
+        for results in newest(found):
+            date = results.provenance["date"][:10]
+            rows += [[device, date, *row] for row in headline_table(results).rows]
     if not any(TARGET in device for device in runs):
         rows.append([TARGET, "", "not measured", *[""] * (len(header) - 3)])
     return Table(header, rows)
 
 
 def _device_section(runs: Sequence[Results], pictures: Sequence[tuple[str, str]]) -> str:
-    latest = runs[-1]
-    parts = [f"## {latest.provenance['device']}", markdown(provenance_table(latest))]
-    parts += [f"![{caption}]({PICTURES}/{name})\n\n*{caption}*" for name, caption in pictures]
-    for bench in benches(latest):
-        parts += [f"### {bench}", markdown(bench_table(latest, bench))]
+    parts = [f"## {runs[-1].provenance['device']}"]
+    for results in newest(runs):
+        parts.append(markdown(provenance_table(results)))
+        if results.provenance == runs[-1].provenance:
+            parts += [f"![{caption}]({PICTURES}/{name})\n\n*{caption}*" for name, caption in pictures]
+        for bench in benches(results):
+            parts += [f"### {bench}", markdown(bench_table(results, bench))]
     return "\n\n".join(parts)
 
 

@@ -99,11 +99,14 @@ def test_a_page_with_an_h100_has_the_scale_model(tmp_path):
     assert "Computed, not measured" in text
 
 
-def test_the_latest_run_of_a_device_counts(tmp_path):
-    newer = make_results("2026-01-03", rows=[Row("pool", "B=4", "ours", **timed(1))])
-    text = report(tmp_path, newer, make_results("2026-01-02"))
-    assert "### pool" in text
-    assert "### contrast" not in text
+def test_the_latest_run_of_a_benchmark_counts(tmp_path):
+    newer = [Row("pool", "B=4", "ours", **timed(1)), Row("loader", "crops", "ours", "read", **timed(12.5))]
+    text = report(tmp_path, make_results("2026-01-03", rows=newer), make_results("2026-01-02"))
+    headings = ["c03", "### pool", "### loader", "c02", "### contrast", "### step"]
+    assert [text.index(heading) for heading in headings] == sorted(map(text.index, headings))
+    assert text.count("### loader") == 1
+    assert "12.5 µs" in text
+    assert "47.0 µs" not in text
     assert [
         run.provenance["commit"] for run in load_runs([tmp_path / "results"])["NVIDIA H100 80GB HBM3"]
     ] == [
