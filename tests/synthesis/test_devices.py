@@ -17,11 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from meduet_fast.kernels import set_kernel_backend
 from meduet_fast.layers import positions
-from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig, TransformerConfig, UNetConfig
+from meduet_fast.synthesis.config import DiffusionConfig
 from meduet_fast.synthesis.pipeline import MeDUETPipeline, SamplingSettings, _Order
 from meduet_fast.synthesis.samplers import SAMPLERS, build_scheduler
 from meduet_fast.synthesis.sources import Style
 from meduet_fast.synthesis.train import build_network, build_task
+
+from .tasks import CONFIG, DIM, GRID, STYLE_DIM, TABLE, WINDOW, made_up_batch
 
 CUDA = torch.device("cuda:0")
 CUDA_PLACE, META_PLACE = 1, 14  # in PyTorch's table of devices
@@ -75,25 +77,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     guards[CUDA_PLACE] = before
 
 
-DIM, STYLE_DIM, WINDOW, GRID = 12, 6, (4, 6, 4), (2, 3, 2)
-WIDTHS = {"content": DIM, "token": DIM, "style": STYLE_DIM, "style_token": STYLE_DIM}
-CONFIG = SynthesisConfig(
-    steps=4, content_projection=4, power_averages=(0.1,),
-    transformer=TransformerConfig(patch_size=2, hidden_size=12, depth=1, num_heads=2, qk_norm=True),
-    unet=UNetConfig(
-        patch_size=2, num_channels=(12,), num_res_blocks=1, attention_levels=(True,), num_heads=2,
-        norm_num_groups=4,
-    ),
-)  # fmt: skip
-TABLE: Any = SimpleNamespace(
-    window=WINDOW, patch=2, content=torch.empty(1, DIM), style=torch.empty(1, STYLE_DIM),
-    latents_mean=torch.zeros(4), latents_deviation=torch.ones(4),
-    **{
-        f"{kind}_{what}": torch.ones(width)
-        for kind, width in WIDTHS.items()
-        for what in ("mean", "deviation")
-    },
-)  # fmt: skip
 ALIGNED = DiffusionConfig(times="logit_normal", content_noise=0.1, align=0.5)
 EPSILON = DiffusionConfig(objective="epsilon", align=0.5)
 
@@ -111,13 +94,7 @@ def test_a_step_of_training(cuda: FakeCuda, network: Any, content: Any, diffusio
     config = replace(CONFIG, network=network, content=content, diffusion=diffusion)
     task = build_task(config, TABLE, build_network(config, TABLE))
     cuda.move(task)
-    batch = {
-        "latents": torch.empty(2, 4, *WINDOW, dtype=torch.bfloat16, device=CUDA),
-        "content": torch.empty(2, DIM, device=CUDA),
-        "style": torch.empty(2, STYLE_DIM, device=CUDA),
-        "content_map": torch.empty(2, *GRID, DIM, dtype=torch.bfloat16, device=CUDA),
-        "aligned_map": torch.empty(2, *GRID, DIM + STYLE_DIM, dtype=torch.bfloat16, device=CUDA),
-    }
+    batch = made_up_batch(2, CUDA)
     for step in (0, 3):
         copied = cuda.copied  # positions are once
         prepared = task.prepare(dict(batch), torch.Generator())
