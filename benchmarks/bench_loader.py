@@ -48,10 +48,16 @@ PUBLISHED = "MONAI as published, with flips and turns"
 MENDED = "MONAI, cache working, with flips and turns"
 
 
-def make_store(path: Path, volumes: int = 8) -> LatentStore:
-    """A store of noise, its volumes as large as those of a chest CT."""
+def make_store(
+    path: Path,
+    volumes: int = 8,
+    grid: tuple[int, int, int] = (60, 60, 56),
+    tokenizer: str = "noise",
+    spec: str = "noise",
+) -> LatentStore:
+    """A store of noise, by default its volumes as large as those of a chest CT; a tokenizer is its maker."""
     generator = torch.Generator().manual_seed(0)
-    with StoreWriter(path, tokenizer="noise", tokenizer_spec="noise", channels=4, compression=4) as writer:
+    with StoreWriter(path, tokenizer=tokenizer, tokenizer_spec=spec, channels=4, compression=4) as writer:
         for number in range(volumes):
             record = VolumeRecord(
                 name=f"volume_{number}",
@@ -59,7 +65,7 @@ def make_store(path: Path, volumes: int = 8) -> LatentStore:
                 body_part="chest",
                 content_key=str(number),
                 source="noise",
-                latent=torch.randn(4, 60, 60, 56, generator=generator),
+                latent=torch.randn(4, *grid, generator=generator),
                 affine=np.diag([1.5, 1.5, 1.5, 1.0]),
                 spacing=(1.5, 1.5, 1.5),
                 intensity={},

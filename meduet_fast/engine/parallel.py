@@ -27,6 +27,11 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     With sizes fixed, each of the batch sizes that a step has would be compiled on its own. The hooks of FSDP
     are around ``forward`` and stay outside. Copy models before, not after.
     """
+    blocks = list(blocks)
+    # Blocks of one class share what was compiled of them, and a U-Net's differ in their sizes: by default the
+    # ninth is refused.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 

@@ -548,16 +548,20 @@ class MeDUETPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Predict windows (N, C, x, y, z), each of a sample and at a place in its content's volume."""
         device, network, size = windows.device, self.network, _triple(windows.shape[2:])
-        contents = [None if one.content is None else one.content.factor(at, size) for one, at in places]
-        styles = [None if one.style is None else one.style.factor for one, _ in places]
+        # A table's factors are where the network is, those of scans on the CPU.
+        contents = [
+            None if one.content is None else one.content.factor(at, size).to(device) for one, at in places
+        ]
+        styles = [None if one.style is None else one.style.factor.to(device) for one, _ in places]
         no_content = torch.tensor([one is None for one in contents], device=device)  # (N,)
         no_style = torch.tensor([one is None for one in styles], device=device)  # (N,)
         known = next((one for one in contents if one is not None), None)
         if known is None:
-            known = torch.zeros(*(1, 1, 1) * (network.config.content == "tokens"), network.config.content_dim)
+            grid = (1, 1, 1) * (network.config.content == "tokens")
+            known = torch.zeros(*grid, network.config.content_dim, device=device)
         content = torch.stack([torch.zeros_like(known) if one is None else one for one in contents])
-        nothing = torch.zeros(network.config.style_dim)
-        style = torch.stack([nothing if one is None else one.cpu() for one in styles])  # (N, Ds)
+        nothing = torch.zeros(network.config.style_dim, device=device)
+        style = torch.stack([nothing if one is None else one for one in styles])  # (N, Ds)
 
         def told(
             sample: Tensor, time: Tensor, content: Tensor, style: Tensor, without: Tensor, plain: Tensor
@@ -570,7 +574,7 @@ class MeDUETPipeline(DiffusionPipeline):
         time = torch.full((len(windows),), step.network_time, device=device)  # (N,)
         autocast = settings.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return guided(told, windows, time, content.to(device), style.to(device), weights).float()
+            return guided(told, windows, time, content, style, weights).float()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the latents, (C, 1, 1, 1) each."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,12 @@ class Sources:
     def _of_volume(self, number: int, start: Triple | None, by_chance: bool = False) -> Content:
         factors = self._table("content", RANDOM)
         record = factors.volumes[number]
+        nearest = cache(partial(factors.nearest, number))  # asked in every step; a GPU would be waited for
 
         def factor(start: Triple, size: Triple) -> Tensor:
             if self.tokens:
                 return factors.content_map(number, start, size)  # (X', Y', Z', D)
-            return factors.content[factors.nearest(number, start)]  # (D,)
+            return factors.content[nearest(start)]  # (D,)
 
         return Content(
             record={"volume": record["name"], "domain": record["domain"]},

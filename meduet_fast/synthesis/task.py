@@ -22,7 +22,7 @@ from .averages import power_exponent, power_momentum
 from .config import SynthesisConfig
 from .diffusion import draw_times, loss_weight, network_time, noisy, target
 from .factors import FactorTable
-from .networks import Network, save_network
+from .networks import Network, network_config, save_network
 
 CONSTANT = "constant"  # the average whose momentum does not change
 
@@ -73,6 +73,7 @@ class SynthesisTraining(Task):
             for name in ("mean", "deviation"):
                 tokens = getattr(table, f"token_{name}"), getattr(table, f"style_token_{name}")
                 self.register_buffer(f"aligned_{name}", torch.cat(tokens), persistent=False)  # (D + Ds,)
+        self._token_grid = [edge // table.patch for edge in table.window]
         self._flops: int | None = None
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -172,13 +173,14 @@ class SynthesisTraining(Task):
     def flops(self, step: int) -> int:
         """Count the FLOPs of a crop, forward and backward, without the alignment's head; on shapes alone."""
         if self._flops is None:
-            network = copy.deepcopy(self.network).to("meta")
-            config = network.config
+            config = self.network.config
             with torch.device("meta"):
+                # Built anew: compiled blocks would work on the weights they were compiled with, and sharded
+                # ones can't be copied.
+                network = type(self.network)(**network_config(self.network))
                 sample = torch.empty(2, config.in_channels, *config.sample_size)
-                factors = torch.empty(2, config.content_dim), torch.empty(2, config.style_dim)
-                if config.content == "tokens":
-                    factors = torch.empty(2, *config.sample_size, config.content_dim), factors[1]
+                grid = self._token_grid if config.content == "tokens" else ()
+                factors = torch.empty(2, *grid, config.content_dim), torch.empty(2, config.style_dim)
                 with FlopCounterMode(display=False) as counter:
                     network(sample, torch.empty(2), *factors).sum().backward()
             self._flops = counter.get_total_flops() // 2

@@ -212,6 +212,7 @@ def test_rehearsal(tmp_path: Path) -> None:
         ("step", "step: small B=64 with MFTD, graph step bfloat16, ours, CUDA graph"),
         ("probe", "block B=2 static"),
         ("pretrain", "compiled, CUDA graph, with MFTD"),
+        ("synthesis", "samples of unet_b, compiled"),
     ],
 )
 def test_rehearsal_of(part: str, expected: str, tmp_path: Path) -> None:

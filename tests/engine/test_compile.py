@@ -73,3 +73,24 @@ def test_recomputed_blocks_give_the_same_bits(
         for run in ("kept", "recomputed")
     )
     assert first == second
+
+
+def test_blocks_of_any_number_of_sizes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A U-Net's are of one class, and of more sizes than PyTorch compiles a function for."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    widths = range(2, 12)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(parallel.torch, "compile", partial(torch.compile, backend="eager"))
+    blocks = [Block(width) for width in widths]
+    parallel.compile_blocks(blocks)
+    for width, block in zip(widths, blocks, strict=True):
+        block(torch.ones(3, width)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == len(widths)

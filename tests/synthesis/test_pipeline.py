@@ -8,6 +8,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from meduet_fast.synthesis.components import MeDUETAutoencoder, MeDUETEncoder, M
 from meduet_fast.synthesis.factors import FactorTable
 from meduet_fast.synthesis.pipeline import MeDUETPipeline
 from meduet_fast.synthesis.samplers import build_scheduler
+from meduet_fast.synthesis.sources import Sources
 
 from .pipelines import make_network, make_parts, make_pipeline, make_run
 
@@ -168,6 +170,18 @@ def test_each_window_is_told_its_own_place(
     assert torch.equal(told[0], torch.stack([noise[:, :8], noise[:, 4:]]))
     assert not told[4].any()
     assert not told[5].any()
+
+
+def test_the_row_of_a_place_is_sought_once(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in every step: on a GPU each search is waited for."""
+    factors = parts["factors"]
+    search = Mock(wraps=factors.nearest)
+    monkeypatch.setattr(factors, "nearest", search)
+    content = Sources(factors, None, False, (8, 8, 8)).content("ct_a", 0)
+    assert content is not None
+    for start in ((0, 0, 0), (4, 2, 0)) * 2:
+        content.factor(start, (8, 8, 8))
+    assert search.call_count == 2
 
 
 def test_windows_that_agree_are_blended_without_a_trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from meduet_fast.cli import PACKAGED, _parse
 from meduet_fast.engine import AdamWConfig
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
 from meduet_fast.engine.metrics import read_metrics
+from meduet_fast.engine.parallel import compile_blocks
 from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
 from meduet_fast.synthesis.averages import power_exponent, power_momentum
@@ -142,6 +145,20 @@ def test_noise_covers_content_in_training(place: Path) -> None:
     noise = (task.prepare(batch, batch_generator(0, 1))["content"] - content) / table.content_deviation
     torch.testing.assert_close(noise.std(0), torch.full((12,), 0.5), rtol=0.1, atol=0)
     torch.testing.assert_close(noise.mean(0), torch.zeros(12), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "unet tokens"])
+def test_flops_are_counted_of_compiled_blocks_too(place: Path, kind: str) -> None:
+    """As on a GPU, where every run counts them; with as many tokens of content as a crop has."""
+    config, table = replace(CONFIG, **KINDS[kind]), FactorTable.open(place / "factors.safetensors")
+    task = build_task(config, table, build_network(config, table))
+    crop = torch.zeros(1, 4, *table.window), torch.ones(1)
+    factors = table.content_map(0, table.start[0].tolist(), table.window)[None], table.style[:1]
+    network = deepcopy(task.network).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        network(*(item.to("meta") for item in (*crop, *factors))).sum().backward()
+    compile_blocks(task.blocks())
+    assert task.flops(0) == counter.get_total_flops()
 
 
 def test_a_killed_run_goes_on_to_the_bit(place: Path, tmp_path: Path) -> None:

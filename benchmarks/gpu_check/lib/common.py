@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,20 @@ def start_cuda() -> None:
     if not torch.cuda.is_available():
         emit("cuda", "fail", "torch sees no CUDA device")
         sys.exit(NO_GPU)
+
+
+def run_command(command: Sequence[str], log: Path) -> tuple[str, list[str]]:
+    """Run a command within the part's time, its output in a file.
+
+    Returns:
+        Why it failed, empty if it did not; and the lines that it printed.
+    """
+    how: int | str
+    with log.open("w") as file:
+        try:
+            limit = max(left() - 4, 5)
+            how = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            how = "stopped, no time left"
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+    return (f"{how}: " + " | ".join(line for line in lines if line)[-500:] if how else ""), lines

@@ -55,12 +55,13 @@ PARTS = {
     "step": Part(150, module("bench", "step")),
     "probe": Part(80, module("probe")),
     "pretrain": Part(90, module("pretrain_run")),
+    "synthesis": Part(120, module("synthesis_run")),
     "kernels": Part(110, module("bench", "kernels")),
     "attention": Part(45, module("bench", "attention")),
     "official": Part(450, module("bench", "official")),
     "sanitize": Part(60, module("smoke", "--sanitize")),
 }
-DEFAULT = "env,smoke,tests,step,probe,pretrain,kernels,attention"
+DEFAULT = "env,smoke,tests,step,probe,pretrain,synthesis,kernels,attention"
 
 
 def copy_lines(source: IO[bytes], log: Path) -> None:

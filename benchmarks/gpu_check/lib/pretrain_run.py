@@ -12,14 +12,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, require_cuda, start_cuda
+from .common import LOGS, REHEARSE, WORK, emit, first_lines, left, require_cuda, run_command, start_cuda
 
 # Where the loop finds the function of one optimiser step, which has an argument `step`.
 LOOP, STEP = "meduet_fast.engine.loop", "train_step"
@@ -143,14 +142,7 @@ def run(name: str, data: Path, options: Sequence[str], profile: bool) -> bool:
     ]
     command += ["--config", "vit_base", "--data", str(data), "--output", str(output), *options]
     began = time.perf_counter()
-    how: int | str
-    with log.open("w") as file:
-        try:
-            how = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=max(left() - 4, 5)
-            ).returncode
-        except subprocess.TimeoutExpired:
-            how = "stopped, no time left"
+    why, lines = run_command(command, log)
     metrics = output / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     for title, first, end in (("without MFTD", 0, MFTD), ("with MFTD", MFTD, STEPS)):
@@ -166,12 +158,10 @@ def run(name: str, data: Path, options: Sequence[str], profile: bool) -> bool:
                 mfu=round(last.get("mfu_percent", 0), 1), memory_gb=round(last["memory_mb"] / 1e3, 1),
                 data_wait_percent=round(last["data_wait_percent"], 2), step=last["step"],
             )  # fmt: skip
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
     print("\n".join(line for line in lines if " ms  " in line or "a step by the wall" in line), flush=True)
-    text = f"{how}: " + " | ".join(line for line in lines if line)[-500:] if how else ""
     seconds = round(time.perf_counter() - began)
-    emit(name, "fail" if how else "ok", text, seconds=seconds, records=len(records))
-    return how == 0
+    emit(name, "fail" if why else "ok", why, seconds=seconds, records=len(records))
+    return not why
 
 
 def store() -> Path:

@@ -82,7 +82,7 @@ def table(parts: Sequence[Ended]) -> str:
             f"ok {counts['ok']}  fail {counts['fail']}  skip {counts['skip']}"
         )
     lines.append("-- figures")
-    for name in ("env", "pretrain", "step", "official", "kernels", "attention", "probe"):
+    for name in ("env", "pretrain", "synthesis", "step", "official", "kernels", "attention", "probe"):
         for record in found:
             if (
                 record["part"] != name
@@ -98,7 +98,7 @@ def table(parts: Sequence[Ended]) -> str:
                 for key, value in record.items()
                 if key not in ("part", "name", "status", "text")
             )
-            text = record["text"][: 330 if name in ("env", "pretrain") else 160]
+            text = record["text"][: 330 if name in ("env", "pretrain", "synthesis") else 160]
             lines.append(f"{record['name'][:96]} | {figures} {text}".rstrip())
     slow = sorted(
         (record for record in found if record.get("seconds")), key=lambda record: -float(record["seconds"])
