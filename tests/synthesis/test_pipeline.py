@@ -294,8 +294,8 @@ KNOWN = "ct_a, ct_b, mr"
             "content: found ct_a@1, expected NAME@x,y,z in latent voxels, or NAME@random",
         ),
         ({"style": "ct@0,0,0"}, "style: found ct@0,0,0, expected a place in a volume; ct is a domain"),
-        ({"sampler": "heun"}, r"scheduler: found heun, expected one for flow: dpm\+\+, euler"),
-        ({"sampler": "ddim"}, r"scheduler: found ddim, expected one for flow: dpm\+\+, euler"),
+        ({"sampler": "heun"}, r"sampler: found heun, expected one for flow: dpm\+\+, euler"),
+        ({"sampler": "ddim"}, r"sampler: found ddim, expected one for flow: dpm\+\+, euler"),
         ({"steps": 0}, "steps: found 0, expected 1 or more"),
         ({"content_scale": -1.0}, "content_scale: found -1, expected 0 or more"),
         ({"style_scale": float("inf")}, "style_scale: found inf, expected 0 or more"),
@@ -353,7 +353,10 @@ def test_parts_of_other_origin_are_refused(parts: dict[str, Any], folder: Path) 
     ):
         build(factors=MeDUETFactors(**{**_arguments(factors), "content_dim": 12}))
     network = make_network(prediction="epsilon")
-    with pytest.raises(UserError, match=r"scheduler: found euler for flow, expected one for epsilon"):
+    with pytest.raises(
+        UserError,
+        match=r"scheduler: found FlowMatchEulerDiscreteScheduler for flow, expected one for epsilon",
+    ):
         MeDUETPipeline(build_scheduler("euler", "flow"), transformer=network, **parts)
     with pytest.raises(UserError, match="pipeline: expected either a transformer or a unet"):
         MeDUETPipeline(build_scheduler("euler", "flow"), **parts)
