@@ -198,7 +198,7 @@ def test_seed_and_number_each_change_the_batch(store: LatentStore, table: Factor
 
 def test_the_engine_gets_a_stream(store: LatentStore, table: FactorTable, tmp_path: Path) -> None:
     config, held_out = EngineConfig(batch_size=5, seed=2, workers=0), HeldOut(store.entries, 0.4)
-    crops = FactorCrops(store, table, config, held_out, window=WINDOW)
+    crops = FactorCrops(store, table, config, held_out)
     wanted = batches_of(store, table, batch_size=5, seed=2)
     [batch] = crops.read(3, 4, 0, 1, pin=False)
     assert all(torch.equal(batch[name], item) for name, item in wanted[3].items())
@@ -224,8 +224,6 @@ def test_what_does_not_fit_is_one_line(store: LatentStore, table: FactorTable, t
     fewer = write_store(tmp_path / "fewer", {name: VOLUMES[name] for name in ("a0", "b0")})
     with pytest.raises(UserError, match=r"2 volumes differ \(a1, c0\); make it anew"):
         check_table(table, fewer)
-    with pytest.raises(UserError, match=r"windows of \(6, 4, 2\) latent voxels, expected \(6, 6, 2\)"):
-        check_table(table, store, (6, 6, 2))
     with pytest.raises(UserError, match="table: volumes that cannot be divided: a0: axis of 13 cannot hold"):
         batches_of(store, table, held_out=HeldOut(store.entries, 0.8))
 

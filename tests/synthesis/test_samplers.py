@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meduet_fast.errors import MissingExtra, UserError
-from meduet_fast.synthesis.diffusion import Objective, alphas_cumprod, noisy, shifted, target, to_clean
+from meduet_fast.synthesis.diffusion import Objective, alphas_cumprod, noisy, shifted, target
 from meduet_fast.synthesis.samplers import (
     SAMPLERS,
     Step,
@@ -149,7 +149,6 @@ def test_the_true_target_gives_the_latents_back(objective: Objective, name: str)
     time = torch.tensor([plan[0].sigma if objective == "flow" else int(plan[0].network_time)])
     torch.testing.assert_close(x, noisy(latents, noise, time, objective))
     truth = target(latents, noise, objective)
-    torch.testing.assert_close(to_clean(x, truth, time, objective), latents, rtol=1e-4, atol=1e-4)
     if name != "ddpm":  # whose noise is new in every step
         for step in plan:
             x = scheduler.step(truth, step.timestep, x, return_dict=False)[0]
@@ -228,7 +227,7 @@ def test_a_scheduler_of_the_other_objective(objective: Objective, name: str) -> 
     scheduler = build_scheduler(name, objective)
     known = ", ".join(type(build_scheduler(of_other, other)).__name__ for of_other in SAMPLERS[other])
     with pytest.raises(UserError) as caught:
-        require_objective(build_scheduler(name, objective), other)
+        require_objective(scheduler, other)
     assert str(caught.value) == (
         f"scheduler: found {type(scheduler).__name__} for {objective}, "
         f"expected one for {other}, which the network was trained for: {known}"
