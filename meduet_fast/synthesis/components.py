@@ -224,13 +224,9 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         )  # fmt: skip
         wrapped.volume.copy_(table.volume)
         wrapped.start.copy_(table.start)
-        if whole:
-            pairs = [table.volume_factors(number) for number in range(len(table.volumes))]
-            content, style = (torch.stack(factors)[table.volume] for factors in zip(*pairs, strict=True))
-        else:
-            content, style = table.content, table.style
-        wrapped.content.copy_(content)
-        wrapped.style.copy_(style)
+        pair = table.volume_factors() if whole else (table.content, table.style)
+        for buffer, factor in zip((wrapped.content, wrapped.style), pair, strict=True):
+            buffer.copy_(factor[table.volume] if whole else factor)
         return wrapped
 
     @property

@@ -135,9 +135,7 @@ class WindowBatches:
         self._by_domain = trained[np.argsort(domain, kind="stable")]  # (trained,), by domain
         self._count = np.bincount(domain)  # (domains,)
         self._first = np.cumsum(self._count) - self._count  # (domains,), places in _by_domain
-        if self._of_volume:
-            pairs = [table.volume_factors(index) for index in range(len(store.entries))]
-            self._pairs = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        self._pair = table.volume_factors() if self._of_volume else (table.content, table.style)
 
     @property
     def store(self) -> LatentStore:
@@ -191,12 +189,11 @@ class WindowBatches:
         table, rows = self._table, from_numpy(self.plan(number))
         volume, start = table.volume[rows], table.start[rows]  # (B,), (B, 3)
         places = list(zip(volume.tolist(), start.tolist(), strict=True))
-        pair = self._pairs if self._of_volume else (table.content, table.style)
         chosen = volume if self._of_volume else rows  # (B,)
         batch = {
             "latents": self._store.read_crops(volume.tolist(), start.tolist(), table.window),
-            "content": pair[0][chosen],  # (B, D)
-            "style": pair[1][chosen],  # (B, Ds)
+            "content": self._pair[0][chosen],  # (B, D)
+            "style": self._pair[1][chosen],  # (B, Ds)
             "domain": torch.tensor([self._store.domain_id(index) for index in volume.tolist()]),
             "volume": volume,
             "start": start,

@@ -104,10 +104,9 @@ def test_without_exchanged_styles_maps_are_in_their_own(tmp_path: Path) -> None:
 
 def test_a_volumes_own_pair_can_stand_for_its_windows(store: LatentStore, table: FactorTable) -> None:
     batch = batches_of(store, table, factors="volume")[0]
-    for row, volume in enumerate(batch["volume"].tolist()):
-        content, style = table.volume_factors(volume)
-        assert torch.equal(batch["content"][row], content)
-        assert torch.equal(batch["style"][row], style)
+    content, style = table.volume_factors()
+    assert torch.equal(batch["content"], content[batch["volume"]])
+    assert torch.equal(batch["style"], style[batch["volume"]])
     assert set(batch) == {"latents", "content", "style", "domain", "volume", "start"}
 
 
