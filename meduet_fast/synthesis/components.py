@@ -277,7 +277,7 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
 
     @cached_property
     def _maps(self) -> FactorTable | None:
-        """The table with its maps; None if it is not there any more, or another one is in its place."""
+        """Open the table with its maps; None if it is not there any more, or another one is in its place."""
         table = FactorTable.open(self.table_file()) if self.table_file().exists() else None
         return table if table is not None and table.identity == self.config.identity else None
 

@@ -26,7 +26,6 @@ from meduet_fast.synthesis.samplers import (
 )
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 MEAN, DEVIATION = 0.7, 0.6
 ALL = [(objective, name) for objective, names in SAMPLERS.items() for name in names]
 FIRST_ORDER: list[tuple[Objective, str]] = [("flow", "euler"), ("epsilon", "ddim")]
