@@ -192,6 +192,8 @@ def test_a_plan_tells_the_run_and_writes_nothing(place: Path, tmp_path: Path) ->
     assert "MeDUETTransformer3D" in text
     assert "aligned until step 3" in text
     assert "4 x 6 x 4 latent voxels" in text
+    plain = format_plan(place / "store", place / "factors.safetensors", tmp_path / "run", CONFIG)
+    assert "objective   flow, content pooled\n" in plain
     assert list(tmp_path.iterdir()) == []
 
 
