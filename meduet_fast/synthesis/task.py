@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from meduet_fast.engine import Batch, Task
 from meduet_fast.engine.optimizer import update_average
@@ -20,6 +19,7 @@ from meduet_fast.engine.optimizer import update_average
 from .alignment import AlignmentHead, alignment_loss
 from .averages import power_exponent, power_momentum
 from .config import SynthesisConfig
+from .cost import flops_per_crop
 from .diffusion import draw_times, loss_weight, network_time, noisy, target
 from .factors import FactorTable
 from .networks import Network, save_network
@@ -170,16 +170,7 @@ class SynthesisTraining(Task):
         save_network(self.network, path, state)
 
     def flops(self, step: int) -> int:
-        """Count the FLOPs of a crop, forward and backward, without the alignment's head; on shapes alone."""
+        """Return the FLOPs of a crop; see :func:`~.cost.flops_per_crop`."""
         if self._flops is None:
-            network = copy.deepcopy(self.network).to("meta")
-            config = network.config
-            with torch.device("meta"):
-                sample = torch.empty(2, config.in_channels, *config.sample_size)
-                factors = torch.empty(2, config.content_dim), torch.empty(2, config.style_dim)
-                if config.content == "tokens":
-                    factors = torch.empty(2, *config.sample_size, config.content_dim), factors[1]
-                with FlopCounterMode(display=False) as counter:
-                    network(sample, torch.empty(2), *factors).sum().backward()
-            self._flops = counter.get_total_flops() // 2
+            self._flops = flops_per_crop(self.network)
         return self._flops

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meduet_fast.cli import PACKAGED, _parse
+from meduet_fast.cli import PACKAGED, _parse, main
 from meduet_fast.engine import AdamWConfig
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
 from meduet_fast.engine.metrics import read_metrics
@@ -21,9 +21,10 @@ from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
 from meduet_fast.synthesis.averages import power_exponent, power_momentum
 from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig, TransformerConfig, UNetConfig
+from meduet_fast.synthesis.dry_run import format_plan
 from meduet_fast.synthesis.factors import FactorsConfig, FactorTable, write_factors
 from meduet_fast.synthesis.networks import load_network, save_network
-from meduet_fast.synthesis.train import build_network, build_task, format_plan, train_synthesis
+from meduet_fast.synthesis.train import build_network, build_task, train_synthesis
 from tests.engine.team import Team, assert_same_losses, train
 
 from .material import write_run, write_store
@@ -194,6 +195,8 @@ def test_a_plan_tells_the_run_and_writes_nothing(place: Path, tmp_path: Path) ->
     assert "4 x 6 x 4 latent voxels" in text
     plain = format_plan(place / "store", place / "factors.safetensors", tmp_path / "run", CONFIG)
     assert "objective   flow, content pooled\n" in plain
+    assert "B a GPU: weights" in plain
+    assert "\ndisk        3 checkpoints of" in plain
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,6 +217,18 @@ def test_packaged_networks_can_be_built(name: str) -> None:
         network = build_network(replace(config, standardise="none"), table)
     widths = {"sit_s": 384, "sit_b": 768, "sit_l": 960, "sit_xl": 1152, "unet_b": 768}
     assert network.feature_width == widths.get(name, 96)
+
+
+def test_sizes_lists_the_packaged_configurations_which_fit_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synthesize", "sizes"]) == 0
+    [head, _, *rows] = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
+    assert set(found) == {path.stem for path in PACKAGED["synthesize train"].glob("*.yaml")}
+    sizes = [found["sit_b"][name] for name in ("parameters", "crop", "crops at once")]
+    assert sizes == ["159 M", "64 x 64 x 32", "16"]
+    for row in found.values():
+        number, unit = row["memory a GPU / sharded over 8"].split(" / ")[0].split()
+        assert unit == "MB" or float(number) < 70
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path) -> None:
