@@ -287,9 +287,9 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         """Return the mean content of a box of a volume, as near as the table knows it.
 
         Returns:
-            (D,) on the CPU: that of the window which is the box, else the mean over the box's tokens, else,
-            where there are no maps, that of the window that begins nearest. And the row of this window if it
-            is not the box; None if the content is the box's own.
+            (D,), where the table is: that of the window which is the box, else the mean over the box's
+            tokens, else, where there are no maps, that of the window that begins nearest. And the row of this
+            window if it is not the box; None if the content is the box's own.
 
         Raises:
             UserError: if the table is damaged.
@@ -297,10 +297,11 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         row = self.nearest(volume, start)
         is_box = self.start[row].tolist() == list(start) and list(size) == list(self.config.window)
         if is_box or self.config.whole:
-            return self.content[row].cpu(), None
+            return self.content[row], None
         if self._maps is not None and self._maps.tokens:
-            return self._maps.content_map(volume, start, size).mean((0, 1, 2)), None
-        return self.content[row].cpu(), row
+            mean = self._maps.content_map(volume, start, size).mean((0, 1, 2))  # (D,)
+            return mean.to(self.content.device), None
+        return self.content[row], row
 
     def latents(self, volume: int, start: Sequence[int], size: tuple[int, int, int]) -> Tensor:
         """Read the latents of a box of a volume, (C, x, y, z) float32.

@@ -55,7 +55,9 @@ def format_plan(
     ]  # fmt: skip
     rows += begin(init, network, output, resume).rows
     rows += describe_run(task, config, processes, local)
-    estimate = memory_estimate(config, network, shard_count(config, processes, local or processes))
+    estimate = memory_estimate(
+        config, network, table.patch, shard_count(config, processes, local or processes)
+    )
     rows += describe_memory(estimate, network, config.averages, config)
     return format_rows(rows)
 
@@ -71,14 +73,15 @@ def format_sizes(configs: Mapping[str, SynthesisConfig]) -> str:
         sizes: dict[str, Any] = _DEMO if name.endswith("_demo") else _PUBLISHED
         with torch.device("meta"):
             network = new_network(config, **sizes)
-        count, flops = sum(parameter.numel() for parameter in network.parameters()), flops_per_crop(network)
-        memory = [si(memory_estimate(config, network, shards).total, "B") for shards in (1, 8)]
+        count = sum(parameter.numel() for parameter in network.parameters())
+        flops = flops_per_crop(network, sizes["patch"])
+        estimates = [memory_estimate(config, network, sizes["patch"], shards) for shards in (1, 8)]
         body, unet = config.transformer, config.unet
         shape = f"{body.depth} x {body.hidden_size} ({body.num_heads})"
         if config.network == "unet":
             shape = f"{', '.join(map(str, unet.num_channels))} ({unet.num_heads})"
         sized.append((count, [
             f"`{name}`", shape, si(count, ""), " x ".join(map(str, sizes["sample_size"])), si(flops, ""),
-            f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(memory),
+            f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(si(estimate.total, "B") for estimate in estimates),
         ]))  # fmt: skip
     return format_table([*rows, *(row for _, row in sorted(sized))])

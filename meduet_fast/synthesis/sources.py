@@ -52,8 +52,7 @@ class Content:
         by_chance: whether the crop may be moved so that it fits into the volume.
         affine: (4, 4), from voxels of the prepared image to mm, RAS; None if it is not known.
         intensity: rule of the volume's values; None if it is not known.
-        factor: returns what the network is told of a box (start, size), on the CPU: (D,), or tokens
-            (X', Y', Z', D).
+        factor: returns what the network is told of a box (start, size): (D,), or tokens (X', Y', Z', D).
         borrowed: returns where the window of the table begins whose content a box (start, size) is told
             instead of its own; None: it is told its own.
         latents: returns the volume's own latents of a box, (C, x, y, z) float32.
@@ -179,7 +178,7 @@ class Sources:
         factors = self._table("content", RANDOM)
         record = factors.volumes[number]
 
-        @cache
+        @cache  # asked for in every step
         def pooled(start: Triple, size: Triple) -> tuple[Tensor, int | None]:
             return factors.pooled_content(number, start, size)
 

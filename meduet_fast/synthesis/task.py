@@ -39,7 +39,7 @@ class SynthesisTraining(Task):
         config: of the run.
         network: to train; knows statistics of latents and factors.
         head: for alignment; None if ``config.diffusion.align`` is 0.
-        table: has the statistics of the tokens to align to.
+        table: has the encoder's patch, and the statistics of the tokens to align to.
     """
 
     title, sample = "Training synthesis", "crop"
@@ -73,6 +73,7 @@ class SynthesisTraining(Task):
             for name in ("mean", "deviation"):
                 tokens = getattr(table, f"token_{name}"), getattr(table, f"style_token_{name}")
                 self.register_buffer(f"aligned_{name}", torch.cat(tokens), persistent=False)  # (D + Ds,)
+        self._patch = table.patch
         self._flops: int | None = None
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -172,5 +173,5 @@ class SynthesisTraining(Task):
     def flops(self, step: int) -> int:
         """Return the FLOPs of a crop; see :func:`~.cost.flops_per_crop`."""
         if self._flops is None:
-            self._flops = flops_per_crop(self.network)
+            self._flops = flops_per_crop(self.network, self._patch)
         return self._flops
