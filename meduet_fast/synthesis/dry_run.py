@@ -76,12 +76,13 @@ def format_sizes(configs: Mapping[str, SynthesisConfig]) -> str:
         count = sum(parameter.numel() for parameter in network.parameters())
         flops = flops_per_crop(network, sizes["patch"])
         estimates = [memory_estimate(config, network, sizes["patch"], shards) for shards in (1, 8)]
+        memory = [si(estimate.total, "B") for estimate in estimates]
         body, unet = config.transformer, config.unet
         shape = f"{body.depth} x {body.hidden_size} ({body.num_heads})"
         if config.network == "unet":
             shape = f"{', '.join(map(str, unet.num_channels))} ({unet.num_heads})"
         sized.append((count, [
             f"`{name}`", shape, si(count, ""), " x ".join(map(str, sizes["sample_size"])), si(flops, ""),
-            f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(si(estimate.total, "B") for estimate in estimates),
+            f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(memory),
         ]))  # fmt: skip
     return format_table([*rows, *(row for _, row in sorted(sized))])
