@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,14 +21,12 @@ def _on_meta(network: Network) -> Network:
 
 
 def _call(network: Network, size: int, patch: int) -> Tensor:
-    """Call a network on the meta device for crops (B, C, x, y, z); content has a token for each patch."""
+    """Call a network on the meta device for so many crops; content has a token for each patch."""
     sizes = network.config
     tokens = [edge // patch for edge in sizes.sample_size] if sizes.content == "tokens" else []
-    with torch.device("meta"):
-        sample = torch.empty(size, sizes.in_channels, *sizes.sample_size)  # (B, C, x, y, z)
-        content = torch.empty(size, *tokens, sizes.content_dim)  # (B, D) or (B, X, Y, Z, D)
-        predicted: Tensor = network(sample, torch.empty(size), content, torch.empty(size, sizes.style_dim))
-    return predicted
+    shapes = ((sizes.in_channels, *sizes.sample_size), (), (*tokens, sizes.content_dim), (sizes.style_dim,))
+    predicted: Tensor = network(*(torch.empty(size, *shape, device="meta") for shape in shapes))
+    return predicted  # (B, C, x, y, z)
 
 
 def flops_per_crop(network: Network, patch: int) -> int:
@@ -41,17 +41,19 @@ def flops_per_crop(network: Network, patch: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def memory_estimate(config: SynthesisConfig, network: Network, patch: int, shards: int = 1) -> MemoryEstimate:
+def memory_estimates(
+    config: SynthesisConfig, network: Network, patch: int, shards: Sequence[int]
+) -> list[MemoryEstimate]:
     """Estimate memory of one GPU at the peak of a step, without the alignment's head.
 
     Args:
         config: of the run.
         network, patch: see :func:`flops_per_crop`.
-        shards: GPUs that share one copy, see :func:`meduet_fast.engine.parallel.shard_count`.
+        shards: GPUs that share one copy, one number for each estimate.
     """
     network = _on_meta(network)
     blocks = network.transformer_blocks()
     activations = activation_bytes(
         network, blocks, lambda size: _call(network, size, patch), config.batch_size, config.recompute
     )
-    return MemoryEstimate.of(network, blocks, config.averages, activations, shards)
+    return [MemoryEstimate.of(network, blocks, config.averages, activations, count) for count in shards]

@@ -14,7 +14,7 @@ from meduet_fast.engine.memory import describe_memory
 from meduet_fast.engine.parallel import shard_count
 
 from .config import SynthesisConfig
-from .cost import flops_per_crop, memory_estimate
+from .cost import flops_per_crop, memory_estimates
 from .factors import FactorTable
 from .train import begin, build_network, build_task, new_network, open_crops
 
@@ -55,9 +55,8 @@ def format_plan(
     ]  # fmt: skip
     rows += begin(init, network, output, resume).rows
     rows += describe_run(task, config, processes, local)
-    estimate = memory_estimate(
-        config, network, table.patch, shard_count(config, processes, local or processes)
-    )
+    shards = shard_count(config, processes, local or processes)
+    [estimate] = memory_estimates(config, network, table.patch, [shards])
     rows += describe_memory(estimate, network, config.averages, config)
     return format_rows(rows)
 
@@ -75,7 +74,7 @@ def format_sizes(configs: Mapping[str, SynthesisConfig]) -> str:
             network = new_network(config, **sizes)
         count = sum(parameter.numel() for parameter in network.parameters())
         flops = flops_per_crop(network, sizes["patch"])
-        estimates = [memory_estimate(config, network, sizes["patch"], shards) for shards in (1, 8)]
+        estimates = memory_estimates(config, network, sizes["patch"], (1, 8))
         memory = [si(estimate.total, "B") for estimate in estimates]
         body, unet = config.transformer, config.unet
         shape = f"{body.depth} x {body.hidden_size} ({body.num_heads})"
