@@ -274,7 +274,7 @@ def _synthesize_train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check all that can be checked, print parameters, FLOPs, batch and steps; write nothing",
+        help="check all that can be checked, print parameters, FLOPs, memory, batch and steps; write nothing",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
@@ -286,7 +286,8 @@ def _synthesize_train_arguments(parser: ArgumentParser) -> None:
 def _synthesize_train(arguments: Namespace) -> int:
     from meduet_fast.engine.dry_run import print_plan
     from meduet_fast.synthesis.config import SynthesisConfig
-    from meduet_fast.synthesis.train import format_plan, train_synthesis
+    from meduet_fast.synthesis.dry_run import format_plan
+    from meduet_fast.synthesis.train import train_synthesis
 
     config = _built(SynthesisConfig, arguments)
     given = arguments.data, arguments.factors, arguments.output, config, arguments.resume, arguments.init
@@ -295,6 +296,16 @@ def _synthesize_train(arguments: Namespace) -> int:
         return 0
     _require(arguments, "output")
     return _tell_end(train_synthesis(*given), arguments.output, config.steps)
+
+
+def _synthesize_sizes(_: Namespace) -> int:
+    from meduet_fast.synthesis.config import SynthesisConfig
+    from meduet_fast.synthesis.dry_run import format_sizes
+
+    command, given = "synthesize train", ["--data", "", "--factors", ""]
+    parsed = {name: _parse(command, ["--config", name, *given]) for name in _packaged(command)}
+    print(format_sizes({name: _built(SynthesisConfig, arguments) for name, arguments in parsed.items()}))
+    return 0
 
 
 def _synthesize_sample_arguments(parser: ArgumentParser) -> None:
@@ -400,7 +411,7 @@ COMMANDS = {
     "export": Command("write a run's weights for use elsewhere", _export_arguments, _export),
     "encode": Command("write content and style of whole scans into a table", _encode_arguments, _encode),
     "sizes": Command(
-        "list the packaged configurations: parameters, FLOPs, memory", lambda parser: None, _sizes
+        "list the configurations of pretrain: parameters, FLOPs, memory", lambda parser: None, _sizes
     ),
     "report": Command("write a report of a run to look at", _report_arguments, _report),
     "factors": Command(
@@ -410,6 +421,11 @@ COMMANDS = {
         "train a network that makes volumes of content and style",
         _synthesize_train_arguments,
         _synthesize_train,
+    ),
+    "synthesize sizes": Command(
+        "list the configurations of synthesize train: parameters, FLOPs, memory",
+        lambda parser: None,
+        _synthesize_sizes,
     ),
     "synthesize sample": Command(
         "make volumes: the anatomy of one, the scanner of another",

@@ -138,3 +138,9 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> str:
         lines.append(f"{'' if name == last else name:12}{text}")
         last = name
     return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, of which the first has the headings, as a Markdown table."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -221,15 +221,8 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
     channel after the norms of residual blocks.
 
     Args:
-        in_channels: C.
-        sample_size: latent voxels along x, y, z of the crops it is made for; others work, too.
-        content_dim: D.
-        style_dim: Ds.
-        content: "pooled", one vector for a crop; "tokens", a map.
-        content_projection: channels that are left of content tokens.
-        content_pool: tokens of content along each axis whose mean it sees.
-        prediction: "flow", the velocity n - z; "epsilon", the noise n.
-        latents_mean, latents_std: of each channel; for those who normalise, the network itself does not.
+        in_channels, sample_size, content_dim, style_dim, content, content_projection, content_pool,
+        prediction, latents_mean, latents_std: see :class:`~.transformer3d.MeDUETTransformer3D`.
         patch_size: latent voxels along the edge of a voxel of the first level; 1 begins with a convolution.
         num_channels: of each level; every further one halves the size.
         num_res_blocks: residual blocks of a level on the way down; one more on the way up.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from meduet_fast.engine.memory import MemoryEstimate
 from meduet_fast.models import MeDUET, MeDUETConfig
 
 from .config import PretrainConfig
@@ -31,13 +31,9 @@ def _on_meta(config: MeDUETConfig) -> MeDUET:
         return MeDUET(config)
 
 
-def _count(*modules: nn.Module) -> int:
-    return sum(item.numel() for module in modules for item in module.parameters())
-
-
 def count_parameters(config: MeDUETConfig) -> int:
     """Count the student's parameters; the teacher has as many."""
-    return _count(_on_meta(config))
+    return sum(item.numel() for item in _on_meta(config).parameters())
 
 
 def counted_flops(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
@@ -67,32 +63,6 @@ def flops_per_sample(config: MeDUETConfig, objective: ObjectiveConfig) -> int:
     block = counted_flops(replace(shallow, depth=2), objective) - flops
     decoder_block = counted_flops(replace(shallow, decoder_depth=2), objective) - flops
     return flops + (config.depth - 1) * block + (config.decoder_depth - 1) * decoder_block
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one GPU at the peak of a step.
-
-    Attributes:
-        student: float32 weights.
-        teacher: the same of the teacher.
-        gradients: float32.
-        optimizer: AdamW's two moments, float32.
-        copies: weights to compute with: in bfloat16, or put together from shards.
-        activations: what backward needs, and what it makes of one block.
-    """
-
-    student: int
-    teacher: int
-    gradients: int
-    optimizer: int
-    copies: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Return their sum."""
-        return sum(astuple(self))
 
 
 def _block_bytes(config: MeDUETConfig) -> float:
@@ -125,32 +95,15 @@ def activation_bytes(
 def memory_estimate(config: PretrainConfig, shards: int = 1) -> MemoryEstimate:
     """Estimate memory of one GPU at the peak of a step, with every loss on that the run will have.
 
-    An estimate for bfloat16 autocast; compilation saves some. The CUDA context, libraries and what the
-    allocator can't use come on top: count 2 GB.
-
     Args:
         config: of the run.
         shards: GPUs that share one copy, see :func:`meduet_fast.engine.parallel.shard_count`.
     """
     model = _on_meta(config.model)
-    count = _count(model)
-    part = -(-count // shards)
-    copies = 2 * count
-    if shards > 1:
-        # Whole at any time: what is in no block, of student and teacher in float32 and once in bfloat16; the
-        # block at work and the next one in bfloat16; the gradients of one block, in bfloat16 and float32.
-        outside = count - _count(model.blocks, model.decoder_blocks)
-        copies = 10 * outside + 10 * _count(model.blocks[0])
     kept = activation_bytes(config.model, config.objective, config.batch_size, config.recompute)
     # Backward's own: as much as a block of the largest pass keeps, and that itself if it was not kept.
     streams = max(1, 2 * (config.objective.mftd + config.objective.siqc))
     rows = streams * config.batch_size * (1 + config.model.num_tokens)
     at_work = int(rows * config.model.embed_dim * _block_bytes(config.model))
-    return MemoryEstimate(
-        student=4 * part,
-        teacher=4 * part,
-        gradients=4 * part,
-        optimizer=8 * part,
-        copies=copies,
-        activations=kept + (1 + config.recompute) * at_work,
-    )
+    activations = kept + (1 + config.recompute) * at_work
+    return MemoryEstimate.of(model, model.transformer_blocks(), 1, activations, shards)

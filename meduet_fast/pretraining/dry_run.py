@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from meduet_fast.data.store import LatentStore
 from meduet_fast.engine.beginning import find_beginning
-from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
+from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, format_table, si
+from meduet_fast.engine.memory import describe_memory
 from meduet_fast.engine.parallel import shard_count
 
 from .config import PretrainConfig
@@ -19,9 +19,6 @@ from .init_weights import read_initial
 from .losses import ObjectiveConfig
 from .task import MeDUETPretraining
 from .train import LatentCrops
-
-# Bytes of a parameter on disk: student, teacher, AdamW's two moments in float32, and both models once more.
-_CHECKPOINT_BYTES = 6 * 4
 
 
 def format_plan(
@@ -88,10 +85,7 @@ def format_plan(
     ).rows
     rows += describe_run(task, config, processes, local, losses)
     estimate = memory_estimate(config, shard_count(config, processes, local or processes))
-    listed = ", ".join(f"{name} {si(value, 'B')}" for name, value in asdict(estimate).items())
-    total = si(estimate.total, "B")
-    rows.append(("memory", f"{total} a GPU: {listed} (estimated; CUDA takes 2 GB more)"))
-    rows.append(("disk", f"{config.keep_checkpoints} checkpoints of {si(_CHECKPOINT_BYTES * count, 'B')}"))
+    rows += describe_memory(estimate, task.student, 1, config)
     rows += [("warning", doubt) for doubt in (*config.doubts(domains), *doubts)]
     return format_rows(rows)
 
@@ -102,7 +96,6 @@ def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:
         ["configuration", "blocks x width (heads)", "parameters", "FLOP a crop, with / without MFTD",
          "crops at once", "memory a GPU / sharded over 8"],
     ]  # fmt: skip
-    rows.append(["---"] * len(rows[0]))
     by_size = sorted(configs.items(), key=lambda item: (item[1].model.embed_dim, item[1].model.num_tokens))
     for name, config in by_size:
         model = config.model
@@ -113,4 +106,4 @@ def format_sizes(configs: Mapping[str, PretrainConfig]) -> str:
             si(count_parameters(model), ""), " / ".join(flops),
             f"{config.batch_size}{', recomputed' * config.recompute}", " / ".join(memory),
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return format_table(rows)

@@ -7,7 +7,7 @@ spread that its volume has to those of the other volume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,16 +151,12 @@ def restyle_region(
     Args:
         region, donor_region: latents (C, X, Y, Z) of the region and of what the donor's windows are cut from.
     """
-    size = model.config.latent_size
-    starts, paired = _paired_starts(region, donor_region, size)
-    parts: list[Restyled] = []
-    for first in range(0, len(starts), BATCH):
-        rows = slice(first, first + BATCH)
-        crops, donors = cut(region, starts[rows], size), cut(donor_region, paired[rows], size)
-        parts.append(restyle(model, crops, donors, own, donor, whole))
-    blended = [blend(torch.cat(windows), starts, region.shape[1:]) for windows in zip(*parts, strict=True)]
-    donated = blend(cut(donor_region, paired, size).float(), starts, region.shape[1:])
-    return RestyledRegion(Restyled(*blended), donated)
+
+    def change(crops: Tensor, donors: Tensor) -> list[Tensor]:
+        return [*restyle(model, crops, donors, own, donor, whole), donors.float()]
+
+    *changed, donated = _change_windows(region, donor_region, model.config.latent_size, change)
+    return RestyledRegion(Restyled(*changed), donated)
 
 
 def restyle_region_by_statistics(
@@ -176,22 +172,33 @@ def restyle_region_by_statistics(
     Returns:
         Latents (C, X, Y, Z), float32 on the CPU.
     """
-    size = model.config.latent_size
-    starts, paired = _paired_starts(region, donor_region, size)
-    parts = []
-    for first in range(0, len(starts), BATCH):
-        rows = slice(first, first + BATCH)
-        crops, donors = cut(region, starts[rows], size), cut(donor_region, paired[rows], size)
-        parts.append(restyle_by_statistics(model, crops, donors, own, donor, whole))
-    return blend(torch.cat(parts), starts, region.shape[1:])
+
+    def change(crops: Tensor, donors: Tensor) -> list[Tensor]:
+        return [restyle_by_statistics(model, crops, donors, own, donor, whole)]
+
+    [changed] = _change_windows(region, donor_region, model.config.latent_size, change)
+    return changed
 
 
-def _paired_starts(region: Tensor, donor_region: Tensor, size: int) -> tuple[list[Start], list[Start]]:
-    """Return first corners of windows that cover a region, and of as many of its donor."""
+def _change_windows(
+    region: Tensor, donor_region: Tensor, size: int, change: Callable[[Tensor, Tensor], list[Tensor]]
+) -> list[Tensor]:
+    """Cut a region and its donor into pairs of windows, change these, and blend each of the results.
+
+    Args:
+        region, donor_region: latents (C, X, Y, Z).
+        size: edge of a window.
+        change: gets windows and their donors, (N, C, s, s, s) each, and returns results of the same shape.
+    """
     stride = max(1, size // 2)
     starts = window_starts(region.shape[1:], size, stride)
     others = window_starts(donor_region.shape[1:], size, stride)
-    return starts, [others[-1 - number * len(others) // len(starts)] for number in range(len(starts))]
+    paired = [others[-1 - number * len(others) // len(starts)] for number in range(len(starts))]
+    parts = []
+    for first in range(0, len(starts), BATCH):
+        rows = slice(first, first + BATCH)
+        parts.append(change(cut(region, starts[rows], size), cut(donor_region, paired[rows], size)))
+    return [blend(torch.cat(windows), starts, region.shape[1:]) for windows in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

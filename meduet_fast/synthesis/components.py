@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,6 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         self.register_buffer("style", torch.zeros(rows, style_dim))  # (N, Ds)
         self.register_buffer("volume", torch.zeros(rows, dtype=torch.int64))  # (N,)
         self.register_buffer("start", torch.zeros(rows, 3, dtype=torch.int64))  # (N, 3)
-        self._table: FactorTable | None = None
         self._store: LatentStore | None = None
 
     @classmethod
@@ -224,13 +224,9 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         )  # fmt: skip
         wrapped.volume.copy_(table.volume)
         wrapped.start.copy_(table.start)
-        if whole:
-            pairs = [table.volume_factors(number) for number in range(len(table.volumes))]
-            content, style = (torch.stack(factors)[table.volume] for factors in zip(*pairs, strict=True))
-        else:
-            content, style = table.content, table.style
-        wrapped.content.copy_(content)
-        wrapped.style.copy_(style)
+        pair = table.volume_factors() if whole else (table.content, table.style)
+        for buffer, factor in zip((wrapped.content, wrapped.style), pair, strict=True):
+            buffer.copy_(factor[table.volume] if whole else factor)
         return wrapped
 
     @property
@@ -271,14 +267,41 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         """Read the content of a box of a volume, (X, Y, Z, D); see :meth:`FactorTable.content_map`.
 
         Raises:
-            UserError: if the table is not there any more, is another one, or has no maps.
+            UserError: if the table is not there any more, is damaged, is another one, or has no maps.
         """
-        if self._table is None:
-            table = FactorTable.open(self.table_file())
-            if table.identity != self.config.identity:
-                raise UserError(f"{table.path}: another table of factors than when the pipeline was made")
-            self._table = table
-        return self._table.content_map(volume, start, size)
+        if self._maps is None:
+            raise UserError(
+                f"{self.table_file()}: absent, or another table of factors than when the pipeline was made"
+            )
+        return self._maps.content_map(volume, start, size)
+
+    @cached_property
+    def _maps(self) -> FactorTable | None:
+        """Open the table with its maps; None if it is not there any more, or another one is in its place."""
+        table = FactorTable.open(self.table_file()) if self.table_file().exists() else None
+        return table if table is not None and table.identity == self.config.identity else None
+
+    def pooled_content(
+        self, volume: int, start: Sequence[int], size: Sequence[int]
+    ) -> tuple[Tensor, int | None]:
+        """Return the mean content of a box of a volume, as near as the table knows it.
+
+        Returns:
+            (D,), where the table is: that of the window which is the box, else the mean over the box's
+            tokens, else, where there are no maps, that of the window that begins nearest. And the row of this
+            window if it is not the box; None if the content is the box's own.
+
+        Raises:
+            UserError: if the table is damaged.
+        """
+        row = self.nearest(volume, start)
+        is_box = self.start[row].tolist() == list(start) and list(size) == list(self.config.window)
+        if is_box or self.config.whole:
+            return self.content[row], None
+        if self._maps is not None and self._maps.tokens:
+            mean = self._maps.content_map(volume, start, size).mean((0, 1, 2))  # (D,)
+            return mean.to(self.content.device), None
+        return self.content[row], row
 
     def latents(self, volume: int, start: Sequence[int], size: tuple[int, int, int]) -> Tensor:
         """Read the latents of a box of a volume, (C, x, y, z) float32.

@@ -147,6 +147,11 @@ class SynthesisConfig(EngineConfig):
     held_out: HeldOutKind = "slab"
     held_out_fraction: float = 0.0
 
+    @property
+    def averages(self) -> int:
+        """Count the averages of the weights that a run has."""
+        return len(self.power_averages) + 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, FROM_1, "content_projection", "content_pool")

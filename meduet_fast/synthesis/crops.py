@@ -17,18 +17,13 @@ from meduet_fast.engine import Batches, EngineConfig
 from meduet_fast.errors import UserError, printable
 from meduet_fast.files import in_real_folder
 
-from .factors import Edges, FactorTable
+from .factors import FactorTable
 
 FactorSource = Literal["own", "volume"]
 
 
-def check_table(table: FactorTable, store: LatentStore, window: Edges | None = None) -> None:
-    """Refuse a table that is not of a store's latents as they are, or has other windows than are needed.
-
-    Args:
-        table: to check.
-        store: whose volumes it must have.
-        window: the edges (x, y, z) that its windows must have in latent voxels; any if None.
+def check_table(table: FactorTable, store: LatentStore) -> None:
+    """Refuse a table that is not of a store's latents as they are.
 
     Raises:
         UserError: naming what differs.
@@ -46,8 +41,6 @@ def check_table(table: FactorTable, store: LatentStore, window: Edges | None = N
             f"{table.path}: not a table of {store.path} as it is: {len(names)} volumes differ "
             f"({', '.join(names[:3])}); make it anew with `meduet-fast factors`"
         )
-    if window not in (None, table.window):
-        raise UserError(f"{table.path}: windows of {table.window} latent voxels, expected {window}")
 
 
 def _borders(table: FactorTable, held_out: HeldOut) -> np.ndarray:
@@ -105,7 +98,6 @@ class WindowBatches:
         tokens: give the map of content: where the table has exchanged styles, in one of them drawn at random,
             never in its own, from which the style could be told.
         aligned: give the maps of both factors as the encoder made them.
-        window: edges of the crops that are asked for; those of the table if None.
 
     Raises:
         UserError: see :func:`check_table`; no window to train on; maps that the table has not.
@@ -121,9 +113,8 @@ class WindowBatches:
         factors: FactorSource = "own",
         tokens: bool = False,
         aligned: bool = False,
-        window: Edges | None = None,
     ) -> None:
-        check_table(table, store, window)
+        check_table(table, store)
         if (tokens or aligned) and not table.tokens:
             raise UserError(f"{table.path}: a table without tokens; make one with `factors --tokens true`")
         self._store, self._table, self._batch_size, self._seed = store, table, batch_size, seed
@@ -144,9 +135,7 @@ class WindowBatches:
         self._by_domain = trained[np.argsort(domain, kind="stable")]  # (trained,), by domain
         self._count = np.bincount(domain)  # (domains,)
         self._first = np.cumsum(self._count) - self._count  # (domains,), places in _by_domain
-        if self._of_volume:
-            pairs = [table.volume_factors(index) for index in range(len(store.entries))]
-            self._pairs = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+        self._pair = table.volume_factors() if self._of_volume else (table.content, table.style)
 
     @property
     def store(self) -> LatentStore:
@@ -200,12 +189,11 @@ class WindowBatches:
         table, rows = self._table, from_numpy(self.plan(number))
         volume, start = table.volume[rows], table.start[rows]  # (B,), (B, 3)
         places = list(zip(volume.tolist(), start.tolist(), strict=True))
-        pair = self._pairs if self._of_volume else (table.content, table.style)
         chosen = volume if self._of_volume else rows  # (B,)
         batch = {
             "latents": self._store.read_crops(volume.tolist(), start.tolist(), table.window),
-            "content": pair[0][chosen],  # (B, D)
-            "style": pair[1][chosen],  # (B, Ds)
+            "content": self._pair[0][chosen],  # (B, D)
+            "style": self._pair[1][chosen],  # (B, Ds)
             "domain": torch.tensor([self._store.domain_id(index) for index in volume.tolist()]),
             "volume": volume,
             "start": start,
@@ -235,7 +223,7 @@ class FactorCrops(LoadedCrops, Batches):
     """Random windows of a store with their factors, for the engine; see :class:`WindowBatches`.
 
     Args:
-        store, table, held_out, factors, tokens, aligned, window: see there.
+        store, table, held_out, factors, tokens, aligned: see there.
         config: of the run.
 
     Attributes:
@@ -255,10 +243,9 @@ class FactorCrops(LoadedCrops, Batches):
         factors: FactorSource = "own",
         tokens: bool = False,
         aligned: bool = False,
-        window: Edges | None = None,
     ) -> None:
         batches = WindowBatches(
-            store, table, config.batch_size, config.seed, held_out, factors, tokens, aligned, window
+            store, table, config.batch_size, config.seed, held_out, factors, tokens, aligned
         )
         super().__init__(batches, config.workers, config.timeout_s)
         self.held_out, self.windows = held_out, batches.training_windows

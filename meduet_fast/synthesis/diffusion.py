@@ -27,31 +27,18 @@ def alphas_cumprod(device: torch.device | None = None) -> Tensor:
     return (1 - betas).cumprod(0).float()
 
 
-def _rates(times: Tensor, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of signal and noise, each (B, 1, 1, 1, 1) float32."""
-    times = times.reshape(-1, *[1] * (like.ndim - 1))  # (B, 1, 1, 1, 1)
-    if objective == "flow":
-        return 1 - times, times
-    alphas = alphas_cumprod(times.device)[times]
-    return alphas.sqrt(), (1 - alphas).sqrt()
-
-
 def noisy(latents: Tensor, noise: Tensor, times: Tensor, objective: Objective) -> Tensor:
     """Mix latents and noise, both (B, C, X, Y, Z), at the times (B,)."""
-    signal_rate, noise_rate = _rates(times, objective, latents)
-    return signal_rate * latents + noise_rate * noise  # (B, C, X, Y, Z)
+    times = times.reshape(-1, *[1] * (latents.ndim - 1))  # (B, 1, 1, 1, 1)
+    if objective == "flow":
+        return (1 - times) * latents + times * noise  # (B, C, X, Y, Z)
+    alphas = alphas_cumprod(times.device)[times]  # (B, 1, 1, 1, 1)
+    return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise  # (B, C, X, Y, Z)
 
 
 def target(latents: Tensor, noise: Tensor, objective: Objective) -> Tensor:
     """Return what the network shall predict, (B, C, X, Y, Z): the velocity of flow, or the noise."""
     return noise - latents if objective == "flow" else noise
-
-
-def to_clean(x: Tensor, prediction: Tensor, times: Tensor, objective: Objective) -> Tensor:
-    """Return the latents (B, C, X, Y, Z) that a prediction at the times (B,) takes the noisy ``x`` for."""
-    signal_rate, noise_rate = _rates(times, objective, x)
-    removed = x - noise_rate * prediction  # (B, C, X, Y, Z)
-    return removed if objective == "flow" else removed / signal_rate
 
 
 def loss_weight(times: Tensor, objective: Objective, min_snr: float | None) -> Tensor:

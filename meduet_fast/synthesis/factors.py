@@ -454,10 +454,12 @@ class FactorTable:
             self.patch, self.exchanged = int(about["patch"]), int(about["exchanged"])
             self.tokens = bool(about["tokens"])
             self.volumes: list[dict[str, Any]] = [
-                {**record, "shape": tuple(record["shape"]), "first": _edges(record["first"])}
+                {
+                    **record, "name": str(record["name"]), "shape": tuple(record["shape"]),
+                    "first": _edges(record["first"]),
+                }
                 for record in about["volumes"]
-            ]
-            self._rows = {str(record["name"]): row for row, record in enumerate(self.volumes)}
+            ]  # fmt: skip
             shapes = file.shapes()
             expected = self._shapes(shapes["content"], shapes["style"])
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -512,20 +514,14 @@ class FactorTable:
             shapes |= {f"{kind}/{record['name']}": (x, y, z, dim) for kind in kinds}
         return shapes
 
-    def find(self, name: str) -> int:
-        """Return the position of a volume in ``volumes``.
-
-        Raises:
-            UserError: if there is none of this name.
-        """
-        if name not in self._rows:
-            raise UserError(f"{self.path}: no volume {name!r}, expected one of {', '.join(self._rows)}")
-        return self._rows[name]
-
-    def volume_factors(self, volume: int) -> tuple[Tensor, Tensor]:
-        """Return content (D,) and style (Ds,) of a volume: the means over its windows."""
-        first, last = torch.searchsorted(self.volume, torch.tensor([volume, volume + 1])).tolist()
-        return self.content[first:last].mean(0), self.style[first:last].mean(0)
+    def volume_factors(self) -> tuple[Tensor, Tensor]:
+        """Return content (V, D) and style (V, Ds) of all V volumes: the means over their windows."""
+        counts = torch.bincount(self.volume, minlength=len(self.volumes)).tolist()
+        content, style = (
+            torch.stack([rows.mean(0) for rows in factors.split(counts)])
+            for factors in (self.content, self.style)
+        )
+        return content, style
 
     def content_map(
         self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int | None = None

@@ -46,7 +46,7 @@ from .samplers import (
     sampling_steps,
     start_from,
 )
-from .sources import Asked, Content, Sources, Style, Triple
+from .sources import Asked, Content, Sources, Style, Triple, triple
 
 with needs_extra("synthesis"), quiet():
     from diffusers import DiffusionPipeline
@@ -433,13 +433,13 @@ class MeDUETPipeline(DiffusionPipeline):
         sample_size = network.sample_size
         if size is None and content is not None and content.start is None and start is None:
             room = [edge - first for edge, first in zip(content.grid, content.first, strict=True)]
-            size = _triple([edge // step * step for edge in room])
-        size = size or _triple(sample_size)
+            size = triple([edge // step * step for edge in room])
+        size = size or triple(sample_size)
         if any(edge < 1 or edge % step for edge in size):
             why = f"of the patches of the network ({own}) and the encoder ({patch})"
             raise SettingError("size", f"found {size} latent voxels, expected multiples of {step}, {why}")
         window = [min(edge, most) for edge, most in zip(size, sample_size, strict=True)]
-        stride = _triple([max(step, edge // 2 // step * step) for edge in window])
+        stride = triple([max(step, edge // 2 // step * step) for edge in window])
         if content is None:
             if start is not None:
                 raise SettingError("start", f"found {start}, and there is no content whose volume it lies in")
@@ -455,14 +455,14 @@ class MeDUETPipeline(DiffusionPipeline):
             )
         begin = start or content.start
         if begin is None:
-            begin = _triple(
+            begin = triple(
                 [
                     first + (end - first) // 2 // patch * patch
                     for end, first in zip(last, content.first, strict=True)
                 ]
             )
         elif content.by_chance and start is None:
-            begin = _triple([min(at, end) for at, end in zip(begin, last, strict=True)])
+            begin = triple([min(at, end) for at, end in zip(begin, last, strict=True)])
         for at, first, end in zip(begin, content.first, last, strict=True):
             if not first <= at <= end or (at - first) % patch:
                 raise SettingError(
@@ -476,10 +476,10 @@ class MeDUETPipeline(DiffusionPipeline):
         """Return the first corners of the windows that cover a sample."""
         window = self._window(size)
         axes = [axis_starts(*axis) for axis in zip(size, window, stride, strict=True)]
-        return [_triple(corner) for corner in product(*axes)]
+        return [triple(corner) for corner in product(*axes)]
 
     def _window(self, size: Triple) -> Triple:
-        return _triple(
+        return triple(
             [min(edge, most) for edge, most in zip(size, self.network.config.sample_size, strict=True)]
         )
 
@@ -529,10 +529,7 @@ class MeDUETPipeline(DiffusionPipeline):
         for first in range(0, len(pairs), settings.batch_size):
             chunk = pairs[first : first + settings.batch_size]
             windows = torch.stack([x[row][_box(corner, window)] for row, corner in chunk])
-            places = [
-                (asked[row], _triple([a + b for a, b in zip(asked[row].start, corner, strict=True)]))
-                for row, corner in chunk
-            ]
+            places = [(asked[row], _moved(asked[row].start, corner)) for row, corner in chunk]
             predicted = self._predict_windows(windows, step, places, weights, settings)  # (N, C, x, y, z)
             for (row, corner), one in zip(chunk, predicted, strict=True):
                 total[row][_box(corner, window)] += weight * one
@@ -547,7 +544,7 @@ class MeDUETPipeline(DiffusionPipeline):
         settings: SamplingSettings,
     ) -> Tensor:
         """Predict windows (N, C, x, y, z), each of a sample and at a place in its content's volume."""
-        device, network, size = windows.device, self.network, _triple(windows.shape[2:])
+        device, network, size = windows.device, self.network, triple(windows.shape[2:])
         # A table's factors are where the network is, those of scans on the CPU.
         contents = [
             None if one.content is None else one.content.factor(at, size).to(device) for one, at in places
@@ -602,13 +599,19 @@ class MeDUETPipeline(DiffusionPipeline):
         affine[:3, 3] += affine[:3, :3] @ (factor * np.array(one.start))
         # Values look like those of the scanner whose style they have.
         giver = one.style or one.content
+        corners = [_moved(one.start, corner) for corner in self._windows(one.size, one.stride)]
+        content = None
+        if one.content is not None:
+            others = {at: one.content.borrowed(at, self._window(one.size)) for at in corners}
+            borrowed = [{"window": [*at], "of": [*other]} for at, other in others.items() if other]
+            content = {**one.content.record, **({"borrowed": borrowed} if borrowed else {})}
         record = {
             "seed": one.seed,
-            "content": None if one.content is None else one.content.record,
+            "content": content,
             "style": None if one.style is None else one.style.record,
             "start": list(one.start),
             "size": list(one.size),
-            "windows": len(self._windows(one.size, one.stride)),
+            "windows": len(corners),
         }
         intensity = None if giver is None else giver.intensity
         return Sample(made * deviation + mean, affine, intensity, one.seed, record)
@@ -661,11 +664,10 @@ def _for_each(given: Any, count: int) -> list[Any]:
     return list(given)
 
 
+def _moved(start: Triple, by: Triple) -> Triple:
+    return triple([a + b for a, b in zip(start, by, strict=True)])
+
+
 def _box(corner: Triple, size: Triple) -> tuple[slice, ...]:
     """Return the place of a window in all channels of latents (C, X, Y, Z)."""
     return (slice(None), *(slice(first, first + edge) for first, edge in zip(corner, size, strict=True)))
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    x, y, z = map(int, values)
-    return x, y, z

@@ -155,7 +155,7 @@ def sample(source: Path | str, output: Path | str, config: SampleConfig | None =
         | {name: version(name) for name in ("torch", "diffusers", "monai")},
         **pipeline.about(),
         "settings": asdict(config),
-        "scheduler": config.sampler or scheduler_name(pipeline.scheduler),
+        "sampler": config.sampler or scheduler_name(pipeline.scheduler),
         "samples": [],
     }
     files: list[Path] = []

@@ -67,7 +67,7 @@ def build_scheduler(name: str, objective: Objective) -> Any:
     """
     if name not in SAMPLERS[objective]:
         known = ", ".join(SAMPLERS[objective])
-        raise SettingError("scheduler", f"found {name}, expected one for {objective}: {known}")
+        raise SettingError("sampler", f"found {name}, expected one for {objective}: {known}")
     from meduet_fast.models.mixins import quiet  # here, because it takes seconds and the names do not need it
 
     with needs_extra("synthesis"), quiet():
@@ -120,9 +120,9 @@ def require_objective(scheduler: Any, objective: Objective) -> None:
     """
     found = objective_of(scheduler)
     if found != objective:
-        known = ", ".join(SAMPLERS[objective])
+        known = ", ".join(_CLASSES[name] for name in SAMPLERS[objective])
         raise UserError(
-            f"scheduler: found {scheduler_name(scheduler)} for {found}, "
+            f"scheduler: found {type(scheduler).__name__} for {found}, "
             f"expected one for {objective}, which the network was trained for: {known}"
         )
 

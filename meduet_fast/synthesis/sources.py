@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Content:
         affine: (4, 4), from voxels of the prepared image to mm, RAS; None if it is not known.
         intensity: rule of the volume's values; None if it is not known.
         factor: returns what the network is told of a box (start, size): (D,), or tokens (X', Y', Z', D).
+        borrowed: returns where the window of the table begins whose content a box (start, size) is told
+            instead of its own; None: it is told its own.
         latents: returns the volume's own latents of a box, (C, x, y, z) float32.
     """
 
@@ -65,6 +67,7 @@ class Content:
     affine: np.ndarray | None
     intensity: IntensityRule | None
     factor: Callable[[Triple, Triple], Tensor]
+    borrowed: Callable[[Triple, Triple], Triple | None]
     latents: Callable[[Triple, Triple], Tensor]
 
 
@@ -169,28 +172,36 @@ class Sources:
         """Choose one of some windows (n,)."""
         factors = self._table("content", RANDOM)
         row = rows[rng.integers(len(rows))]
-        return self._of_volume(int(factors.volume[row]), _triple(factors.start[row].tolist()), True)
+        return self._of_volume(int(factors.volume[row]), triple(factors.start[row].tolist()), True)
 
     def _of_volume(self, number: int, start: Triple | None, by_chance: bool = False) -> Content:
         factors = self._table("content", RANDOM)
         record = factors.volumes[number]
-        nearest = cache(partial(factors.nearest, number))  # asked in every step; a GPU would be waited for
+
+        @cache  # asked for in every step
+        def pooled(start: Triple, size: Triple) -> tuple[Tensor, int | None]:
+            return factors.pooled_content(number, start, size)
 
         def factor(start: Triple, size: Triple) -> Tensor:
             if self.tokens:
                 return factors.content_map(number, start, size)  # (X', Y', Z', D)
-            return factors.content[nearest(start)]  # (D,)
+            return pooled(start, size)[0]  # (D,)
+
+        def borrowed(start: Triple, size: Triple) -> Triple | None:
+            row = None if self.tokens else pooled(start, size)[1]
+            return None if row is None else triple(factors.start[row].tolist())
 
         return Content(
             record={"volume": record["name"], "domain": record["domain"]},
-            grid=_triple(record["shape"][1:]),
-            first=_triple(record["first"]),
+            grid=triple(record["shape"][1:]),
+            first=triple(record["first"]),
             patch=factors.config.patch,
             start=start,
             by_chance=by_chance,
             affine=np.array(record["affine"]) if "affine" in record else None,
             intensity=_rule(record),
             factor=factor,
+            borrowed=borrowed,
             latents=lambda start, size: factors.latents(number, start, size),
         )
 
@@ -246,7 +257,7 @@ class Sources:
 
         self._contents[asked] = Content(
             record={"scan": printable(in_real_folder(entry.path)), "rule": asdict(volume.intensity)},
-            grid=_triple(kept.shape[1:]),
+            grid=triple(kept.shape[1:]),
             first=maps.first,
             patch=patch,
             start=None,
@@ -254,6 +265,7 @@ class Sources:
             affine=volume.affine,
             intensity=volume.intensity,
             factor=factor,
+            borrowed=lambda start, size: None,
             latents=crop,
         )
         return self._contents[asked]
@@ -275,13 +287,14 @@ def _split(asked: str | Path) -> tuple[str, str | None]:
 def _corner(option: str, asked: str | Path, place: str | None) -> Triple:
     if place is None or not re.fullmatch(r"\d+,\d+,\d+", place):
         raise UserError(f"{option}: found {asked}, expected NAME@x,y,z in latent voxels, or NAME@random")
-    return _triple([int(number) for number in place.split(",")])
+    return triple([int(number) for number in place.split(",")])
 
 
 def _rule(record: Any) -> IntensityRule | None:
     return IntensityRule(**record["intensity"]) if record.get("intensity") else None
 
 
-def _triple(values: Sequence[int]) -> Triple:
+def triple(values: Sequence[int]) -> Triple:
+    """Return three whole numbers as such."""
     x, y, z = map(int, values)
     return x, y, z

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from meduet_fast.engine import Batch, Task
 from meduet_fast.engine.optimizer import update_average
@@ -20,9 +19,10 @@ from meduet_fast.engine.optimizer import update_average
 from .alignment import AlignmentHead, alignment_loss
 from .averages import power_exponent, power_momentum
 from .config import SynthesisConfig
+from .cost import flops_per_crop
 from .diffusion import draw_times, loss_weight, network_time, noisy, target
 from .factors import FactorTable
-from .networks import Network, network_config, save_network
+from .networks import Network, save_network
 
 CONSTANT = "constant"  # the average whose momentum does not change
 
@@ -39,7 +39,7 @@ class SynthesisTraining(Task):
         config: of the run.
         network: to train; knows statistics of latents and factors.
         head: for alignment; None if ``config.diffusion.align`` is 0.
-        table: has the statistics of the tokens to align to.
+        table: has the encoder's patch, and the statistics of the tokens to align to.
     """
 
     title, sample = "Training synthesis", "crop"
@@ -73,7 +73,7 @@ class SynthesisTraining(Task):
             for name in ("mean", "deviation"):
                 tokens = getattr(table, f"token_{name}"), getattr(table, f"style_token_{name}")
                 self.register_buffer(f"aligned_{name}", torch.cat(tokens), persistent=False)  # (D + Ds,)
-        self._token_grid = [edge // table.patch for edge in table.window]
+        self._patch = table.patch
         self._flops: int | None = None
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -171,17 +171,7 @@ class SynthesisTraining(Task):
         save_network(self.network, path, state)
 
     def flops(self, step: int) -> int:
-        """Count the FLOPs of a crop, forward and backward, without the alignment's head; on shapes alone."""
+        """Return the FLOPs of a crop; see :func:`~.cost.flops_per_crop`."""
         if self._flops is None:
-            config = self.network.config
-            with torch.device("meta"):
-                # Built anew: compiled blocks would work on the weights they were compiled with, and sharded
-                # ones can't be copied.
-                network = type(self.network)(**network_config(self.network))
-                sample = torch.empty(2, config.in_channels, *config.sample_size)
-                grid = self._token_grid if config.content == "tokens" else ()
-                factors = torch.empty(2, *grid, config.content_dim), torch.empty(2, config.style_dim)
-                with FlopCounterMode(display=False) as counter:
-                    network(sample, torch.empty(2), *factors).sum().backward()
-            self._flops = counter.get_total_flops() // 2
+            self._flops = flops_per_crop(self.network, self._patch)
         return self._flops

@@ -7,15 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.store import LatentStore
 from meduet_fast.encoding.encode import teacher_file
 from meduet_fast.engine import FitResult, fit
 from meduet_fast.engine.beginning import Beginning, find_beginning
 from meduet_fast.engine.distributed import launch_number
-from meduet_fast.engine.dry_run import Rows, check_start, describe_run, format_rows, si
+from meduet_fast.engine.dry_run import format_rows
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
 from meduet_fast.models.unet3d import MeDUETUNet3D
 
@@ -28,29 +26,44 @@ from .task import SynthesisTraining
 from .transfer import transfer
 
 
+def new_network(config: SynthesisConfig, patch: int, **sizes: Any) -> Network:
+    """Build a network of these settings, with first weights.
+
+    Args:
+        config: of the run.
+        patch: edge of the encoder's patches in latent voxels.
+        sizes: arguments of the networks that depend on the data.
+
+    Raises:
+        UserError: for sizes that do not fit together.
+    """
+    sizes |= {
+        "content": config.content,
+        "content_projection": config.content_projection,
+        "content_pool": config.content_pool,
+        "prediction": config.diffusion.objective,
+    }
+    if config.network == "transformer":
+        return MeDUETTransformer3D(**sizes, **asdict(config.transformer))
+    return MeDUETUNet3D(**sizes, **asdict(config.unet), features_patch=patch)
+
+
 def build_network(config: SynthesisConfig, table: FactorTable) -> Network:
     """Build the network of a run, with first weights, for the crops and factors of a table.
 
     Raises:
         UserError: for sizes that do not fit together.
     """
-    shared: dict[str, Any] = {
-        "in_channels": len(table.latents_mean),
-        "sample_size": table.window,
-        "content_dim": table.content.shape[1],
-        "style_dim": table.style.shape[1],
-        "content": config.content,
-        "content_projection": config.content_projection,
-        "content_pool": config.content_pool,
-        "prediction": config.diffusion.objective,
-        "latents_mean": tuple(table.latents_mean.tolist()),
-        "latents_std": tuple(table.latents_deviation.tolist()),
-    }
-    network: Network
-    if config.network == "transformer":
-        network = MeDUETTransformer3D(**shared, **asdict(config.transformer))
-    else:
-        network = MeDUETUNet3D(**shared, **asdict(config.unet), features_patch=table.patch)
+    network = new_network(
+        config,
+        table.patch,
+        in_channels=len(table.latents_mean),
+        sample_size=table.window,
+        content_dim=table.content.shape[1],
+        style_dim=table.style.shape[1],
+        latents_mean=tuple(table.latents_mean.tolist()),
+        latents_std=tuple(table.latents_deviation.tolist()),
+    )
     if config.standardise == "table":
         content = (
             (table.token_mean, table.token_deviation)
@@ -80,7 +93,7 @@ def build_task(config: SynthesisConfig, table: FactorTable, network: Network) ->
     return SynthesisTraining(config, network, head, table)
 
 
-def _beginning(init: Path | None, network: Network, output: Path | None, resume: bool) -> Beginning:
+def begin(init: Path | None, network: Network, output: Path | None, resume: bool) -> Beginning:
     """Find what a run begins from, and write it into the network if it begins now."""
     return find_beginning(
         init, lambda path: transfer(network, path).beginning(), output, resume, teacher_file
@@ -115,7 +128,7 @@ def train_synthesis(
         table = FactorTable.open(factors)
         crops = open_crops(config, LatentStore.open(data), table)
         network = build_network(config, table)
-        beginning = _beginning(init, network, output, resume)
+        beginning = begin(init, network, output, resume)
         if launch_number("RANK", 0) == 0 and beginning.rows:
             print(format_rows(beginning.rows), file=sys.stderr)
         task = build_task(config, table, network)
@@ -123,38 +136,3 @@ def train_synthesis(
         return task, crops
 
     return fit(make, config, output, resume)
-
-
-def format_plan(
-    data: Path,
-    factors: Path,
-    output: Path | None,
-    config: SynthesisConfig,
-    resume: bool = False,
-    init: Path | None = None,
-    processes: int = 1,
-    local: int | None = None,
-) -> str:
-    """Format the plan of a run, to be read; arguments as for :func:`train_synthesis`.
-
-    Raises:
-        UserError: for all that :func:`train_synthesis` would refuse before its first step.
-    """
-    table = FactorTable.open(factors)
-    crops = open_crops(config, LatentStore.open(data), table)
-    with torch.device("meta"):
-        network = build_network(config, table)
-        task = build_task(config, table, network)
-    check_start(task, config, output, crops.identity, resume, processes)
-    x, y, z = table.window
-    count = si(sum(parameter.numel() for parameter in network.parameters()), "")
-    rows: Rows = [
-        ("network", f"{type(network).__name__}, {count} parameters"),
-        ("crops", f"windows of {x} x {y} x {z} latent voxels, {crops.windows} to train on"),
-        ("objective", f"{config.diffusion.objective}, content {config.content}"
-                      + f", aligned until step {task.phase_starts()[0]}" * bool(task.phase_starts())),
-        ("data", f"{len(table.volumes)} volumes; held out: {crops.held_out.describe()}"),
-    ]  # fmt: skip
-    rows += _beginning(init, network, output, resume).rows
-    rows += describe_run(task, config, processes, local)
-    return format_rows(rows)

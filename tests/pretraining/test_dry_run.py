@@ -106,10 +106,10 @@ def test_memory_adds_up_and_shards() -> None:
     config = PretrainConfig(model=DEEP, batch_size=2)
     count = count_parameters(DEEP)
     whole, part = memory_estimate(config), memory_estimate(config, 4)
-    state = (whole.student, whole.teacher, whole.gradients, whole.optimizer)
+    state = (whole.weights, whole.averages, whole.gradients, whole.optimizer)
     assert state == (4 * count, 4 * count, 4 * count, 8 * count)
     assert whole.total == sum(state) + whole.copies + whole.activations
-    assert (part.student, part.activations) == (-(-count // 4) * 4, whole.activations)
+    assert (part.weights, part.activations) == (-(-count // 4) * 4, whole.activations)
     large = PretrainConfig()
     assert memory_estimate(large, 8).total < memory_estimate(large).total
     assert memory_estimate(replace(large, recompute=True)).total < memory_estimate(large).total / 3
@@ -137,7 +137,7 @@ def test_the_plan_of_a_run(tiny_store: Path, tiny_config: PretrainConfig, tmp_pa
         "left fresh  1 tensor, 2 parameters: siqc_log_scale",
         "from step 0 on: reconstruction + SiQC",
         "from step 3 on: reconstruction + MFTD + SiQC",
-        "B a GPU: student",
+        "B a GPU: weights",
         "2 checkpoints of",
     ):
         assert words in plan

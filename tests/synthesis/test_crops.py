@@ -104,10 +104,9 @@ def test_without_exchanged_styles_maps_are_in_their_own(tmp_path: Path) -> None:
 
 def test_a_volumes_own_pair_can_stand_for_its_windows(store: LatentStore, table: FactorTable) -> None:
     batch = batches_of(store, table, factors="volume")[0]
-    for row, volume in enumerate(batch["volume"].tolist()):
-        content, style = table.volume_factors(volume)
-        assert torch.equal(batch["content"][row], content)
-        assert torch.equal(batch["style"][row], style)
+    content, style = table.volume_factors()
+    assert torch.equal(batch["content"], content[batch["volume"]])
+    assert torch.equal(batch["style"], style[batch["volume"]])
     assert set(batch) == {"latents", "content", "style", "domain", "volume", "start"}
 
 
@@ -198,7 +197,7 @@ def test_seed_and_number_each_change_the_batch(store: LatentStore, table: Factor
 
 def test_the_engine_gets_a_stream(store: LatentStore, table: FactorTable, tmp_path: Path) -> None:
     config, held_out = EngineConfig(batch_size=5, seed=2, workers=0), HeldOut(store.entries, 0.4)
-    crops = FactorCrops(store, table, config, held_out, window=WINDOW)
+    crops = FactorCrops(store, table, config, held_out)
     wanted = batches_of(store, table, batch_size=5, seed=2)
     [batch] = crops.read(3, 4, 0, 1, pin=False)
     assert all(torch.equal(batch[name], item) for name, item in wanted[3].items())
@@ -224,8 +223,6 @@ def test_what_does_not_fit_is_one_line(store: LatentStore, table: FactorTable, t
     fewer = write_store(tmp_path / "fewer", {name: VOLUMES[name] for name in ("a0", "b0")})
     with pytest.raises(UserError, match=r"2 volumes differ \(a1, c0\); make it anew"):
         check_table(table, fewer)
-    with pytest.raises(UserError, match=r"windows of \(6, 4, 2\) latent voxels, expected \(6, 6, 2\)"):
-        check_table(table, store, (6, 6, 2))
     with pytest.raises(UserError, match="table: volumes that cannot be divided: a0: axis of 13 cannot hold"):
         batches_of(store, table, held_out=HeldOut(store.entries, 0.8))
 

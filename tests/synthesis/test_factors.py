@@ -127,16 +127,17 @@ def test_a_single_window_has_no_deviation_but_can_be_divided_by_it(tmp_path: Pat
     assert str(summary).startswith(f"{tmp_path / 'table'}: 1 windows of 4x4x4 latent voxels, of 1 volume\n")
     table = FactorTable.open(tmp_path / "table")
     assert torch.allclose(table.content_deviation, torch.tensor(1e-6))
-    assert torch.equal(table.volume_factors(0)[0], table.content[0])
+    assert torch.equal(table.volume_factors()[0], table.content)
 
 
 def test_a_volumes_factors_are_the_means_over_its_windows(make: Make) -> None:
     table = make(window=6, stride=4)
+    content, style = table.volume_factors()
+    assert len(content) == len(style) == 4
     for index in range(4):
         own = table.volume == index
-        content, style = table.volume_factors(index)
-        torch.testing.assert_close(content, table.content[own].mean(0))
-        torch.testing.assert_close(style, table.style[own].mean(0))
+        torch.testing.assert_close(content[index], table.content[own].mean(0))
+        torch.testing.assert_close(style[index], table.style[own].mean(0))
 
 
 def test_a_table_tells_where_it_comes_from(store: LatentStore, run: Path, make: Make) -> None:
@@ -152,9 +153,6 @@ def test_a_table_tells_where_it_comes_from(store: LatentStore, run: Path, make: 
             "content_key": entry.content_key, "spacing": [1.5, 1.5, 1.5], "first": (0, 0, 0),
             "donors": [store.entries[donors[index][0]].name],
         }  # fmt: skip
-        assert table.find(entry.name) == index
-    with pytest.raises(UserError, match=r"table.safetensors: no volume 'x', expected one of a0, a1, b0, c0$"):
-        table.find("x")
 
 
 def test_maps_are_read_by_boxes(store: LatentStore, make: Make) -> None:
@@ -190,10 +188,11 @@ def test_exchanged_maps_are_in_the_style_of_their_donors(
     table = FactorTable.open(tmp_path / "table")
     assert table.exchanged == 2
     statistics = [StyleStatistics.of(encoded(store, index)[1].flatten(0, 2)) for index in range(4)]
+    names = [entry.name for entry in store.entries]
     for index in (0, 2):
         maps = [table.content_map(index, (0, 0, 0), (12, 8, 8))]
         for number, name in enumerate(table.volumes[index]["donors"]):
-            donor = table.find(name)
+            donor = names.index(name)
             assert store.entries[donor].domain != store.entries[index].domain
             restyled = restyle_region(
                 network(), store.read_volume(index), store.read_volume(donor), statistics[index],

@@ -137,14 +137,14 @@ def test_one_window_is_one_pass(pipeline: MeDUETPipeline, parts: dict[str, Any])
     """By Euler, whose steps are easily written down."""
     factors = parts["factors"]
     [made] = pipeline("ct_a@4,2,0", "mr@4,0,0", [11], steps=4, sampler="euler")
-    row, other = factors.nearest(0, (4, 2, 0)), factors.nearest(2, (4, 0, 0))
+    content, other = factors.pooled_content(0, (4, 2, 0), (8, 8, 8))[0], factors.nearest(2, (4, 0, 0))
     assert factors.start[other].tolist() == [4, 0, 0]
     x = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(11))[None]
     network, levels = pipeline.network, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
     with torch.no_grad():
         for level, after in pairwise(levels):
             x = x + (after - level) * network(
-                x, 1000 * level[None], factors.content[row][None], factors.style[other][None]
+                x, 1000 * level[None], content[None], factors.style[other][None]
             )
     mean, deviation = (
         torch.tensor(v)[:, None, None, None]
@@ -182,6 +182,47 @@ def test_the_row_of_a_place_is_sought_once(parts: dict[str, Any], monkeypatch: p
     for start in ((0, 0, 0), (4, 2, 0)) * 2:
         content.factor(start, (8, 8, 8))
     assert search.call_count == 2
+
+
+def test_pooled_content_is_the_boxs_own_where_the_table_has_its_tokens(
+    parts: dict[str, Any], folder: Path
+) -> None:
+    """A window's own factor where it is the box; another's only without tokens."""
+    factors, table = parts["factors"], FactorTable.open(folder / "factors.safetensors")
+    row = factors.nearest(0, (4, 2, 0))
+    assert factors.start[row].tolist() == [4, 0, 0]
+    content, borrowed = factors.pooled_content(0, (4, 0, 0), (8, 8, 8))
+    assert (torch.equal(content, table.content[row]), borrowed) == (True, None)
+    for start, size in (((4, 2, 0), (8, 8, 8)), ((4, 0, 0), (4, 8, 2))):
+        content, borrowed = factors.pooled_content(0, start, size)
+        assert (torch.equal(content, table.content_map(0, start, size).mean((0, 1, 2))), borrowed) == (
+            True,
+            None,
+        )
+        assert not torch.allclose(content, table.content[row], rtol=1e-3)
+    arguments = {**_arguments(factors), "table": str(folder / "absent")}
+    alone = MeDUETFactors(**arguments)
+    alone.load_state_dict(factors.state_dict())
+    content, borrowed = alone.pooled_content(0, (4, 2, 0), (8, 8, 8))
+    assert (torch.equal(content, table.content[row]), borrowed) == (True, row)
+    with pytest.raises(UserError, match="absent: absent, or another table of factors than when the pipeline"):
+        alone.content_map(0, (4, 2, 0), (8, 8, 8))
+
+
+def test_a_record_names_the_windows_whose_content_was_borrowed(parts: dict[str, Any], folder: Path) -> None:
+    arguments = {**_arguments(parts["factors"]), "table": str(folder / "absent")}
+    alone = MeDUETFactors(**arguments)
+    alone.load_state_dict(parts["factors"].state_dict())
+    asked = {"size": (12, 8, 8), "start": (4, 2, 0), "steps": 1}
+    [own], [made] = (
+        make_pipeline({**parts, "factors": f})("ct_a", "mr", **asked) for f in (parts["factors"], alone)
+    )
+    assert own.record["content"] == {"volume": "ct_a", "domain": "ct"}
+    assert made.record["content"]["borrowed"] == [
+        {"window": [4, 2, 0], "of": [4, 0, 0]}, {"window": [8, 2, 0], "of": [8, 0, 0]},
+    ]  # fmt: skip
+    [window] = make_pipeline({**parts, "factors": alone})("ct_a@4,0,0", "mr", steps=1)
+    assert "borrowed" not in window.record["content"]
 
 
 def test_windows_that_agree_are_blended_without_a_trace(
@@ -308,8 +349,8 @@ KNOWN = "ct_a, ct_b, mr"
             "content: found ct_a@1, expected NAME@x,y,z in latent voxels, or NAME@random",
         ),
         ({"style": "ct@0,0,0"}, "style: found ct@0,0,0, expected a place in a volume; ct is a domain"),
-        ({"sampler": "heun"}, r"scheduler: found heun, expected one for flow: dpm\+\+, euler"),
-        ({"sampler": "ddim"}, r"scheduler: found ddim, expected one for flow: dpm\+\+, euler"),
+        ({"sampler": "heun"}, r"sampler: found heun, expected one for flow: dpm\+\+, euler"),
+        ({"sampler": "ddim"}, r"sampler: found ddim, expected one for flow: dpm\+\+, euler"),
         ({"steps": 0}, "steps: found 0, expected 1 or more"),
         ({"content_scale": -1.0}, "content_scale: found -1, expected 0 or more"),
         ({"style_scale": float("inf")}, "style_scale: found inf, expected 0 or more"),
@@ -367,7 +408,10 @@ def test_parts_of_other_origin_are_refused(parts: dict[str, Any], folder: Path) 
     ):
         build(factors=MeDUETFactors(**{**_arguments(factors), "content_dim": 12}))
     network = make_network(prediction="epsilon")
-    with pytest.raises(UserError, match=r"scheduler: found euler for flow, expected one for epsilon"):
+    with pytest.raises(
+        UserError,
+        match=r"scheduler: found FlowMatchEulerDiscreteScheduler for flow, expected one for epsilon",
+    ):
         MeDUETPipeline(build_scheduler("euler", "flow"), transformer=network, **parts)
     with pytest.raises(UserError, match="pipeline: expected either a transformer or a unet"):
         MeDUETPipeline(build_scheduler("euler", "flow"), **parts)

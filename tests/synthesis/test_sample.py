@@ -71,7 +71,7 @@ def test_a_ct_lies_where_its_content_does_and_has_its_units(run: Path, tmp_path:
     network = run / "checkpoints" / "7" / "power_0.100.safetensors"
     assert record["network"]["weights_sha256"] == file_sha256(network)
     assert record["settings"]["content"] == "ct_b"
-    assert record["scheduler"] == "dpm++"
+    assert record["sampler"] == "dpm++"
     assert "2 samples by MeDUETTransformer3D of " in str(summary)
     with Image.open(tmp_path / "made" / "samples.png") as picture:
         assert picture.width > 200

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from meduet_fast import cli
 from meduet_fast.cli import PACKAGED, _parse
 from meduet_fast.engine import AdamWConfig
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint, read_run
@@ -24,9 +25,10 @@ from meduet_fast.engine.step import batch_generator
 from meduet_fast.errors import UserError
 from meduet_fast.synthesis.averages import power_exponent, power_momentum
 from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig, TransformerConfig, UNetConfig
+from meduet_fast.synthesis.dry_run import format_plan
 from meduet_fast.synthesis.factors import FactorsConfig, FactorTable, write_factors
 from meduet_fast.synthesis.networks import load_network, save_network
-from meduet_fast.synthesis.train import build_network, build_task, format_plan, train_synthesis
+from meduet_fast.synthesis.train import build_network, build_task, train_synthesis
 from tests.engine.team import Team, assert_same_losses, train
 
 from .material import write_run, write_store
@@ -209,6 +211,10 @@ def test_a_plan_tells_the_run_and_writes_nothing(place: Path, tmp_path: Path) ->
     assert "MeDUETTransformer3D" in text
     assert "aligned until step 3" in text
     assert "4 x 6 x 4 latent voxels" in text
+    plain = format_plan(place / "store", place / "factors.safetensors", tmp_path / "run", CONFIG)
+    assert "objective   flow, content pooled\n" in plain
+    assert "B a GPU: weights" in plain
+    assert "\ndisk        3 checkpoints of" in plain
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,6 +235,18 @@ def test_packaged_networks_can_be_built(name: str) -> None:
         network = build_network(replace(config, standardise="none"), table)
     widths = {"sit_s": 384, "sit_b": 768, "sit_l": 960, "sit_xl": 1152, "unet_b": 768}
     assert network.feature_width == widths.get(name, 96)
+
+
+def test_sizes_lists_the_packaged_configurations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {name: PACKAGED["synthesize train"] / f"{name}.yaml" for name in ("unet_b", "sit_demo")}
+    monkeypatch.setattr(cli, "_packaged", lambda command: few)
+    assert cli.main(["synthesize", "sizes"]) == 0
+    _, _, demo, unet = capsys.readouterr().out.splitlines()
+    assert demo.startswith("| `sit_demo` | 3 x 96 (4) | 684.4 k | 12 x 12 x 12 | 599.9 M | 16 | ")
+    assert unet.startswith("| `unet_b` | 192, 768 (12) | 267.5 M | 64 x 64 x 32 | 4.227 T | 16 | ")
+    assert unet.count(" GB") == 2
 
 
 def test_other_settings_are_refused(place: Path, tmp_path: Path) -> None:
