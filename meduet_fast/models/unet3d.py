@@ -222,7 +222,8 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
 
     Args:
         in_channels, sample_size, content_dim, style_dim, content, content_projection, content_pool,
-        prediction, latents_mean, latents_std: see :class:`~.transformer3d.MeDUETTransformer3D`.
+        content_by_volume, prediction, latents_mean, latents_std: see
+        :class:`~.transformer3d.MeDUETTransformer3D`.
         patch_size: latent voxels along the edge of a voxel of the first level; 1 begins with a convolution.
         num_channels: of each level; every further one halves the size.
         num_res_blocks: residual blocks of a level on the way down; one more on the way up.
@@ -247,6 +248,7 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         content: Content = "pooled",
         content_projection: int = 16,
         content_pool: int = 1,
+        content_by_volume: bool = False,
         prediction: Prediction = "flow",
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         latents_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
