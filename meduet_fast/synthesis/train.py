@@ -152,7 +152,7 @@ def format_plan(
         ("network", f"{type(network).__name__}, {count} parameters"),
         ("crops", f"windows of {x} x {y} x {z} latent voxels, {crops.windows} to train on"),
         ("objective", f"{config.diffusion.objective}, content {config.content}"
-                      + f", aligned until step {task.phase_starts()[0]}" * bool(task.phase_starts())),
+                      + "".join(f", aligned until step {step}" for step in task.phase_starts())),
         ("data", f"{len(table.volumes)} volumes; held out: {crops.held_out.describe()}"),
     ]  # fmt: skip
     rows += _beginning(init, network, output, resume).rows
