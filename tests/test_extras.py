@@ -95,8 +95,26 @@ for name in COMMANDS:
         assert stop.code == 0, name
 print(main(["synthesize", "train", "--data", "a", "--factors", "b", "--output", "c"]))
 """
+# Each stage imports more than the one before it.
 UNTOUCHED = """
 import sys
+import torch
+
+def untouched(*names):
+    assert not {*names} & {*sys.modules}, names
+
+from meduet_fast.layers import accelerate
+accelerate(torch.nn.Conv3d(1, 1, 2, 2))
+untouched("monai", "diffusers")
+import meduet_fast.models
+untouched("diffusers")
+import meduet_fast.cli
+from meduet_fast.engine.precision import use_float8
+untouched("torchao", "diffusers")
+use_float8([torch.nn.Sequential(torch.nn.Linear(16, 16))], torch.device("cpu"))
+assert "torchao" in sys.modules
+print("quiet", file=sys.stderr)
+
 from meduet_fast.cli import COMMANDS, main
 import meduet_fast.synthesis, meduet_fast.synthesis.factors, meduet_fast.synthesis.crops
 for name in COMMANDS:
@@ -106,20 +124,28 @@ for name in COMMANDS:
         except SystemExit:
             pass
 main(["factors", "absent", "--data", "absent", "--output", "here.safetensors"])
-assert "diffusers" not in sys.modules
+untouched("diffusers")
 """
 
 
-def test_diffusers_is_of_synthesis_alone(tmp_path: Path) -> None:
-    """All else works without it and never imports it; what needs it names its extra, in one line each."""
-    done = [
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        for code in (WITHOUT_DIFFUSERS, UNTOUCHED)
-    ]
-    assert [run.returncode for run in done] == [0, 0], [run.stderr for run in done]
-    lines = done[0].stderr.splitlines()
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
+    """MONAI, diffusers and torchao, which says nothing on its way."""
+    done = run(UNTOUCHED, tmp_path)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr.startswith("quiet\n")
+
+
+def test_without_diffusers_synthesis_names_its_extra(tmp_path: Path) -> None:
+    """In one line each; all else works."""
+    lines = run(WITHOUT_DIFFUSERS, tmp_path).stderr.splitlines()
     assert len(lines) >= 1
     hint = "diffusers is not installed: pip install '.[synthesis]' in a clone of meduet-fast"
     assert all(line.startswith("meduet-fast synthesize ") and line.endswith(hint) for line in lines), lines
