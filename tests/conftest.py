@@ -17,6 +17,9 @@ from meduet_fast.data.store import LatentStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# PyTorch's compiler starts no processes of its own, each of which would import all of PyTorch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def sample_data() -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -17,15 +18,19 @@ from meduet_fast.models import MeDUET, MeDUETConfig
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``run("encode_scan.py", argument, ...)`` gives what it prints."""
+
+    def of(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return of
 
 
-@pytest.mark.slow
-def test_encode_scan(tmp_path: Path) -> None:
+def test_encode_scan(tmp_path: Path, run: Callable[..., str]) -> None:
     """Maps lie where the scan's tokens do, and have their greatest variances."""
     voxels = np.random.default_rng(0).uniform(-100, 200, (60, 40, 16)).astype(np.float32)
     scan = tmp_path / "scan.nii.gz"
@@ -49,8 +54,7 @@ def test_encode_scan(tmp_path: Path) -> None:
         assert np.allclose(np.diag(variances), greatest, rtol=1e-2)
 
 
-@pytest.mark.slow
-def test_fast_layers() -> None:
+def test_fast_layers(run: Callable[..., str]) -> None:
     pytest.importorskip("einops")
     printed = run("fast_layers.py", "--batch", 1, "--width", 48, "--layers", 2, "--calls", 2)
     assert "patch_embedding: monai.networks.blocks.patchembedding.PatchEmbeddingBlock -> " in printed

@@ -78,49 +78,62 @@ def test_kernels_and_layers_need_torch_and_triton_alone() -> None:
     assert (done.stderr.splitlines()[-1], exit_code) == (f"meduet-fast: jsonargparse {hint}", "2")
 
 
-WITHOUT_DIFFUSERS = """
+# Each stage imports more than the one before it; in the last one diffusers is not there.
+STAGES = """
 import sys
+import torch
+
+def untouched(*names):
+    assert not {*names} & {*sys.modules}, names
+
+def helped(command):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, command
+
+from meduet_fast.layers import accelerate
+accelerate(torch.nn.Conv3d(1, 1, 2, 2))
+untouched("monai", "diffusers")
+import meduet_fast.models
+untouched("diffusers")
+import meduet_fast.cli
+from meduet_fast.engine.precision import use_float8
+untouched("torchao", "diffusers")
+use_float8([torch.nn.Sequential(torch.nn.Linear(16, 16))], torch.device("cpu"))
+assert "torchao" in sys.modules
+
+print("quiet until here", file=sys.stderr)
+from meduet_fast.cli import COMMANDS, main
+import meduet_fast.synthesis, meduet_fast.synthesis.factors, meduet_fast.synthesis.crops
+for command in COMMANDS:
+    if not command.startswith("synthesize"):
+        helped(command)
+main(["factors", "absent", "--data", "absent", "--output", "here.safetensors"])
+untouched("diffusers")
 
 class Without:
     def find_spec(self, name, path=None, target=None):
         if name == "diffusers":
             raise ModuleNotFoundError(name=name)
 
+print("without diffusers", file=sys.stderr)
 sys.meta_path.insert(0, Without())
-from meduet_fast.cli import COMMANDS, main
-for name in COMMANDS:
-    try:
-        print(main([*name.split(), "--help"]), name)
-    except SystemExit as stop:
-        assert stop.code == 0, name
-print(main(["synthesize", "train", "--data", "a", "--factors", "b", "--output", "c"]))
-"""
-UNTOUCHED = """
-import sys
-from meduet_fast.cli import COMMANDS, main
-import meduet_fast.synthesis, meduet_fast.synthesis.factors, meduet_fast.synthesis.crops
-for name in COMMANDS:
-    if not name.startswith("synthesize"):
-        try:
-            main([name, "--help"])
-        except SystemExit:
-            pass
-main(["factors", "absent", "--data", "absent", "--output", "here.safetensors"])
-assert "diffusers" not in sys.modules
+for command in COMMANDS:
+    if command.startswith("synthesize"):
+        helped(command)
+main(["synthesize", "train", "--data", "a", "--factors", "b", "--output", "c"])
 """
 
 
-def test_diffusers_is_of_synthesis_alone(tmp_path: Path) -> None:
-    """All else works without it and never imports it; what needs it names its extra, in one line each."""
-    done = [
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        for code in (WITHOUT_DIFFUSERS, UNTOUCHED)
-    ]
-    assert [run.returncode for run in done] == [0, 0], [run.stderr for run in done]
-    lines = done[0].stderr.splitlines()
-    assert len(lines) >= 1
+def test_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
+    """MONAI, torchao (silent) and diffusers, of synthesis alone, which names its extra in one line."""
+    command = [sys.executable, "-c", STAGES]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stderr.split("without diffusers\n")
+    assert before.startswith("quiet until here\n")
+    lines = after.splitlines()
     hint = "diffusers is not installed: pip install '.[synthesis]' in a clone of meduet-fast"
     assert all(line.startswith("meduet-fast synthesize ") and line.endswith(hint) for line in lines), lines
     assert lines[-1].startswith("meduet-fast synthesize train: ")

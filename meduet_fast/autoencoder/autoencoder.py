@@ -190,7 +190,6 @@ class Tokenizer:
             whole = slice(0, factor * shape[0]), slice(0, factor * shape[1]), slice(0, factor * shape[2])
             yield whole, self.decode(latents[None])[0, 0]
             return
-        x = (latents[None] / self.scale).to(self.device, torch.float32)  # (1, C, x, y, z)
         weight = compute_importance_map(tuple(edges), "gaussian", self.SIGMA, self.device)  # (x', y', z')
         weight = F.interpolate(weight[None, None], scale_factor=factor)[0, 0]  # (X', Y', Z')
         windows = dense_patch_slices(
@@ -216,8 +215,10 @@ class Tokenizer:
             for window in group:
                 inside = [slice(factor * part.start, factor * part.stop) for part in window]
                 inside[axis] = slice(0, slab[axis])
-                cut = (slice(None), slice(None), *window)
-                total[tuple(inside)] += weight * self.network.decode(x[cut])[0, 0]
+                x = (latents[(slice(None), *window)][None] / self.scale).to(self.device, torch.float32)
+                total[tuple(inside)] += (
+                    weight * self.network.decode(x)[0, 0]
+                )  # (1, C, x', y', z') -> (X', ...)
                 weights[tuple(inside)] += weight
 
     def _in_windows(

@@ -52,7 +52,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Manifest of two domains with a small CT-like volume each."""
     folder = tmp_path_factory.mktemp("volumes")
     for name in "ab":
-        voxels = image(seed=ord(name))[0].numpy() * 400 - 170
+        voxels = image(40, seed=ord(name))[0].numpy() * 400 - 170
         nib.save(
             nib.Nifti1Image(voxels.astype(np.float32), np.diag([1.5, 1.5, 1.5, 1])), folder / f"{name}.nii"
         )
@@ -155,7 +155,7 @@ def test_standardised_latents_reconstruct_the_same() -> None:
     network = architecture.build()
     pass_images_through(network)
     tokenizer = Tokenizer(architecture, network, "test")
-    volume = _Volume("a", image(), 48)
+    volume = _Volume("a", image(40), 40)
     before, spread = network.encode(volume.image[None])
     decoded = tokenizer.decode(before)
     _standardise(tokenizer, [volume])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import plots
 from benchmarks.report import load_runs, main, write_folder, write_report
 from benchmarks.results import Results, Row
 from benchmarks.tables import duration, headlines, si, three, without_batch
@@ -27,16 +28,39 @@ def report(tmp_path: Path, *runs: Results) -> str:
     return write_report([tmp_path / "results"], tmp_path / "docs").read_text()
 
 
-def test_every_picture_is_shown_and_written(tmp_path):
-    text = report(tmp_path, make_results(), make_results("2026-01-03"))
-    shown = re.findall(r"!\[[^]]+\]\(benchmarks/([^)]+)\)", text)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``results`` of two days, and ``docs`` with their page and pictures."""
+    folder = tmp_path_factory.mktemp("report")
+    report(folder, make_results(), make_results("2026-01-03"))
+    return folder
+
+
+@pytest.fixture
+def _text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no pictures, which takes seconds."""
+    monkeypatch.setattr(plots, "write_plots", lambda *_, **options: [])
+
+
+def test_every_picture_is_shown_and_written(whole):
+    shown = re.findall(r"!\[[^]]+\]\(benchmarks/([^)]+)\)", (whole / "docs" / "benchmarks.md").read_text())
     names = ["roofline", "throughput", "contrast", "ablation", "history"]
     assert shown == [f"{H100}-{name}.png" for name in names]
-    folder = tmp_path / "docs" / "benchmarks"
+    folder = whole / "docs" / "benchmarks"
     assert sorted(path.name for path in folder.iterdir()) == sorted(shown)
     for name in shown:
         with Image.open(folder / name) as image:
             assert min(image.size) > 200
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_the_same_files_give_the_same_page_and_pictures(whole, tmp_path):
+    write_report([whole / "results"], tmp_path)
+    assert len(files(tmp_path)) == 6
+    assert files(tmp_path) == files(whole / "docs")
 
 
 def test_pictures_without_rows_are_left_out_and_old_ones_removed(tmp_path):
@@ -48,14 +72,7 @@ def test_pictures_without_rows_are_left_out_and_old_ones_removed(tmp_path):
     assert "### loader" in text
 
 
-def test_the_same_files_give_the_same_page_and_pictures(tmp_path):
-    first = report(tmp_path, make_results(), make_results("2026-01-03"))
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "docs" / "benchmarks").iterdir()}
-    second = report(tmp_path)
-    assert first == second
-    assert pictures == {path.name: path.read_bytes() for path in (tmp_path / "docs" / "benchmarks").iterdir()}
-
-
+@pytest.mark.usefixtures("_text_alone")
 def test_figures_of_the_rows_are_in_the_tables(tmp_path):
     text = report(tmp_path, make_results())
     table = text.partition("### contrast\n")[2].partition("###")[0]
@@ -67,6 +84,7 @@ def test_figures_of_the_rows_are_in_the_tables(tmp_path):
     assert "samples/s 615" in text.partition("### step\n")[2]
 
 
+@pytest.mark.usefixtures("_text_alone")
 def test_a_share_of_the_peak_is_shown(tmp_path):
     row = Row("pool", "B=4", "ours", bytes=29 * 10**9, **timed(2e4))
     assert "| 50.0 % |" in report(tmp_path, make_results(rows=[row]))
@@ -84,6 +102,7 @@ def test_the_headline_is_against_the_strongest_peer():
     assert line.ratio == pytest.approx(4.0)
 
 
+@pytest.mark.usefixtures("_text_alone")
 def test_a_page_without_an_h100_says_so(tmp_path):
     text = report(tmp_path, make_results(device="Some CPU"))
     assert "\nH100: not measured.\n" in text
@@ -91,6 +110,7 @@ def test_a_page_without_an_h100_says_so(tmp_path):
     assert "weak-scaling efficiency" not in text
 
 
+@pytest.mark.usefixtures("_text_alone")
 def test_a_page_with_an_h100_has_the_scale_model(tmp_path):
     text = report(tmp_path, make_results(), make_results(device="Some CPU"))
     assert "H100: not measured" not in text
@@ -99,6 +119,7 @@ def test_a_page_with_an_h100_has_the_scale_model(tmp_path):
     assert "Computed, not measured" in text
 
 
+@pytest.mark.usefixtures("_text_alone")
 def test_the_latest_run_of_a_benchmark_counts(tmp_path):
     newer = [Row("pool", "B=4", "ours", **timed(1)), Row("loader", "crops", "ours", "read", **timed(12.5))]
     text = report(tmp_path, make_results("2026-01-03", rows=newer), make_results("2026-01-02"))

@@ -20,9 +20,10 @@ from meduet_fast.engine.metrics import METRICS_FILE, read_metrics
 from meduet_fast.pretraining import PretrainConfig, pretrain
 from meduet_fast.pretraining.losses import LOSSES
 
-# Children are forked from a server that has imported everything: starting one costs milliseconds.
+# Children are forked from a server that has imported everything, what PyTorch imports when a step or a logger
+# first needs it as well: starting one costs milliseconds.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["meduet_fast.pretraining"])
+FORKSERVER.set_forkserver_preload(["meduet_fast.pretraining", "torch._dynamo", "torch.utils.tensorboard"])
 PATIENCE_S = 90.0
 
 

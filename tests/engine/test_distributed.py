@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from meduet_fast.engine.checkpoint import checkpoint_steps, latest_checkpoint
@@ -136,21 +132,3 @@ def test_sharded_blocks_compiled_and_recomputed(
     with Team(tiny_store, tmp_path / "run", stage, 2, "asked to stop", steps) as team:
         assert team.wait() == [0, 0], team.said()
     assert_same_losses(tmp_path / "run", alone, steps=steps)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_it(alone: Path, tiny_store: Path, config: PretrainConfig, tmp_path: Path) -> None:
-    """The command of the documentation; one process of two speaks."""
-    settings = tmp_path / "config.yaml"
-    settings.write_text(yaml.safe_dump(asdict(spread(config, 2))))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "meduet_fast", "pretrain",
-        "--config", str(settings), "--data", str(tiny_store), "--output", str(tmp_path / "run"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("50 steps done") == 1
-    assert_same_losses(tmp_path / "run", alone)

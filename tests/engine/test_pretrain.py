@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
@@ -26,6 +25,8 @@ from meduet_fast.models import MeDUET
 from meduet_fast.pretraining import PretrainConfig, pretrain
 from meduet_fast.pretraining.losses import LOSSES
 
+from .team import FORKSERVER
+
 
 def losses(run: Path) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in (*LOSSES, "grad_norm")) for record in read_metrics(run)]
@@ -40,12 +41,16 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture
-def whole_run(tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path) -> Path:
-    result = pretrain(tiny_store, tmp_path / "whole", tiny_config)
+@pytest.fixture(scope="module")
+def whole_run(
+    tiny_store: Path, tiny_settings: PretrainConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run to its end; copy before changing it."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = pretrain(tiny_store, run, tiny_settings)
     assert result.finished
-    assert result.step == tiny_config.steps
-    return tmp_path / "whole"
+    assert result.step == tiny_settings.steps
+    return run
 
 
 def test_a_run_writes_what_it_promises(whole_run: Path, tiny_config: PretrainConfig) -> None:
@@ -176,21 +181,18 @@ def test_settings_that_do_not_fit_the_store(
 
 
 def test_a_damaged_checkpoint_is_refused(
-    whole_run: Path, tiny_store: Path, tiny_config: PretrainConfig
+    whole_run: Path, tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path
 ) -> None:
-    for file in (latest_checkpoint(whole_run) / "state").glob("*.distcp"):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    for file in (latest_checkpoint(run) / "state").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
-    longer = latest_checkpoint(whole_run)
+    longer = latest_checkpoint(run)
     longer.rename(longer.with_name("5"))
     text = (longer.with_name("5") / "run.json").read_text().replace('"step": 6', '"step": 5')
     (longer.with_name("5") / "run.json").write_text(text)
     with pytest.raises(UserError, match="checkpoints/5: not a readable checkpoint"):
-        pretrain(tiny_store, whole_run, tiny_config, resume=True)
-
-
-# Children are forked from a server that has imported everything: starting one costs milliseconds.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["meduet_fast.pretraining"])
+        pretrain(tiny_store, run, tiny_config, resume=True)
 
 
 # As code, because the server can't import this file. One thread, as here: then sums are bit-equal.
@@ -212,13 +214,11 @@ def test_a_write_that_fails_keeps_the_last_checkpoint(
     tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path
 ) -> None:
     """The operating system refuses to grow a file, as a full disk does."""
-    run = tmp_path / "run"
-    pretrain(tiny_store, run, replace(tiny_config, steps=5, checkpoint_every=4))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (latest_checkpoint(run) / "student.safetensors").stat().st_size // 2
     longer = replace(tiny_config, steps=8, checkpoint_every=4)
     fresh = tmp_path / "fresh"
-    pretrain(tiny_store, fresh, replace(longer, steps=8, checkpoint_every=4))
+    pretrain(tiny_store, fresh, longer)
+    size = (latest_checkpoint(fresh) / "student.safetensors").stat().st_size // 2
     shutil.rmtree(fresh / "checkpoints" / "8")
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -237,7 +237,7 @@ def test_kill_9_at_random_moments_never_harms_a_checkpoint(
     tiny_store: Path, tiny_config: PretrainConfig, tmp_path: Path
 ) -> None:
     """Twenty kills: every checkpoint left behind loads, and the losses are those of a run never killed."""
-    config = replace(tiny_config, steps=300, checkpoint_every=1)
+    config = replace(tiny_config, steps=150, checkpoint_every=1)
     run, rng = tmp_path / "run", random.Random(0)
     for _ in range(20):
         before = checkpoint_steps(run / "checkpoints")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -30,7 +31,11 @@ def in_child(
     output: Path, act: Callable[[StopRequest], object], capfd: pytest.CaptureFixture[str],
     *numbers: signal.Signals, grace_s: float = 0.3, timeout_s: float = 60.0,
 ) -> tuple[int, str]:  # fmt: skip
-    """Do something with a request, in a forked process that gets signals; its exit code, what it printed."""
+    """Do something with a request, in a forked process; its exit code, what it printed.
+
+    It gets one of the signals for each "ready" that it prints, the first when it begins: to the system two
+    that come at once may be one, or come in another order.
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -40,11 +45,12 @@ def in_child(
             os._exit(0)
         finally:
             os._exit(1)
-    said, deadline, waiting = "", time.monotonic() + PATIENCE_S, list(numbers)
+    said, deadline, sent = "", time.monotonic() + PATIENCE_S, 0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         said += capfd.readouterr().err
-        if said.count("ready") and waiting:
-            os.kill(pid, waiting.pop(0))
+        if sent < min(said.count("ready"), len(numbers)):
+            os.kill(pid, numbers[sent])
+            sent += 1
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
@@ -99,10 +105,21 @@ def test_it_is_over_while_forked_processes_are_still_there(tmp_path: Path) -> No
 
 
 def test_a_second_request_ends_one_that_hangs_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stop_module, "LAST_WORDS_S", 1.0)
+
+    def act(stop: StopRequest) -> None:
+        def ask_again() -> None:
+            while not stop._armed:  # what the watching thread does about the first
+                time.sleep(0.01)
+            os.write(2, b"ready")
+
+        Thread(target=ask_again).start()
+        hang_here(stop)
+
     began = time.monotonic()
-    code, said = in_child(tmp_path, hang_here, capfd, signal.SIGTERM, signal.SIGINT, grace_s=100.0)
+    code, said = in_child(tmp_path, act, capfd, signal.SIGTERM, signal.SIGINT, grace_s=100.0)
     assert code == 143, said
     assert time.monotonic() - began < 15
     assert "ended, because SIGINT came, the second request, and step 7 was not over; there is no " in said
@@ -112,14 +129,17 @@ def test_a_main_thread_that_acts_on_a_second_request_is_left_to_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def act(stop: StopRequest) -> None:
+        while stop.signal is None:
+            time.sleep(0.01)
         try:
+            os.write(2, b"ready")
             time.sleep(60)
         except KeyboardInterrupt:
             time.sleep(1)  # an orderly end
             os.write(2, b", interrupted")
 
     code, said = in_child(tmp_path, act, capfd, signal.SIGINT, signal.SIGINT, grace_s=100.0)
-    assert (code, said) == (0, "ready, interrupted")
+    assert (code, said) == (0, "readyready, interrupted")
 
 
 def test_a_call_that_keeps_all_of_python_waiting_is_ended_too(
@@ -215,13 +235,17 @@ def test_sigquit_prints_where_each_thread_is_and_the_run_goes_on(
 
 
 def test_before_a_time_out_each_process_prints_where_it_is(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stop_module, "LOOK_S", 0.05)
+
     def hang_a_while(stop: StopRequest) -> None:
         stop.at("step 3")
-        time.sleep(2)
+        while not stop._looked_at:
+            time.sleep(0.01)
+        time.sleep(0.5)  # it is not printed again
 
-    code, said = in_child(tmp_path, hang_a_while, capfd, timeout_s=0.5)
+    code, said = in_child(tmp_path, hang_a_while, capfd, timeout_s=0.2)
     assert code == 0
     assert re.search(rf"{tmp_path}: step 3 is not over after \d s; where each thread is:\n", said)
     assert said.count("in hang_a_while") == 1
@@ -229,16 +253,19 @@ def test_before_a_time_out_each_process_prints_where_it_is(
 
 @pytest.mark.parametrize(("since", "ended"), [(0.0, True), (1000.0, False), (None, False)])
 def test_one_that_reads_for_too_long_is_ended_with_what_it_reads(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], since: float | None, ended: bool
-) -> None:
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    since: float | None, ended: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(stop_module, "LOOK_S", 0.05)
+
     def read_from_a_disk_that_does_not_answer(stop: StopRequest) -> None:
         began = time.monotonic()
         stop.reading = lambda: None if since is None else (began + since, "store: batch 7 is of a, b")
-        time.sleep(2.5)
+        time.sleep(60 if ended else 1)
 
-    code, said = in_child(tmp_path, read_from_a_disk_that_does_not_answer, capfd, timeout_s=0.8)
+    code, said = in_child(tmp_path, read_from_a_disk_that_does_not_answer, capfd, timeout_s=0.3)
     assert code == (2 if ended else 0)
-    line = "ended, because no batch was read for 0.8 s (timeout_s), store: batch 7 is of a, b; there is no "
+    line = "ended, because no batch was read for 0.3 s (timeout_s), store: batch 7 is of a, b; there is no "
     assert (f"{tmp_path}: {line}" in said) == ended
     assert "in read_from_a_disk_that_does_not_answer" in said
 

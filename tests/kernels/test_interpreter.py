@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE.parent / "pretraining" / "test_parity.py"]
-SHARES = [FILES[start::3] for start in range(3)]  # a process takes seconds to import all that it needs
+SHARES = [FILES[start::2] for start in range(2)]  # a process takes seconds to import all that it needs
 
 
 @pytest.mark.parametrize("files", SHARES, ids=lambda paths: ", ".join(path.stem for path in paths))

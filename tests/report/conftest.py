@@ -45,8 +45,8 @@ def write_tokenizer(path: Path, seed: int = 0) -> None:
 def write_manifest(folder: Path) -> Path:
     """A chest scanned twice, as "sharp" and as "bright", and a "head"."""
     random = np.random.default_rng(0)
-    chest = random.uniform(20, 200, (96, 96, 96)).astype(np.float32)
-    head = random.uniform(20, 200, (100, 96, 96)).astype(np.float32)
+    chest = random.uniform(20, 200, (96, 64, 64)).astype(np.float32)
+    head = random.uniform(20, 200, (100, 64, 64)).astype(np.float32)
     lines = ["datasets:"]
     for name, part, voxels in (
         ("sharp", "chest", chest),

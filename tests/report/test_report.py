@@ -13,7 +13,9 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from PIL import Image
 
 from meduet_fast.cli import main
 from meduet_fast.data.store import LatentStore
@@ -23,6 +25,7 @@ from meduet_fast.pretraining import pretrain
 from meduet_fast.pretraining.dry_run import format_plan
 from meduet_fast.report import read_numbers, write_report
 from meduet_fast.report.curves import draw_losses
+from meduet_fast.report.inputs import Findings, measure, open_run
 from meduet_fast.report.pictures import prepared_image
 
 from .conftest import CONFIG, point_to, write_tokenizer
@@ -64,8 +67,32 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def written(finished: Path) -> Path:
-    return write_report(finished / "run")
+def findings(finished: Path) -> Findings:
+    """What is measured on the finished run, which takes seconds."""
+    return measure(open_run(finished / "run", None))
+
+
+@pytest.fixture(scope="session")
+def written(finished: Path, findings: Findings) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meduet_fast.report.write.measure", lambda inputs: findings)
+        return write_report(finished / "run")
+
+
+@pytest.fixture
+def _known_findings(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure nothing anew."""
+    monkeypatch.setattr("meduet_fast.report.write.measure", lambda inputs: findings)
+
+
+@pytest.fixture
+def _blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw all figures, but render none, which takes as long as to measure."""
+
+    def save_blank(figure: Figure, path: Path) -> None:
+        Image.new("RGB", (8, 8)).save(path)
+
+    monkeypatch.setattr("meduet_fast.report.write.save_png", save_blank)
 
 
 def test_the_page_has_every_section_and_stands_alone(written: Path) -> None:
@@ -166,8 +193,10 @@ def test_the_command_prints_what_was_found(
     assert "Hidden tokens on held-out crops: the network does" in printed
 
 
-def test_a_second_report_is_not_made_twice_but_a_stale_one_is(copied: Path) -> None:
-    first = write_report(copied)
+@pytest.mark.usefixtures("_known_findings", "_blank_pictures")
+def test_a_second_report_is_not_made_twice_but_a_stale_one_is(written: Path, copied: Path) -> None:
+    shutil.copytree(written.parent, copied / "report")
+    first = copied / "report" / written.name
     before = {path.name: path.stat().st_mtime_ns for path in first.parent.iterdir()}
     assert write_report(copied) == first
     assert {path.name: path.stat().st_mtime_ns for path in first.parent.iterdir()} == before
@@ -197,6 +226,7 @@ def test_the_input_is_shown_only_if_it_is_as_it_was(finished: Path, tmp_path: Pa
         source.write_bytes(kept)
 
 
+@pytest.mark.usefixtures("_blank_pictures")
 def test_a_moved_store_is_named_with_data(copied: Path, finished: Path, tmp_path: Path) -> None:
     point_to(copied, tmp_path / "gone")
     with pytest.raises(UserError, match=r"gone: the run's latent store is no longer there.*--data"):
@@ -244,6 +274,7 @@ def test_another_tokenizer_is_refused(copied: Path, finished: Path, tmp_path: Pa
         write_report(copied, tmp_path / "store")
 
 
+@pytest.mark.usefixtures("_blank_pictures")
 def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
     copied: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +304,7 @@ def test_imported_latents_have_no_pictures_and_shared_anatomy_is_not_assumed(
     assert numbers["style_gain"] is None
 
 
+@pytest.mark.usefixtures("_blank_pictures")
 def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: Path, tmp_path: Path) -> None:
     known = LatentStore.open(finished / "store")
     with StoreWriter(
@@ -292,6 +324,7 @@ def test_a_store_that_cannot_tell_still_gives_a_report(copied: Path, finished: P
     assert read_numbers(copied)["separation"] is None
 
 
+@pytest.mark.usefixtures("_blank_pictures")
 def test_a_run_that_holds_out_whole_volumes(
     small_volumes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,6 +363,7 @@ def test_a_run_that_holds_out_whole_volumes(
     assert {panel["domain"] for panel in numbers["style_panels"]} == {"bright", "sharp"}
 
 
+@pytest.mark.usefixtures("_known_findings")
 def test_a_full_disk_is_a_clear_message(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -464,35 +462,3 @@ def test_a_folder_without_a_pipeline_is_told_in_a_line(pipeline: MeDUETPipeline,
         with pytest.raises(UserError, match=f"{folder.name}: not a readable pipeline") as raised:
             MeDUETPipeline.from_pretrained(folder)
         assert "\n" not in str(raised.value)
-
-
-MEASURE = """
-import resource, sys
-import torch
-import torch.nn.functional as F
-sys.path.insert(0, sys.argv[1])
-from pipelines import *
-from meduet_fast.autoencoder.autoencoder import Architecture, Tokenizer
-torch.set_num_threads(1)
-small = Architecture((4, 4, 4), (1, 1, 1), 2)
-vae = MeDUETAutoencoder.from_tokenizer(Tokenizer(small, small.build(), "small", window=64), "")
-vae.network.decode = lambda latents: F.interpolate(latents[:, :1], scale_factor=4)  # takes no time
-network = make_network(sample_size=(16, 16, 80), patch_size=4, depth=1)
-pipeline = MeDUETPipeline(build_scheduler("dpm++", "flow"), vae, transformer=network)
-for length in (80, 800, 1600):
-    [made] = pipeline(None, None, size=(16, 16, length), steps=2)
-    image = pipeline.decode(made.latents)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - image.nbytes, image.nbytes)
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_length() -> None:
-    """Decoded at once, the longer of 105 MB would take 100 MB more than the shorter beside itself."""
-    here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, here], capture_output=True, text=True, check=True, timeout=900
-    )
-    _, (short, half), (long, whole) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert whole == 2 * half
-    assert long < 1.1 * short

@@ -107,16 +107,18 @@ def main() -> int:
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", __spec__.name, "-p", "no:cacheprovider"]
     command += ["-q", "--no-header", "-rfE", "--tb=short", f"--junitxml={OUT / 'tests.xml'}"]
     command += ["-o", "addopts=--import-mode=importlib --strict-markers"]
-    if REHEARSE:  # what a CPU can do of it
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    if REHEARSE:  # what a CPU can do of it, on as many threads as it was given
         command += ["-k", "agree or never_waits and False"]
-    elif importlib.util.find_spec("xdist"):  # which begins a new process where one died
+    else:
+        environment["OMP_NUM_THREADS"] = "2"
+    if not REHEARSE and importlib.util.find_spec("xdist"):  # which begins a new process where one died
         command += ["-n", "8", "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", str(min(TEST_S, max(round(left() - END_S), 5)))]
     if importlib.util.find_spec("pytest_benchmark"):
         command += ["--benchmark-disable"]
     log = LOGS / "pytest.txt"
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
     with log.open("w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     print("\n".join(log.read_text(errors="replace").splitlines()[-3:]))

@@ -98,9 +98,9 @@ def run_part(name: str, command: Sequence[str], limit: float) -> tuple[int, bool
     )  # fmt: skip
     assert process.stdout is not None
     reader = threading.Thread(target=copy_lines, args=(process.stdout, LOGS / f"{name}.log"), daemon=True)
-    reader.start()
     at_limit = False
-    try:
+    try:  # from here on a signal may come
+        reader.start()
         process.wait(limit)
     except subprocess.TimeoutExpired:
         at_limit = True
@@ -110,8 +110,9 @@ def run_part(name: str, command: Sequence[str], limit: float) -> tuple[int, bool
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
-    reader.join(2)
+        code = process.wait()
+        if reader.is_alive():  # it must not write while the interpreter ends
+            reader.join(2)
     return code, at_limit
 
 

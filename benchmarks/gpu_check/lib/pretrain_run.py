@@ -187,24 +187,9 @@ def main() -> int:
     common = ["--steps", str(STEPS), "--mftd_start_step", str(MFTD), "--log_every", "2" if REHEARSE else "5"]
     common += ["--workers", "0" if REHEARSE else "8", "--checkpoint_every", "100000"]
     if REHEARSE:
-        common += [
-            "--batch_size",
-            "4",
-            "--model.embed_dim",
-            "96",
-            "--model.depth",
-            "2",
-            "--model.num_heads",
-            "4",
-        ]
-        common += [
-            "--model.decoder_embed_dim",
-            "48",
-            "--model.decoder_depth",
-            "1",
-            "--model.decoder_num_heads",
-            "4",
-        ]
+        common += ["--batch_size", "2", "--model.embed_dim", "24", "--model.depth", "1"]
+        common += ["--model.num_heads", "2", "--model.decoder_embed_dim", "24"]
+        common += ["--model.decoder_depth", "1", "--model.decoder_num_heads", "2"]
     compiled = run("compiled", data, [*common, "--compile", "true"], profile=True)
     if not compiled and left() > 15:
         run("not compiled", data, common, profile=True)
