@@ -17,30 +17,32 @@ demo: $(READY)
 	$(BIN)/meduet-fast report $(DEMO)/run
 
 # After `make demo`: networks that make volumes, each from scratch, with the pretrained encoder's weights, and aligned
-# to it, for equally many steps; with one vector of content, and with its tokens; then what the former are worth
-# (the U-Nets' samples take six times as long on a CPU).
+# to it, for equally many steps; with one vector of content, and with its tokens; then what they are worth.
 SYNTHESIS := $(DEMO)/synthesis
 TRAIN := $(BIN)/meduet-fast synthesize train --data $(DEMO)/store --factors $(DEMO)/factors.safetensors --resume
 demo-synthesis: $(DEMO)/factors.safetensors
 	$(TRAIN) --output $(SYNTHESIS)/sit-scratch --config sit_demo
 	$(TRAIN) --output $(SYNTHESIS)/sit-transferred --config sit_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/sit-aligned --config sit_demo --diffusion.align 0.5
-	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --content tokens --content_pool 2 \
-		--content_projection 8 --diffusion.content_noise 0.7
+	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --diffusion.align 0.5 --content tokens \
+		--content_projection 8 --diffusion.content_noise 1.0 --diffusion.drop_style 0.05 \
+		--standardise volume --exchanged_share 0.4
 	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
 	$(TRAIN) --output $(SYNTHESIS)/unet-transferred --config unet_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5
 	$(BIN)/meduet-fast synthesize evaluate $(SYNTHESIS)/sit-* --output $(SYNTHESIS)/evaluation \
 		--samples 48 --decoded 12 --steps 12 --scales '[[2,2],[0,2],[2,0]]'
+	$(BIN)/meduet-fast synthesize evaluate $(SYNTHESIS)/unet-* --output $(SYNTHESIS)/evaluation-unet \
+		--samples 24 --decoded 12 --steps 12 --scales '[[2,2]]'
 
 $(DEMO)/factors.safetensors: | $(READY)
 	$(BIN)/meduet-fast factors $(DEMO)/run --data $(DEMO)/store --output $@ --window 12 --stride 2 --tokens true \
-		--exchanged 2 --batch_size 64
+		--exchanged 5 --batch_size 64
 
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
 # Two workers of one thread each: eight to twelve minutes on two cores, less than one worker of two takes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --benchmark-disable
 
 # The same suite on the oldest versions that setup.py admits, in .venv-oldest: about 2 GB to download, 6 GB on disk.
 # PYTHON=python3.10 makes Python the oldest one, too.

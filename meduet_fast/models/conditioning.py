@@ -23,9 +23,39 @@ from meduet_fast.settings import SettingError
 Content = Literal["pooled", "tokens"]
 Prediction = Literal["flow", "epsilon"]
 
+TRAINING_STEPS = 1000  # of epsilon; the network's time has this range for both objectives
 TIME_WAVES = 256
 FIRST_TEMPERATURE, LEAST_TEMPERATURE = 0.1, 0.01
 STATISTICS = ("content_mean", "content_deviation", "style_mean", "style_deviation")
+
+
+def alphas_cumprod(device: torch.device | None = None) -> Tensor:
+    """Return the share of the signal's variance at each step of epsilon, (1000,) float32."""
+    betas = torch.linspace(1e-4, 0.02, TRAINING_STEPS, dtype=torch.float64, device=device)
+    return (1 - betas).cumprod(0).float()
+
+
+def linear_prediction(sample: Tensor, timestep: Tensor, prediction: Prediction) -> Tensor:
+    """Predict what no multiple of the sample predicts better, for latents of mean 0 and deviation 1.
+
+    Of x = (1 - s) z + s n the velocity n - z is (2s - 1) / (s^2 + (1 - s)^2) x; of
+    x = sqrt(a) z + sqrt(1 - a) n the noise is sqrt(1 - a) x: the conditional means, were z normal.
+
+    Args:
+        sample: (B, C, X, Y, Z).
+        timestep: (B,): 1000 s, or the step of epsilon.
+        prediction: "flow" or "epsilon".
+
+    Returns:
+        (B, C, X, Y, Z), of the sample's dtype.
+    """
+    time = at_least_float32(timestep)  # (B,)
+    if prediction == "flow":
+        level = time / TRAINING_STEPS  # (B,)
+        factor = (2 * level - 1) / (level.square() + (1 - level).square())  # (B,)
+    else:
+        factor = (1 - alphas_cumprod(time.device)[time.long()]).sqrt()  # (B,)
+    return factor.to(sample.dtype).reshape(-1, 1, 1, 1, 1) * sample  # (B, C, X, Y, Z)
 
 
 class TimeEmbedding(nn.Module):

@@ -91,6 +91,8 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         content: "pooled", one vector for a crop; "tokens", a map.
         content_projection: channels that are left of content tokens.
         content_pool: tokens of content along each axis whose mean it sees.
+        content_by_volume: whether tokens of content come at mean 0 and deviation 1 within their volume; for
+            those who call, the network itself does not see to it.
         prediction: "flow", the velocity n - z; "epsilon", the noise n.
         latents_mean, latents_std: of each channel; for those who normalise, the network itself does not.
         patch_size: p, in latent voxels.
@@ -116,6 +118,7 @@ class MeDUETTransformer3D(FactorStatistics, ModelMixin, ConfigMixin):
         content: Content = "pooled",
         content_projection: int = 16,
         content_pool: int = 1,
+        content_by_volume: bool = False,
         prediction: Prediction = "flow",
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         latents_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),

@@ -32,6 +32,7 @@ from .conditioning import (
     Prediction,
     TimeEmbedding,
     check_conditions,
+    linear_prediction,
     no_row,
 )
 from .mixins import ConfigMixin, ModelMixin, register_to_config
@@ -218,11 +219,13 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
 
     Content is the context of cross-attention: the pooled factor as one token, or, with ``content="tokens"``,
     a narrow projection of each token of the crop's map with its place. Style and time scale and shift every
-    channel after the norms of residual blocks.
+    channel after the norms of residual blocks. What it says is added to the best multiple of the sample
+    (:func:`~.conditioning.linear_prediction`), which convolutions between norms are slow to learn.
 
     Args:
         in_channels, sample_size, content_dim, style_dim, content, content_projection, content_pool,
-        prediction, latents_mean, latents_std: see :class:`~.transformer3d.MeDUETTransformer3D`.
+        content_by_volume, prediction, latents_mean, latents_std: see
+        :class:`~.transformer3d.MeDUETTransformer3D`.
         patch_size: latent voxels along the edge of a voxel of the first level; 1 begins with a convolution.
         num_channels: of each level; every further one halves the size.
         num_res_blocks: residual blocks of a level on the way down; one more on the way up.
@@ -247,6 +250,7 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         content: Content = "pooled",
         content_projection: int = 16,
         content_pool: int = 1,
+        content_by_volume: bool = False,
         prediction: Prediction = "flow",
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         latents_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
@@ -408,6 +412,7 @@ class MeDUETUNet3D(FactorStatistics, ModelMixin, ConfigMixin):
         x = self.conv_out(group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
         # (B, p^3*C, X/p, Y/p, Z/p)
         out = unpatchify_3d(to_tokens(x), self.patch_size, grid) if self.patch_size > 1 else x
+        out = out + linear_prediction(sample, timestep, self.config.prediction)  # (B, C, X, Y, Z)
         return (out, inner.permute(0, 2, 3, 4, 1)) if features else out
 
     def transformer_blocks(self) -> list[ResidualBlock | ContextBlock]:

@@ -263,7 +263,9 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
         beside = Path(self.config.get("_name_or_path") or "", TABLE)
         return beside if beside.is_file() else Path(self.config.table)
 
-    def content_map(self, volume: int, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    def content_map(
+        self, volume: int, start: Sequence[int], size: Sequence[int], standardised: bool
+    ) -> Tensor:
         """Read the content of a box of a volume, (X, Y, Z, D); see :meth:`FactorTable.content_map`.
 
         Raises:
@@ -273,7 +275,7 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
             raise UserError(
                 f"{self.table_file()}: absent, or another table of factors than when the pipeline was made"
             )
-        return self._maps.content_map(volume, start, size)
+        return self._maps.content_map(volume, start, size, standardised=standardised)
 
     @cached_property
     def _maps(self) -> FactorTable | None:

@@ -121,8 +121,12 @@ class SynthesisConfig(EngineConfig):
         content_projection: width to which tokens of content are narrowed.
         content_pool: tokens of content along each axis whose mean the network sees.
         factor_source: "own" are those of the crop; "volume" the means of its volume, the published ones.
-        standardise: "table" brings every dimension of a factor to mean 0 and deviation 1; "none" is the
-            published way.
+        exchanged_share: part of the crops that are shown in another style, as the pretrained decoder gives it
+            to them, and with the style that they then have: content can't tell which. For tables with
+            exchanged styles.
+        standardise: "table" brings every dimension of a factor to mean 0 and deviation 1; "volume" does so
+            within each volume for tokens of content, and takes away what a scanner does to all of them;
+            "none" is the published way.
         power_averages: averages of the weights by a power of the step: their widths, as part of the run.
         constant_average: momentum of the average with a constant one.
         held_out: see ``pretrain``.
@@ -141,7 +145,8 @@ class SynthesisConfig(EngineConfig):
     content_projection: int = 16
     content_pool: int = 1
     factor_source: FactorSource = "own"
-    standardise: Literal["table", "none"] = "table"
+    exchanged_share: float = 0.0
+    standardise: Literal["table", "volume", "none"] = "table"
     power_averages: tuple[float, ...] = (0.05, 0.1)
     constant_average: float = 0.9999
     held_out: HeldOutKind = "slab"
@@ -155,9 +160,13 @@ class SynthesisConfig(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, FROM_1, "content_projection", "content_pool")
-        check_numbers(self, SHARE, "constant_average", "held_out_fraction")
+        check_numbers(self, SHARE, "constant_average", "held_out_fraction", "exchanged_share")
         check_numbers(self, Range(0, WIDEST, above=True), "power_averages")
         if self.held_out == "volumes" and not self.held_out_fraction:
             raise SettingError("held_out_fraction", "found 0, expected more for held_out 'volumes'")
         if self.content == "tokens" and self.factor_source == "volume":
             raise SettingError("factor_source", "found volume, expected own for content 'tokens'")
+        if self.exchanged_share and self.factor_source == "volume":
+            raise SettingError("exchanged_share", "found some, expected 0 for factor_source 'volume'")
+        if self.standardise == "volume" and self.content == "pooled":
+            raise SettingError("standardise", "found volume, expected table or none for content 'pooled'")

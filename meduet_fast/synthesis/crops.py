@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -76,6 +77,27 @@ def held_out_windows(table: FactorTable, held_out: HeldOut) -> np.ndarray:
     return np.flatnonzero(table.start[:, 0].numpy() >= borders[table.volume.numpy()])
 
 
+@dataclass(frozen=True)
+class Given:
+    """Say what a batch gives with its latents.
+
+    Attributes:
+        factors: "own" are a window's own content and style, "volume" those of its volume.
+        tokens: the map of content: where the table has exchanged styles, in one drawn at random that is not
+            the crop's, which could be told from it.
+        standardised: bring the tokens of content to mean 0 and deviation 1 within their volume.
+        exchanged_share: part of the crops that are in one of the exchanged styles themselves: their latents
+            are the pretrained decoder's, their style is that of these latents.
+        aligned: the maps of both factors as the encoder made them.
+    """
+
+    factors: FactorSource = "own"
+    tokens: bool = False
+    standardised: bool = False
+    exchanged_share: float = 0.0
+    aligned: bool = False
+
+
 class WindowBatches:
     """Read batches of windows with their factors: item ``number`` is a batch of one endless stream.
 
@@ -94,13 +116,10 @@ class WindowBatches:
         batch_size: windows of a batch, any number.
         seed: seed of the whole order of windows.
         held_out: what training never sees.
-        factors: "own" gives a window's own pair of factors, "volume" that of its volume.
-        tokens: give the map of content: where the table has exchanged styles, in one of them drawn at random,
-            never in its own, from which the style could be told.
-        aligned: give the maps of both factors as the encoder made them.
+        given: what it gives with the latents.
 
     Raises:
-        UserError: see :func:`check_table`; no window to train on; maps that the table has not.
+        UserError: see :func:`check_table`; no window to train on; maps or styles that the table has not.
     """
 
     def __init__(
@@ -110,15 +129,18 @@ class WindowBatches:
         batch_size: int,
         seed: int,
         held_out: HeldOut,
-        factors: FactorSource = "own",
-        tokens: bool = False,
-        aligned: bool = False,
+        given: Given,
     ) -> None:
         check_table(table, store)
-        if (tokens or aligned) and not table.tokens:
+        if (given.tokens or given.aligned) and not table.tokens:
             raise UserError(f"{table.path}: a table without tokens; make one with `factors --tokens true`")
+        if given.exchanged_share and not table.exchanged:
+            raise UserError(
+                f"{table.path}: a table without exchanged styles; make one with `factors --tokens true "
+                "--exchanged 2`"
+            )
         self._store, self._table, self._batch_size, self._seed = store, table, batch_size, seed
-        self._of_volume, self._tokens, self._aligned = factors == "volume", tokens, aligned
+        self._given, self._of_volume = given, given.factors == "volume"
         self._rows = training_windows(table, held_out)
         windows = np.bincount(table.volume.numpy()[self._rows], minlength=len(store.entries))  # (volumes,)
         none = [
@@ -160,9 +182,9 @@ class WindowBatches:
             "start": ((size, 3), torch.int64),
         }
         grid = tuple(edge // table.patch for edge in table.window)
-        if self._tokens:
+        if self._given.tokens:
             layout["content_map"] = (size, *grid, dim), torch.bfloat16
-        if self._aligned:
+        if self._given.aligned:
             layout["aligned_map"] = (size, *grid, dim + style_dim), torch.bfloat16
         return layout
 
@@ -185,6 +207,26 @@ class WindowBatches:
         """Draw the volumes (B,) of a batch without reading it."""
         return self._table.volume.numpy()[self.plan(number)]
 
+    def styles(self, number: int) -> tuple[list[int | None], list[int | None]]:
+        """Draw a batch's styles without reading it: which of a table's exchanged ones, None is the own one.
+
+        Returns:
+            The styles that the crops are in, and those that their maps of content are in: others, where there
+            are others.
+        """
+        size, count = self._batch_size, self._table.exchanged
+        if not count:
+            return [None] * size, [None] * size
+        rng = random_stream(self._seed, TRAINING, number, 2)
+        told, other = rng.integers(count, size=(2, size))  # (B,) each
+        share = self._given.exchanged_share
+        shown = np.where(rng.random(size) < share, other, -1) if share else np.full(size, -1)  # (B,)
+        told = told - 1 + (told - 1 >= shown)  # (B,), the own one is -1, and that which is shown is left out
+        return (
+            [None if style < 0 else style for style in shown.tolist()],
+            [None if style < 0 else style for style in told.tolist()],
+        )
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         table, rows = self._table, from_numpy(self.plan(number))
         volume, start = table.volume[rows], table.start[rows]  # (B,), (B, 3)
@@ -198,22 +240,23 @@ class WindowBatches:
             "volume": volume,
             "start": start,
         }
-        if self._tokens:
-            exchanged: list[int | None] = [None] * len(rows)
-            if table.exchanged:
-                rng = random_stream(self._seed, TRAINING, number, 2)
-                exchanged = rng.integers(table.exchanged, size=len(rows)).tolist()
+        shown, told = self.styles(number)
+        for row, (place, style) in enumerate(zip(places, shown, strict=True)):
+            if style is not None:
+                batch["latents"][row] = table.exchanged_latents(*place, table.window, style)
+                batch["style"][row] = table.style_map(*place, table.window, style).mean((0, 1, 2))
+        if self._given.tokens:
             maps = [
-                table.content_map(*place, table.window, style)
-                for place, style in zip(places, exchanged, strict=True)
+                table.content_map(*place, table.window, style, self._given.standardised)
+                for place, style in zip(places, told, strict=True)
             ]
             batch["content_map"] = torch.stack(maps).bfloat16()  # (B, X, Y, Z, D)
-        if self._aligned:
+        if self._given.aligned:
             both = [
                 torch.cat(
-                    [table.content_map(*place, table.window), table.style_map(*place, table.window)], -1
+                    [read(*place, table.window, style) for read in (table.content_map, table.style_map)], -1
                 )
-                for place in places
+                for place, style in zip(places, shown, strict=True)
             ]
             batch["aligned_map"] = torch.stack(both).bfloat16()  # (B, X, Y, Z, D + Ds)
         return batch
@@ -223,7 +266,7 @@ class FactorCrops(LoadedCrops, Batches):
     """Random windows of a store with their factors, for the engine; see :class:`WindowBatches`.
 
     Args:
-        store, table, held_out, factors, tokens, aligned: see there.
+        store, table, held_out, given: see there.
         config: of the run.
 
     Attributes:
@@ -240,13 +283,9 @@ class FactorCrops(LoadedCrops, Batches):
         table: FactorTable,
         config: EngineConfig,
         held_out: HeldOut,
-        factors: FactorSource = "own",
-        tokens: bool = False,
-        aligned: bool = False,
+        given: Given,
     ) -> None:
-        batches = WindowBatches(
-            store, table, config.batch_size, config.seed, held_out, factors, tokens, aligned
-        )
+        batches = WindowBatches(store, table, config.batch_size, config.seed, held_out, given)
         super().__init__(batches, config.workers, config.timeout_s)
         self.held_out, self.windows = held_out, batches.training_windows
         self.identity = hashlib.sha256(f"{store.identity()} {table.identity}".encode()).hexdigest()

@@ -14,17 +14,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from meduet_fast.models.conditioning import TRAINING_STEPS, alphas_cumprod
+
 Objective = Literal["flow", "epsilon"]
 TimeDraw = Literal["uniform", "logit_normal"]
-TRAINING_STEPS = 1000  # of epsilon; the network's time has this range for both objectives
 
 Number = TypeVar("Number", float, Tensor)
-
-
-def alphas_cumprod(device: torch.device | None = None) -> Tensor:
-    """Return the share of the signal's variance at each step of epsilon, (1000,) float32."""
-    betas = torch.linspace(1e-4, 0.02, TRAINING_STEPS, dtype=torch.float64, device=device)
-    return (1 - betas).cumprod(0).float()
 
 
 def noisy(latents: Tensor, noise: Tensor, times: Tensor, objective: Objective) -> Tensor:

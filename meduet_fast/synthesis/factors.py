@@ -7,10 +7,15 @@
     K_mean, K_deviation      float32, of each dimension of K: content and style, over the windows; token and
                              style_token, over the tokens of content and of style; latents, over the voxels
     content/NAME, style/NAME bfloat16 (X, Y, Z, D) and (X, Y, Z, Ds), a token for each patch
-    exchanged/K/NAME         bfloat16 (X, Y, Z, D), content of the volume in the style of its donor K
+    exchanged_latents/K/NAME bfloat16 (C, x, y, z), the volume in the style of its donor K, by the decoder
+    exchanged_content/K/NAME, exchanged_style/K/NAME
+                             bfloat16, the tokens of those latents
+    map_mean, map_deviation  float32 (V, 1 + K, D), of each dimension in the maps of content of V volumes: in
+                             their own style, and in those of their donors
     metadata                 "volumes", a JSON list; what encoded them and how
 
-Maps of tokens are there if they were asked for. The windows are on the network's grid of patches.
+Maps of tokens are there if they were asked for, and then what is exchanged. The windows are on the network's
+grid of patches.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ from meduet_fast.progress import ProgressBar
 from meduet_fast.settings import FROM_0, FROM_1, SEED, SettingError, check_numbers
 from meduet_fast.tensor_file import TensorFile, TensorFileWriter
 
-FORMAT = "meduet-fast factors 1"
+FORMAT = "meduet-fast factors 2"
 Edges = tuple[int, int, int]
 
 
@@ -66,8 +71,9 @@ class FactorsConfig:
             of a window. By default half a window. Training takes its crops from these windows.
         encode_stride: of the network's own windows, see ``encode``. By default half a crop.
         tokens: keep the map of a token for each patch, too.
-        exchanged: of every volume, keep as many maps of content as it shows once the network's decoder has
-            given it the style of a volume of another domain. 0 keeps none; others need tokens.
+        exchanged: how many other styles to show every volume in: the network's decoder gives it the style of
+            a volume of another domain, and latents and maps of the result are kept. 0 keeps none; others
+            need tokens.
         batch_size: windows that are encoded at once.
         device: where the network works; "auto" takes CUDA where there is one.
         seed: chooses the volumes whose style is given.
@@ -148,7 +154,7 @@ class FactorsSummary:
         )
 
 
-class _Moments:
+class Moments:
     """Add up rows of values for the mean and the deviation of each dimension."""
 
     def __init__(self, width: int) -> None:
@@ -281,11 +287,16 @@ class _Work:
             kind: table.reserve(kind, torch.float32, (sum(self.counts), widths[kind]))
             for kind in ("content", "style")
         }  # (N, D) and (N, Ds)
-        self._moments = {kind: _Moments(width) for kind, width in widths.items()}
+        self._moments = {kind: Moments(width) for kind, width in widths.items()}
         self._statistics = {
             kind: [table.reserve(f"{kind}_{name}", torch.float32, (width,)) for name in ("mean", "deviation")]
             for kind, width in widths.items()
         }
+        maps = len(store.entries), 1 + config.exchanged, sizes.embed_dim
+        self._of_maps = [
+            table.reserve(f"map_{name}", torch.float32, maps)
+            for name in ("mean", "deviation") * config.tokens
+        ]  # (V, 1 + K, D) each
 
     def _encode(self, index: int, latents: Tensor) -> FactorMaps:
         maps = encode_latents(self._model, latents, self._stride, self._config.batch_size)
@@ -309,13 +320,24 @@ class _Work:
                 self._rows[kind][rows] = means
                 moments[kind].add(means)
                 moments[token].add(tokens.flatten(0, 2))
-                if self._config.tokens:
-                    self._table.add(f"{kind}/{entry.name}", tokens.bfloat16())
+            if self._config.tokens:
+                self._add_maps(index, 0, maps)
             self._styles.append(StyleStatistics.of(maps.style.flatten(0, 2).to(self._device)))
         self._done = rows.stop
 
+    def _add_maps(self, index: int, number: int, maps: FactorMaps) -> None:
+        """Add the maps of a volume in its own style (0), or in that of a donor (from 1 on)."""
+        name, own = self._store.entries[index].name, number == 0
+        for kind, tokens in (("content", maps.content), ("style", maps.style)):  # (X, Y, Z, D or Ds)
+            place = f"{kind}/{name}" if own else f"exchanged_{kind}/{number - 1}/{name}"
+            self._table.add(place, tokens.bfloat16())
+        moments = Moments(maps.content.shape[-1])
+        moments.add(maps.content.flatten(0, 2))
+        for array, values in zip(self._of_maps, moments.mean_and_deviation(), strict=True):
+            array[index, number] = values
+
     def exchange_styles(self, index: int) -> None:
-        """Add a volume's content in the styles of its donors; all volumes have been encoded before."""
+        """Add a volume in the styles of its donors; all volumes have been encoded before."""
         entry, own = self._store.entries[index], self._styles[index]
         for number, donor in enumerate(self._donors[index]):
             with failures_of_memory(self._store.path / entry.file, self._device):
@@ -323,8 +345,8 @@ class _Work:
                 changed = restyle_region_by_statistics(
                     self._model, latents, given, own, self._styles[donor], self._whole
                 )  # (C, x, y, z)
-                tokens = self._encode(index, changed).content  # (X, Y, Z, D)
-                self._table.add(f"exchanged/{number}/{entry.name}", tokens.bfloat16())
+                self._table.add(f"exchanged_latents/{number}/{entry.name}", changed.bfloat16())
+                self._add_maps(index, 1 + number, self._encode(index, changed))
 
     def write(self, path: Path) -> None:
         """Write the table."""
@@ -428,7 +450,7 @@ class FactorTable:
         window: edges (x, y, z) of a window in latent voxels.
         patch: edge of a patch.
         tokens: whether there are maps.
-        exchanged: maps of content in other styles, of every volume.
+        exchanged: other styles that every volume is shown in.
         volumes: ``name``, ``domain``, ``body_part``, ``shape`` (C, X, Y, Z), ``content_key``, ``spacing``,
             ``first`` latent voxel of its patches along each axis, names of the ``donors`` of its exchanged
             styles; in the order of the store.
@@ -475,6 +497,8 @@ class FactorTable:
         self.token_mean, self.token_deviation = self._statistics("token")
         self.style_token_mean, self.style_token_deviation = self._statistics("style_token")
         self.latents_mean, self.latents_deviation = self._statistics("latents")
+        if self.tokens:
+            self._map_mean, self._map_deviation = self._statistics("map")  # (V, 1 + K, D)
         digest = hashlib.sha256(file.sha256.encode())
         for statistics in (self.content_mean, self.style_mean, self.token_deviation, self.latents_deviation):
             digest.update(statistics.numpy().tobytes())
@@ -507,11 +531,19 @@ class FactorTable:
         }  # fmt: skip
         for kind, width in widths.items():
             shapes |= {f"{kind}_mean": (width,), f"{kind}_deviation": (width,)}
-        for record in self.volumes if self.tokens else ():
-            x, y, z = (edge // self.patch for edge in record["shape"][1:])
-            shapes[f"style/{record['name']}"] = x, y, z, style_dim
-            kinds = ("content", *(f"exchanged/{number}" for number in range(self.exchanged)))
-            shapes |= {f"{kind}/{record['name']}": (x, y, z, dim) for kind in kinds}
+        if not self.tokens:
+            return shapes
+        of_maps = len(self.volumes), 1 + self.exchanged, dim
+        shapes |= {"map_mean": of_maps, "map_deviation": of_maps}
+        for record in self.volumes:
+            name, grid = record["name"], tuple(edge // self.patch for edge in record["shape"][1:])
+            shapes |= {f"content/{name}": (*grid, dim), f"style/{name}": (*grid, style_dim)}
+            for number in range(self.exchanged):
+                shapes |= {
+                    f"exchanged_latents/{number}/{name}": record["shape"],
+                    f"exchanged_content/{number}/{name}": (*grid, dim),
+                    f"exchanged_style/{number}/{name}": (*grid, style_dim),
+                }
         return shapes
 
     def volume_factors(self) -> tuple[Tensor, Tensor]:
@@ -524,7 +556,12 @@ class FactorTable:
         return content, style
 
     def content_map(
-        self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int | None = None
+        self,
+        volume: int,
+        start: Sequence[int],
+        size: Sequence[int],
+        exchanged: int | None = None,
+        standardised: bool = False,
     ) -> Tensor:
         """Read the content of a box of a volume, a token for each patch.
 
@@ -533,6 +570,7 @@ class FactorTable:
             start: first corner of the box in latent voxels, on the grid of patches.
             size: its edges in latent voxels, multiples of a patch.
             exchanged: which of the exchanged styles the volume has; None for its own.
+            standardised: bring each dimension to mean 0 and deviation 1 over the whole volume in that style.
 
         Returns:
             (X, Y, Z, D) float32.
@@ -541,19 +579,41 @@ class FactorTable:
             UserError: the table has no maps, or not so many exchanged styles.
             ValueError: the box is not on the grid of patches, or leaves it.
         """
-        if exchanged is not None and not 0 <= exchanged < self.exchanged:
-            raise UserError(f"{self.path}: no exchanged style {exchanged}, the table has {self.exchanged}")
-        return self._map("content" if exchanged is None else f"exchanged/{exchanged}", volume, start, size)
+        tokens = self._map("content", volume, start, size, exchanged)  # (X, Y, Z, D)
+        if not standardised:
+            return tokens
+        style = 0 if exchanged is None else 1 + exchanged
+        return (tokens - self._map_mean[volume, style]) / self._map_deviation[volume, style]
 
-    def style_map(self, volume: int, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    def style_map(
+        self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int | None = None
+    ) -> Tensor:
         """Read the style of a box of a volume, (X, Y, Z, Ds) float32; see :meth:`content_map`."""
-        return self._map("style", volume, start, size)
+        return self._map("style", volume, start, size, exchanged)
 
-    def _map(self, kind: str, volume: int, start: Sequence[int], size: Sequence[int]) -> Tensor:
+    def exchanged_latents(
+        self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int
+    ) -> Tensor:
+        """Read a box of a volume's latents in another style: (C, x, y, z) bfloat16."""
+        latents = self._array("latents", volume, exchanged)  # (C, x, y, z)
+        x, y, z = (slice(begin, begin + edge) for begin, edge in zip(start, size, strict=True))
+        return torch.from_numpy(np.array(latents[:, x, y, z])).view(torch.bfloat16)
+
+    def _array(self, kind: str, volume: int, exchanged: int | None) -> np.ndarray:
+        """Return the bits of a volume's bfloat16 array, which stay in the file until they are used."""
         if not self.tokens:
             raise UserError(f"{self.path}: a table without tokens; make one with `factors --tokens true`")
-        record = self.volumes[volume]
-        tokens = self._file.array(f"{kind}/{record['name']}")  # (X, Y, Z, D), the bits of bfloat16
+        name = self.volumes[volume]["name"]
+        if exchanged is None:
+            return self._file.array(f"{kind}/{name}")
+        if not 0 <= exchanged < self.exchanged:
+            raise UserError(f"{self.path}: no exchanged style {exchanged}, the table has {self.exchanged}")
+        return self._file.array(f"exchanged_{kind}/{exchanged}/{name}")
+
+    def _map(
+        self, kind: str, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int | None
+    ) -> Tensor:
+        record, tokens = self.volumes[volume], self._array(kind, volume, exchanged)  # (X, Y, Z, D)
         box = []
         for begin, edge, first, whole in zip(start, size, record["first"], tokens.shape, strict=False):
             place, rest = divmod(begin - first, self.patch)

@@ -365,10 +365,11 @@ class MeDUETPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         if settings.sampler is not None:
             scheduler = build_scheduler(settings.sampler, self.network.config.prediction)
-        tokens = self.network.config.content == "tokens"
+        told = self.network.config
         sources = Sources(
-            self.factors, self._encoder(), tokens, size or self.network.config.sample_size, intensity
-        )
+            self.factors, self._encoder(), told.content == "tokens", told.content_by_volume,
+            size or told.sample_size, intensity,
+        )  # fmt: skip
         asked = (
             self._place(seed, sources.content(one, seed), sources.style(other, seed), size, start)
             for seed, one, other in zip(seeds, contents, styles, strict=True)

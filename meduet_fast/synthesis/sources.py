@@ -31,6 +31,7 @@ from meduet_fast.errors import UserError, printable
 from meduet_fast.files import in_real_folder
 
 from .components import MeDUETFactors
+from .factors import Moments
 
 NONE, RANDOM = "none", "random"
 CONTENT, STYLE = 0, 1  # streams of random numbers of a seed; the noise has torch's
@@ -93,6 +94,7 @@ class Sources:
         factors: the table; None if there is none.
         encoder: encodes scans; None if there is none.
         tokens: whether the network is told tokens of content, not their mean.
+        by_volume: whether they are brought to mean 0 and deviation 1 within their volume.
         least: edges of a crop in latent voxels that a volume must have for contents by chance.
         intensity: rule of scans' values; None: they tell.
     """
@@ -102,10 +104,12 @@ class Sources:
         factors: MeDUETFactors | None,
         encoder: Encoder | None,
         tokens: bool,
+        by_volume: bool,
         least: Sequence[int],
         intensity: IntensityRule | None = None,
     ) -> None:
         self.factors, self.encoder, self.tokens = factors, encoder, tokens
+        self.by_volume = by_volume
         self.least, self.intensity = least, intensity
         self._contents: dict[str | Path, Content] = {}  # of scans
         self._styles: dict[str | Path, Style] = {}
@@ -184,7 +188,7 @@ class Sources:
 
         def factor(start: Triple, size: Triple) -> Tensor:
             if self.tokens:
-                return factors.content_map(number, start, size)  # (X', Y', Z', D)
+                return factors.content_map(number, start, size, self.by_volume)  # (X', Y', Z', D)
             return pooled(start, size)[0]  # (D,)
 
         def borrowed(start: Triple, size: Triple) -> Triple | None:
@@ -242,13 +246,19 @@ class Sources:
         maps = encode_latents(encoder.model, latents, encoder.stride, encoder.batch_size)
         patch = encoder.model.config.patch_size
         kept, whole = latents.cpu(), self.factors is not None and self.factors.config.whole
+        content = maps.content  # (X, Y, Z, D)
+        if self.by_volume:
+            moments = Moments(content.shape[-1])
+            moments.add(content.flatten(0, 2))
+            mean, deviation = moments.mean_and_deviation()  # (D,) each
+            content = (content - mean) / deviation  # (X, Y, Z, D)
 
         def factor(start: Triple, size: Triple) -> Tensor:
             box = tuple(
                 slice(None) if whole else slice((begin - first) // patch, (begin - first + edge) // patch)
                 for begin, first, edge in zip(start, maps.first, size, strict=True)
             )
-            tokens = maps.content[box]  # (X', Y', Z', D)
+            tokens = content[box]  # (X', Y', Z', D)
             return tokens if self.tokens else tokens.mean((0, 1, 2))
 
         def crop(start: Triple, size: Triple) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meduet_fast.data.held_out import HeldOut
 from meduet_fast.data.store import LatentStore
 from meduet_fast.encoding.encode import teacher_file
@@ -19,7 +21,7 @@ from meduet_fast.models.unet3d import MeDUETUNet3D
 
 from .alignment import AlignmentHead
 from .config import SynthesisConfig
-from .crops import FactorCrops
+from .crops import FactorCrops, Given
 from .factors import FactorTable
 from .networks import Network
 from .task import SynthesisTraining
@@ -41,6 +43,7 @@ def new_network(config: SynthesisConfig, patch: int, **sizes: Any) -> Network:
         "content": config.content,
         "content_projection": config.content_projection,
         "content_pool": config.content_pool,
+        "content_by_volume": config.standardise == "volume",
         "prediction": config.diffusion.objective,
     }
     if config.network == "transformer":
@@ -64,13 +67,14 @@ def build_network(config: SynthesisConfig, table: FactorTable) -> Network:
         latents_mean=tuple(table.latents_mean.tolist()),
         latents_std=tuple(table.latents_deviation.tolist()),
     )
-    if config.standardise == "table":
-        content = (
-            (table.token_mean, table.token_deviation)
-            if config.content == "tokens"
-            else (table.content_mean, table.content_deviation)
-        )
-        network.set_statistics(*content, table.style_mean, table.style_deviation)
+    if config.standardise == "none":
+        return network
+    content = table.content_mean, table.content_deviation  # (D,) each
+    if config.content == "tokens":
+        content = table.token_mean, table.token_deviation
+    if config.standardise == "volume":
+        content = torch.zeros_like(content[0]), torch.ones_like(content[1])  # they come as such
+    network.set_statistics(*content, table.style_mean, table.style_deviation)
     return network
 
 
@@ -81,8 +85,11 @@ def open_crops(config: SynthesisConfig, store: LatentStore, table: FactorTable) 
         UserError: see :class:`~.crops.FactorCrops`.
     """
     held_out = HeldOut.choose(store, config.held_out, config.held_out_fraction, config.seed)
-    tokens, aligned = config.content == "tokens", config.diffusion.align > 0
-    return FactorCrops(store, table, config, held_out, config.factor_source, tokens, aligned)
+    given = Given(
+        config.factor_source, config.content == "tokens", config.standardise == "volume",
+        config.exchanged_share, config.diffusion.align > 0,
+    )  # fmt: skip
+    return FactorCrops(store, table, config, held_out, given)
 
 
 def build_task(config: SynthesisConfig, table: FactorTable, network: Network) -> SynthesisTraining:

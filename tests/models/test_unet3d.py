@@ -12,9 +12,11 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from meduet_fast.layers import sincos_positions_3d
+from meduet_fast.models.conditioning import Prediction
 from meduet_fast.models.unet3d import ContextBlock, MeDUETUNet3D, ResidualBlock, Upsample
+from meduet_fast.synthesis.diffusion import network_time, noisy, target
 
-from .latent_networks import NETWORKS, SIZES, inputs, network
+from .latent_networks import NETWORKS, SIZES, UNET, inputs, network
 
 
 def started(block: torch.nn.Module) -> torch.nn.Module:
@@ -131,6 +133,22 @@ def test_features_have_as_many_voxels_as_the_encoder_has_tokens(patch: int, enco
     edge = 16 // (patch * 2**level)
     assert features.shape == (1, edge, edge, edge, (8, 16, 24)[level])
     assert model.feature_width == (8, 16, 24)[level]
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon"])
+def test_it_starts_from_the_best_multiple_of_the_sample(prediction: Prediction) -> None:
+    """Before training; of normal latents no other multiple predicts better, at any noise level."""
+    torch.manual_seed(0)
+    latents, noise = randn(4, 3, 12, 12, 12), randn(4, 3, 12, 12, 12)
+    times = torch.tensor([0.04, 0.3, 0.6, 1.0]) if prediction == "flow" else torch.tensor([0, 200, 500, 999])
+    sample, goal = noisy(latents, noise, times, prediction), target(latents, noise, prediction)
+    model = MeDUETUNet3D(**SIZES, **UNET, prediction=prediction).double()
+    found = model(sample, network_time(times, prediction).double(), randn(4, 12), randn(4, 5))
+    best = (goal * sample).flatten(1).sum(1) / sample.square().flatten(1).sum(1)  # (4,)
+    torch.testing.assert_close(found, best.reshape(-1, 1, 1, 1, 1) * sample, rtol=0, atol=0.2)
+    assert (found - goal).square().mean() < 1.01 * (
+        best.reshape(-1, 1, 1, 1, 1) * sample - goal
+    ).square().mean()
 
 
 def test_unfit_sizes_get_one_line() -> None:

@@ -18,6 +18,7 @@ from meduet_fast.errors import UserError
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.synthesis.crops import (
     FactorCrops,
+    Given,
     WindowBatches,
     check_table,
     held_out_windows,
@@ -57,8 +58,9 @@ def table(made: tuple[LatentStore, FactorTable]) -> FactorTable:
 
 
 def batches_of(store: LatentStore, table: FactorTable, **changes: Any) -> WindowBatches:
-    given = {"batch_size": 7, "seed": 5, "held_out": HeldOut(store.entries, 0.4), **changes}
-    return WindowBatches(store, table, **given)
+    places = {"batch_size": 7, "seed": 5, "held_out": HeldOut(store.entries, 0.4)}
+    places |= {name: changes.pop(name) for name in places.keys() & changes.keys()}
+    return WindowBatches(store, table, **places, given=Given(**changes))
 
 
 def test_a_batch_holds_the_windows_that_it_names(store: LatentStore, table: FactorTable) -> None:
@@ -95,11 +97,54 @@ def test_both_exchanged_styles_are_drawn(store: LatentStore, table: FactorTable)
     assert min(counts[0], counts[1]) > 8  # of 42
 
 
+def test_a_share_of_the_crops_is_shown_in_another_style(store: LatentStore, table: FactorTable) -> None:
+    """With the style that it then has, and its content told in any style but that one."""
+    batches = batches_of(store, table, tokens=True, aligned=True, exchanged_share=0.5)
+    pairs = Counter[tuple[int | None, int | None]]()
+    for number in range(8):
+        batch, rows = batches[number], batches.plan(number)
+        plain = batches_of(store, table, tokens=True, aligned=True)[number]
+        for row, pair in enumerate(zip(*batches.styles(number), strict=True)):
+            pairs[pair] += 1
+            shown, told = pair
+            place = int(batch["volume"][row]), batch["start"][row].tolist(), WINDOW
+            assert torch.equal(batch["content"][row], table.content[rows[row]])
+            assert torch.equal(batch["content_map"][row].float(), table.content_map(*place, told))
+            if shown is None:
+                for name in ("latents", "style", "aligned_map"):
+                    assert torch.equal(batch[name][row], plain[name][row])
+                continue
+            latents = table.exchanged_latents(*place, shown)
+            style = table.style_map(*place, shown)
+            assert torch.equal(batch["latents"][row], latents)
+            assert torch.equal(batch["style"][row], style.mean((0, 1, 2)))
+            aligned = torch.cat([table.content_map(*place, shown), style], -1).bfloat16()
+            assert torch.equal(batch["aligned_map"][row], aligned)
+            assert not torch.equal(latents, plain["latents"][row])
+    assert pairs.keys() == {(None, 0), (None, 1), (0, None), (0, 1), (1, None), (1, 0)}
+    assert min(pairs.values()) > 2  # of 56
+
+
+def test_tokens_are_standardised_within_their_volume(store: LatentStore, table: FactorTable) -> None:
+    batches = batches_of(store, table, tokens=True, standardised=True, exchanged_share=0.5)
+    batch, (_, told) = batches[1], batches.styles(1)
+    for row, style in enumerate(told):
+        volume, start = int(batch["volume"][row]), batch["start"][row].tolist()
+        first, shape = table.volumes[volume]["first"], table.volumes[volume]["shape"][1:]
+        whole = table.content_map(volume, first, [edge // 2 * 2 for edge in shape], style)
+        flat = whole.flatten(0, 2).double()
+        box = table.content_map(volume, start, WINDOW, style).double()
+        expected = (box - flat.mean(0)) / flat.std(0, correction=0)
+        torch.testing.assert_close(batch["content_map"][row].double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_without_exchanged_styles_maps_are_in_their_own(tmp_path: Path) -> None:
     store, table = table_of(tmp_path, {"a": ("a", (6, 4, 4))}, tokens=True)
     batch = batches_of(store, table, tokens=True, held_out=HeldOut(store.entries))[0]
     for start, found in zip(batch["start"], batch["content_map"], strict=True):
         assert torch.equal(found.float(), table.content_map(0, start.tolist(), (4, 4, 4)))
+    with pytest.raises(UserError, match="a table without exchanged styles; make one with `factors"):
+        batches_of(store, table, exchanged_share=0.1, held_out=HeldOut(store.entries))
 
 
 def test_a_volumes_own_pair_can_stand_for_its_windows(store: LatentStore, table: FactorTable) -> None:
@@ -158,7 +203,7 @@ def test_volumes_held_out_whole_are_never_drawn(store: LatentStore, table: Facto
     batches = batches_of(store, table, held_out=held_out)
     drawn = {index for number in range(40) for index in batches.volumes(number).tolist()}
     assert drawn == {0, 2, 3}
-    crops = FactorCrops(store, table, EngineConfig(batch_size=3), held_out)
+    crops = FactorCrops(store, table, EngineConfig(batch_size=3), held_out, Given())
     assert crops.record[HELD_OUT_VOLUMES] == ["a1"]
 
 
@@ -197,7 +242,7 @@ def test_seed_and_number_each_change_the_batch(store: LatentStore, table: Factor
 
 def test_the_engine_gets_a_stream(store: LatentStore, table: FactorTable, tmp_path: Path) -> None:
     config, held_out = EngineConfig(batch_size=5, seed=2, workers=0), HeldOut(store.entries, 0.4)
-    crops = FactorCrops(store, table, config, held_out)
+    crops = FactorCrops(store, table, config, held_out, Given())
     wanted = batches_of(store, table, batch_size=5, seed=2)
     [batch] = crops.read(3, 4, 0, 1, pin=False)
     assert all(torch.equal(batch[name], item) for name, item in wanted[3].items())
@@ -207,7 +252,7 @@ def test_the_engine_gets_a_stream(store: LatentStore, table: FactorTable, tmp_pa
     assert crops.record == {"factors": str(table.path), "factors_identity": table.identity}
     settings = FactorsConfig(window=WINDOW, device="cpu", seed=1)
     write_factors(store.path.parent / "run", store.path, tmp_path / "other", settings)
-    other = FactorCrops(store, FactorTable.open(tmp_path / "other"), config, held_out)
+    other = FactorCrops(store, FactorTable.open(tmp_path / "other"), config, held_out, Given())
     assert other.identity != crops.identity
 
 

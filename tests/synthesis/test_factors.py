@@ -198,9 +198,15 @@ def test_exchanged_maps_are_in_the_style_of_their_donors(
                 network(), store.read_volume(index), store.read_volume(donor), statistics[index],
                 statistics[donor], whole=bool(lambda_whole),
             ).result.by_statistics  # fmt: skip
-            expected = encode_latents(network(), restyled).content[:6, :4, :4].bfloat16().float()
-            found = table.content_map(index, (0, 0, 0), (12, 8, 8), exchanged=number)
-            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+            box = (12, 8, 8)
+            latents = table.exchanged_latents(index, (1, 0, 2), box, number)
+            close = {"rtol": 0.02, "atol": 0.01}
+            torch.testing.assert_close(latents.float(), restyled[:, 1:13, :8, 2:10], **close)
+            expected = encode_latents(network(), restyled)
+            style = table.style_map(index, (0, 0, 0), box, number)
+            torch.testing.assert_close(style, expected.style[:6, :4, :4], **close)
+            found = table.content_map(index, (0, 0, 0), box, number)
+            torch.testing.assert_close(found, expected.content[:6, :4, :4], **close)
             assert all(not torch.allclose(found, other, atol=0.05) for other in maps)
             maps.append(found)
 

@@ -175,11 +175,36 @@ def test_the_row_of_a_place_is_sought_once(parts: dict[str, Any], monkeypatch: p
     factors = parts["factors"]
     search = Mock(wraps=factors.nearest)
     monkeypatch.setattr(factors, "nearest", search)
-    content = Sources(factors, None, False, (8, 8, 8)).content("ct_a", 0)
+    content = Sources(factors, None, False, False, (8, 8, 8)).content("ct_a", 0)
     assert content is not None
     for start in ((0, 0, 0), (4, 2, 0)) * 2:
         content.factor(start, (8, 8, 8))
     assert search.call_count == 2
+
+
+@pytest.mark.parametrize("asked", ["ct_a", "scan"])
+def test_tokens_can_be_told_standardised_within_their_volume(
+    parts: dict[str, Any], scan: Path, asked: str
+) -> None:
+    """As training gives them, of a volume of the table and of a scan."""
+    pipeline = make_pipeline(parts, content="tokens", content_by_volume=True)
+    settings: dict[str, Any] = {"content": scan if asked == "scan" else asked, "style": "mr", "steps": 1}
+    told: list[Tensor] = []
+    network = pipeline.network
+    hook = network.register_forward_pre_hook(lambda _, inputs: told.append(inputs[2]))
+    [sample] = pipeline(**settings, size=(8, 8, 8), start=(0, 0, 0))
+    hook.remove()
+    content = Sources(parts["factors"], pipeline._encoder(), True, True, (8, 8, 8)).content(
+        settings["content"], 0
+    )
+    assert content is not None
+    x, y, z = (edge // 2 * 2 for edge in content.grid)
+    tokens = content.factor(content.first, (x, y, z)).flatten(0, 2)  # (L, D)
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(24), rtol=0, atol=0.01)
+    torch.testing.assert_close(tokens.std(0, correction=0), torch.ones(24), rtol=0, atol=0.01)
+    i, j, k = content.first
+    assert torch.equal(told[0][0], content.factor((i, j, k), (8, 8, 8)))
+    assert sample.latents.shape == (4, 8, 8, 8)
 
 
 def test_pooled_content_is_the_boxs_own_where_the_table_has_its_tokens(
@@ -204,7 +229,7 @@ def test_pooled_content_is_the_boxs_own_where_the_table_has_its_tokens(
     content, borrowed = alone.pooled_content(0, (4, 2, 0), (8, 8, 8))
     assert (torch.equal(content, table.content[row]), borrowed) == (True, row)
     with pytest.raises(UserError, match="absent: absent, or another table of factors than when the pipeline"):
-        alone.content_map(0, (4, 2, 0), (8, 8, 8))
+        alone.content_map(0, (4, 2, 0), (8, 8, 8), standardised=False)
 
 
 def test_a_record_names_the_windows_whose_content_was_borrowed(parts: dict[str, Any], folder: Path) -> None:
