@@ -215,10 +215,9 @@ class Tokenizer:
             for window in group:
                 inside = [slice(factor * part.start, factor * part.stop) for part in window]
                 inside[axis] = slice(0, slab[axis])
-                x = (latents[(slice(None), *window)][None] / self.scale).to(self.device, torch.float32)
-                total[tuple(inside)] += (
-                    weight * self.network.decode(x)[0, 0]
-                )  # (1, C, x', y', z') -> (X', ...)
+                box = (slice(None), *window)
+                x = (latents[box][None] / self.scale).to(self.device, torch.float32)  # (1, C, x, y, z)
+                total[tuple(inside)] += weight * self.network.decode(x)[0, 0]  # (x', y', z')
                 weights[tuple(inside)] += weight
 
     def _in_windows(
