@@ -21,8 +21,8 @@ from meduet_fast.page import details, figure, page, paragraph, table
 from meduet_fast.plotting import WIDTH, ct_limits, describe_grey, middle_slices, new_figure, save_png, styled
 
 from .conditions import Windows
-from .judge import Evaluation, Grid, Judge, Scales, describe
-from .verdicts import RULE, interval, number, scales_text, verdict, verdicts
+from .judge import MEASURES, Evaluation, Grid, Judge, Scales, describe
+from .verdicts import RULE, interval, judged, number, scales_text, verdict, verdicts
 
 PAGE, NUMBERS = "index.html", "evaluation.json"
 BARS_MM = (5, 10, 20, 50)
@@ -91,13 +91,10 @@ def _page(
     windows = judge.bench.windows
     sections = {
         "Verdicts": "".join(paragraph(f"Warning: {doubt}.") for doubt in numbers["doubts"])
-        + "".join(paragraph(f"{line}.") for item in evaluations for line in verdicts(item))
+        + verdict_table(evaluations)
         + paragraph(RULE)
+        + details("in full", {}, "\n\n".join(f"{line}." for item in evaluations for line in verdicts(item)))
     }
-    if len(evaluations) > 1:
-        sections["Comparison"] = "".join(
-            _comparison(evaluations, scales) for scales in evaluations[0].figures
-        )
     for item in evaluations:
         body = figures_table(item)
         if item.grid:
@@ -107,6 +104,10 @@ def _page(
                 + body
             )
         sections[item.name] = body
+    if len(evaluations) > 1:
+        sections["Comparison"] = "".join(
+            _comparison(evaluations, scales) for scales in evaluations[0].figures
+        )
     sections["How it was measured"] = _method(judge)
     facts = {
         f"{item['name']}, {key}": text
@@ -144,6 +145,20 @@ def _method(judge: Judge) -> str:
             *(f"Features of {net.name}: {net.note}." for net in bench.networks),
         )
     )
+
+
+def verdict_table(evaluations: Sequence[Evaluation]) -> str:
+    """Return what works as a table, a row for each generator and pair of scales; not of distances of sets."""
+    rows = []
+    for item in evaluations:
+        for scales, figures in item.figures.items():
+            words = judged(figures, scales)
+            cells = [
+                f"{interval(figures[name])}: {words[name]}" if name in words else "" for name in MEASURES
+            ]
+            rows.append([f"{item.name} at {scales_text(scales)}", *cells])
+    header = ["", *(measure.short for measure in MEASURES.values())]
+    return table("What works, by the rule below; in brackets a 95 % interval", header, rows)
 
 
 def figures_table(evaluation: Evaluation) -> str:

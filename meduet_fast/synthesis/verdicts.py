@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .judge import Evaluation, Figure, Scales, describe
 
 RULE = (
@@ -54,18 +56,22 @@ def verdict(figure: Figure, scales: Scales) -> str | None:
     return "works" if figure.way >= HALF else "works in part"
 
 
+def judged(figures: Mapping[str, Figure], scales: Scales) -> dict[str, str]:
+    """Judge all figures of a pair of scales that can be judged: words by name."""
+    words = {name: verdict(figure, scales) for name, figure in figures.items()}
+    return {name: word for name, word in words.items() if word is not None}
+
+
 def verdicts(evaluation: Evaluation) -> list[str]:
     """Return a sentence for every pair of scales, with all figures that can be judged."""
     found = []
     for scales, figures in evaluation.figures.items():
-        judged = []
-        for figure in figures.values():
-            word, measure = verdict(figure, scales), describe(figure.name)
-            if word is None:
-                continue
+        parts = []
+        for name, word in judged(figures, scales).items():
+            figure, measure = figures[name], describe(name)
             beside = [f"{measure.floor} {number(figure.floor, measure.share)}"]
             if figure.ceiling is not None:
                 beside.append(f"{measure.ceiling} {number(figure.ceiling, measure.share)}")
-            judged.append(f"{measure.short} {word}: {interval(figure)} ({', '.join(beside)})")
-        found.append(f"{evaluation.name} at {scales_text(scales)}. {'; '.join(judged)}")
+            parts.append(f"{measure.short} {word}: {interval(figure)} ({', '.join(beside)})")
+        found.append(f"{evaluation.name} at {scales_text(scales)}. {'; '.join(parts)}")
     return found

@@ -39,6 +39,8 @@ def in_child(
     pid = os.fork()
     if pid == 0:
         try:
+            # What a shell starts in the background, these tests perhaps, ignores SIGINT.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             with StopRequest(output, grace_s, timeout_s) as stop:
                 os.write(2, b"ready")
                 act(stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from meduet_fast.synthesis.features import crop_factors
 from meduet_fast.synthesis.judge import EvaluateConfig, Evaluation, Judge, Scales
 from meduet_fast.synthesis.measures import DISTANCES, Bench, distance_estimate, mean_estimate, ratio_estimate
 from meduet_fast.synthesis.report import write_report
-from meduet_fast.synthesis.verdicts import verdicts
+from meduet_fast.synthesis.verdicts import interval, judged, scales_text, verdicts
 
 from .fakes import CROP, PATCH, KnownFactors, Repeating
 
@@ -274,6 +275,12 @@ def test_the_page_has_every_figure_and_two_generators_side_by_side(
                 assert np.isfinite([figure["value"], figure["low"], figure["high"]]).all()
                 assert figure["low"] <= figure["value"] <= figure["high"]
         assert (tmp_path / "out" / f"{evaluation.name}-grid.png").is_file()
+    first = html[html.index("What works, by the rule below") : html.index("</table>")]
+    for item in made:
+        for scales, figures in item.figures.items():
+            [row] = re.findall(f'"row">{item.name} at {scales_text(scales)}</th>(.*?)</tr>', first)
+            words = judged(figures, scales)
+            assert f"{interval(figures['style_obeyed'])}: {words['style_obeyed']}" in row
     for text in ("Comparison", "level 50, window 300", "bar is 20 mm", "scratch, weights", "MS-SSIM"):
         assert text in html, text
     assert html.count("data:image/png;base64,") == 2

@@ -20,6 +20,7 @@ from meduet_fast.engine.dry_run import format_rows
 from meduet_fast.errors import UserError
 from meduet_fast.files import file_sha256
 from meduet_fast.models import MeDUET, MeDUETConfig
+from meduet_fast.models.conditioning import linear_prediction
 from meduet_fast.models.export import export_model
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
 from meduet_fast.models.unet3d import MeDUETUNet3D
@@ -300,10 +301,11 @@ def test_attentions_of_a_unet_equal_the_pretrained(kind: str, dtype: torch.dtype
     assert found.taken.keys() | found.unused.keys() == encoder.state_dict().keys()
     assert len(found.copied) == 12 * blocks
     assert len(found.folded) == 2 * embeds
-    # The rest of the network starts as ever: it predicts 0.
+    # The rest of the network starts as ever: it adds 0 to what is linear.
     factors = torch.randn(2, 24, dtype=dtype), torch.randn(2, 6, dtype=dtype)
     sample = torch.randn(2, 4, 8, 8, 8, dtype=dtype)
-    assert not network(sample, torch.rand(2, dtype=dtype), *factors).any()
+    times = 1000 * torch.rand(2, dtype=dtype)
+    assert torch.equal(network(sample, times, *factors), linear_prediction(sample, times, "flow"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
