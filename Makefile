@@ -40,7 +40,7 @@ $(DEMO)/factors.safetensors: | $(READY)
 		--exchanged 5 --batch_size 64
 
 # pytest and not python -m pytest: the latter puts this folder on sys.path, where `kernels` would be found.
-# Two workers of one thread each: eight to twelve minutes on two cores, less than one worker of two takes.
+# Two workers of one thread each: twelve to seventeen minutes on two cores, less than one worker of two takes.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --benchmark-disable
 
