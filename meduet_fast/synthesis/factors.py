@@ -467,7 +467,10 @@ class FactorTable:
     def __init__(self, file: TensorFile) -> None:
         self._file, self.path = file, file.path
         if file.metadata.get("format") != FORMAT:
-            raise UserError(f"{self.path}: not a table of factors; make one with `meduet-fast factors`")
+            raise UserError(
+                f"{self.path}: not a table of factors as this version makes them; make one with "
+                "`meduet-fast factors`"
+            )
         try:
             about = {name: json.loads(text) for name, text in file.metadata.items() if name in _ABOUT}
             self.tokenizer: str = file.metadata["tokenizer"]

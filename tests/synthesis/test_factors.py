@@ -362,7 +362,7 @@ def damage(path: Path, how: str) -> None:
         ("cut", "a damaged or cut-off safetensors file"),
         ("text", "a damaged or cut-off safetensors file"),
         ("gone", "can't be read: "),
-        ("weights", "not a table of factors; make one with `meduet-fast factors`"),
+        ("weights", "not a table of factors as this version makes them; make one with `meduet-fast factors`"),
         ("no window", "damaged: KeyError.'window'. in what the table says of itself"),
         ("bad volumes", "damaged: TypeError"),
         ("a map less", r"damaged: style/b0: found nothing, expected \(7, 4, 4, 3\)"),
