@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from meduet_fast.engine import EngineConfig
@@ -14,6 +14,7 @@ from meduet_fast.engine.memory import MemoryEstimate, activation_bytes, describe
 from meduet_fast.kernels.backend import triton
 from meduet_fast.models.transformer3d import MeDUETTransformer3D
 from meduet_fast.models.unet3d import ResidualBlock
+from tests.kept import kept_bytes
 
 
 def transformer() -> MeDUETTransformer3D:
@@ -27,30 +28,20 @@ def call(network: MeDUETTransformer3D, size: int) -> Tensor:
     return predicted
 
 
-def kept_bytes(network: nn.Module, size: int) -> int:
-    """Bytes of the storages that autograd really keeps of a pass on the CPU, parameters left out."""
-    known = {item.untyped_storage().data_ptr() for item in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        call(network, size)  # type: ignore[arg-type]
-    return sum(storage.nbytes() for storage in kept.values())
+def slope(network: MeDUETTransformer3D) -> int:
+    """Bytes that autograd really keeps of four samples on the CPU."""
+    few, more = (kept_bytes(network, partial(call, network, size)) for size in (2, 6))
+    return more - few
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_is_counted_is_what_autograd_keeps(recompute: bool) -> None:
     """And what backward makes of a block."""
     network = transformer()
-    whole = kept_bytes(network, 6) - kept_bytes(network, 2)
+    whole = slope(network)
     for block in network.blocks if recompute else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    kept = kept_bytes(network, 6) - kept_bytes(network, 2)
+    kept = slope(network)
     assert (kept < whole / 2) == recompute
     norms, products, hidden = 4 * 4, 2 * (2 + 4 + 2), 2 * 2 * 4  # products: inputs, q k v and sum, outputs
     block_bytes = 4 * 64 * 96 * (norms + products + hidden)  # of 4 samples of 64 tokens

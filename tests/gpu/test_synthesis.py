@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from meduet_fast.engine.distributed import World
-from meduet_fast.engine.loop import backward_of
-from meduet_fast.engine.optimizer import build_optimizer
-from meduet_fast.engine.parallel import parallelize
-from meduet_fast.engine.prefetch import prefetch
-from meduet_fast.engine.step import StepValues, add_gradients, batch_generator, train_step
+from meduet_fast.engine.step import StepValues, add_gradients, batch_generator
 from meduet_fast.kernels import set_kernel_backend
 from meduet_fast.synthesis.config import DiffusionConfig, SynthesisConfig
 from meduet_fast.synthesis.train import build_network, build_task
+from tests.gpu.steps import DEVICE, require_no_waiting, steps_of
 from tests.synthesis.pipelines import make_parts, make_pipeline, shaken
 from tests.synthesis.tasks import CONFIG, TABLE, made_up_batch
 
-DEVICE = torch.device("cuda")
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"content": "tokens", "diffusion": DiffusionConfig(times="logit_normal", align=0.5)},
     "unet": {"network": "unet", "diffusion": DiffusionConfig(objective="epsilon", align=0.5)},
@@ -39,30 +34,17 @@ def made_task(config: SynthesisConfig) -> Any:
 
 def stepper(config: SynthesisConfig) -> Callable[[int], StepValues]:
     """A run's steps, from the same weights and batches each time."""
-    task, world = made_task(config), World(DEVICE)
-    model = parallelize(task, config, world)
-    backward, optimizer = backward_of(model, config, world), build_optimizer(task.trained(), config.optimizer)
     stream = (
         {name: item.pin_memory() for name, item in made_up_batch(4, "cpu", number).items()}
         for number in itertools.count()
     )
-    batches = prefetch(stream, DEVICE)
-    return lambda number: train_step(task, backward, optimizer, batches, number, config, world)
+    return steps_of(made_task(config), config, stream)
 
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_never_waits_for_the_device(kind: str, graph: bool) -> None:
-    step = stepper(replace(CONFIG, steps=12, cuda_graph=graph, **KINDS[kind]))
-    for number in range(3):  # kernels, the graph, positions and the optimiser's state are made at first
-        step(number)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        values = [step(number) for number in range(3, 6)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.tensor(list(value.fetch().values())).isfinite().all() for value in values)
+    require_no_waiting(stepper(replace(CONFIG, steps=12, cuda_graph=graph, **KINDS[kind])))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

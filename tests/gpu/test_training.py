@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from meduet_fast.engine.distributed import World
-from meduet_fast.engine.loop import backward_of
-from meduet_fast.engine.optimizer import build_optimizer
 from meduet_fast.engine.parallel import parallelize
 from meduet_fast.engine.precision import Precision, low_precision
 from meduet_fast.engine.prefetch import prefetch
-from meduet_fast.engine.step import StepValues, add_gradients, train_step
+from meduet_fast.engine.step import StepValues, add_gradients
 from meduet_fast.models import MeDUETConfig
 from meduet_fast.pretraining import MeDUETPretraining, OptimizerConfig, PretrainConfig, random_mix_mask
+from tests.gpu.steps import DEVICE, require_no_waiting, steps_of
 
-DEVICE = torch.device("cuda")
 MODEL = MeDUETConfig(
     latent_size=8, patch_size=2, embed_dim=96, depth=2, num_heads=2, decoder_embed_dim=48, decoder_depth=1,
     decoder_num_heads=2, num_domains=3,
@@ -38,11 +36,8 @@ def batch(number: int) -> dict[str, torch.Tensor]:
 def stepper(config: PretrainConfig) -> Callable[[int], StepValues]:
     """A run's steps, from the same weights and batches each time."""
     torch.manual_seed(0)
-    task, world = MeDUETPretraining(config).to(DEVICE), World(DEVICE)
-    model = parallelize(task, config, world)
-    backward, optimizer = backward_of(model, config, world), build_optimizer(task.student, config.optimizer)
-    batches = prefetch((batch(number) for number in itertools.count()), DEVICE)
-    return lambda number: train_step(task, backward, optimizer, batches, number, config, world)
+    task = MeDUETPretraining(config).to(DEVICE)
+    return steps_of(task, config, (batch(number) for number in itertools.count()))
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -51,16 +46,7 @@ def test_a_step_never_waits_for_the_device(accumulate: int, graph: bool) -> None
     config = PretrainConfig(
         model=MODEL, batch_size=8, accumulate=accumulate, mftd_start_step=0, cuda_graph=graph
     )
-    step = stepper(config)
-    for number in range(3):  # kernels, the graph and the optimiser's state are made at first
-        step(number)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        values = [step(number) for number in range(3, 6)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.tensor(list(value.fetch().values())).isfinite().all() for value in values)
+    require_no_waiting(stepper(config))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

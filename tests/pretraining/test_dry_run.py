@@ -41,6 +41,7 @@ from meduet_fast.pretraining.cost import (
 )
 from meduet_fast.pretraining.dry_run import format_plan, format_sizes
 from meduet_fast.pretraining.train import LatentCrops
+from tests.kept import kept_bytes
 
 OBJECTIVES = [
     ObjectiveConfig(mftd=mftd, siqc=siqc) for mftd, siqc in ((True, True), (False, True), (True, False))
@@ -74,18 +75,7 @@ def _kept_bytes(config: MeDUETConfig, objective: ObjectiveConfig, batch: int, re
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     latents, domain = torch.randn(batch, 4, 8, 8, 8), torch.zeros(batch, dtype=torch.int64)
     mask = random_mix_mask(batch, config.num_tokens)
-    known = {item.untyped_storage().data_ptr() for item in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        pretraining_losses(model, model, latents, domain, mask, objective)
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept_bytes(model, lambda: pretraining_losses(model, model, latents, domain, mask, objective))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
