@@ -25,8 +25,8 @@ demo-synthesis: $(DEMO)/factors.safetensors
 	$(TRAIN) --output $(SYNTHESIS)/sit-transferred --config sit_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/sit-aligned --config sit_demo --diffusion.align 0.5
 	$(TRAIN) --output $(SYNTHESIS)/sit-tokens --config sit_demo --diffusion.align 0.5 --content tokens \
-		--content_projection 8 --diffusion.content_noise 1.0 --diffusion.drop_style 0.05 \
-		--standardise volume --exchanged_share 0.4
+		--content_projection 8 --diffusion.content_noise 1.5 --diffusion.drop_style 0.05 \
+		--standardise volume --exchanged_share 0.4 --factor_source volume
 	$(TRAIN) --output $(SYNTHESIS)/unet-scratch --config unet_demo
 	$(TRAIN) --output $(SYNTHESIS)/unet-transferred --config unet_demo --init $(DEMO)/run
 	$(TRAIN) --output $(SYNTHESIS)/unet-aligned --config unet_demo --diffusion.align 0.5

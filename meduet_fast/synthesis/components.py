@@ -153,7 +153,7 @@ class MeDUETFactors(ModelMixin, ConfigMixin):
             where the store told them.
         encoder: what encoded: ``weights``, ``weights_sha256`` and more.
         tokenizer: identity of what made the latents.
-        whole: whether the factors of a window are those of its volume, the published way.
+        whole: whether the factors of a window are those of its volume, the published way; maps are not.
         table: the file.
         identity: of the table.
         store: folder with the latents; None if it was not there.

@@ -121,6 +121,7 @@ class SynthesisConfig(EngineConfig):
         content_projection: width to which tokens of content are narrowed.
         content_pool: tokens of content along each axis whose mean the network sees.
         factor_source: "own" are those of the crop; "volume" the means of its volume, the published ones.
+            Tokens of content are the crop's own in any case.
         exchanged_share: part of the crops that are shown in another style, as the pretrained decoder gives it
             to them, and with the style that they then have: content can't tell which. For tables with
             exchanged styles.
@@ -164,9 +165,5 @@ class SynthesisConfig(EngineConfig):
         check_numbers(self, Range(0, WIDEST, above=True), "power_averages")
         if self.held_out == "volumes" and not self.held_out_fraction:
             raise SettingError("held_out_fraction", "found 0, expected more for held_out 'volumes'")
-        if self.content == "tokens" and self.factor_source == "volume":
-            raise SettingError("factor_source", "found volume, expected own for content 'tokens'")
-        if self.exchanged_share and self.factor_source == "volume":
-            raise SettingError("exchanged_share", "found some, expected 0 for factor_source 'volume'")
         if self.standardise == "volume" and self.content == "pooled":
             raise SettingError("standardise", "found volume, expected table or none for content 'pooled'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -82,7 +83,7 @@ class Given:
     """Say what a batch gives with its latents.
 
     Attributes:
-        factors: "own" are a window's own content and style, "volume" those of its volume.
+        factors: "own" are a window's own content and style, "volume" those of its volume. Maps are its own.
         tokens: the map of content: where the table has exchanged styles, in one drawn at random that is not
             the crop's, which could be told from it.
         standardised: bring the tokens of content to mean 0 and deviation 1 within their volume.
@@ -158,6 +159,7 @@ class WindowBatches:
         self._count = np.bincount(domain)  # (domains,)
         self._first = np.cumsum(self._count) - self._count  # (domains,), places in _by_domain
         self._pair = table.volume_factors() if self._of_volume else (table.content, table.style)
+        self._exchanged_style = cache(table.exchanged_style)
 
     @property
     def store(self) -> LatentStore:
@@ -244,7 +246,11 @@ class WindowBatches:
         for row, (place, style) in enumerate(zip(places, shown, strict=True)):
             if style is not None:
                 batch["latents"][row] = table.exchanged_latents(*place, table.window, style)
-                batch["style"][row] = table.style_map(*place, table.window, style).mean((0, 1, 2))
+                batch["style"][row] = (
+                    self._exchanged_style(place[0], style)
+                    if self._of_volume
+                    else table.style_map(*place, table.window, style).mean((0, 1, 2))
+                )  # (Ds,)
         if self._given.tokens:
             maps = [
                 table.content_map(*place, table.window, style, self._given.standardised)

@@ -594,6 +594,11 @@ class FactorTable:
         """Read the style of a box of a volume, (X, Y, Z, Ds) float32; see :meth:`content_map`."""
         return self._map("style", volume, start, size, exchanged)
 
+    def exchanged_style(self, volume: int, exchanged: int) -> Tensor:
+        """Return the style (Ds,) of a volume in an exchanged style: the mean over its tokens."""
+        tokens = torch.from_numpy(np.array(self._array("style", volume, exchanged)))  # (X, Y, Z, Ds)
+        return tokens.view(torch.bfloat16).float().mean((0, 1, 2))
+
     def exchanged_latents(
         self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int
     ) -> Tensor:

@@ -245,7 +245,8 @@ class Sources:
         latents, volume = encoder.latents(entry)  # (C, x, y, z)
         maps = encode_latents(encoder.model, latents, encoder.stride, encoder.batch_size)
         patch = encoder.model.config.patch_size
-        kept, whole = latents.cpu(), self.factors is not None and self.factors.config.whole
+        kept = latents.cpu()  # (C, x, y, z)
+        whole = not self.tokens and self.factors is not None and self.factors.config.whole
         content = maps.content  # (X, Y, Z, D)
         if self.by_volume:
             moments = Moments(content.shape[-1])

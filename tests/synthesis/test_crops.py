@@ -125,6 +125,24 @@ def test_a_share_of_the_crops_is_shown_in_another_style(store: LatentStore, tabl
     assert min(pairs.values()) > 2  # of 56
 
 
+def test_a_crop_in_another_style_can_have_that_of_its_volume(store: LatentStore, table: FactorTable) -> None:
+    batches = batches_of(store, table, factors="volume", tokens=True, exchanged_share=0.5)
+    batch, (shown, told) = batches[1], batches.styles(1)
+    assert {style is None for style in shown} == {False, True}
+    for row, style in enumerate(shown):
+        volume, start = int(batch["volume"][row]), batch["start"][row].tolist()
+        record = table.volumes[volume]
+        size = [edge // 2 * 2 for edge in record["shape"][1:]]
+        expected = (
+            table.volume_factors()[1][volume]
+            if style is None
+            else table.style_map(volume, record["first"], size, style).mean((0, 1, 2))
+        )
+        torch.testing.assert_close(batch["style"][row], expected, rtol=0, atol=1e-6)
+        own = table.content_map(volume, start, WINDOW, told[row])
+        assert torch.equal(batch["content_map"][row].float(), own)
+
+
 def test_tokens_are_standardised_within_their_volume(store: LatentStore, table: FactorTable) -> None:
     batches = batches_of(store, table, tokens=True, standardised=True, exchanged_share=0.5)
     batch, (_, told) = batches[1], batches.styles(1)

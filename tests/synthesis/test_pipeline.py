@@ -184,9 +184,11 @@ def test_the_row_of_a_place_is_sought_once(parts: dict[str, Any], monkeypatch: p
 
 @pytest.mark.parametrize("asked", ["ct_a", "scan"])
 def test_tokens_can_be_told_standardised_within_their_volume(
-    parts: dict[str, Any], scan: Path, asked: str
+    parts: dict[str, Any], folder: Path, scan: Path, asked: str
 ) -> None:
-    """As training gives them, of a volume of the table and of a scan."""
+    """As training gives them, of a volume of the table and of a scan, place by place."""
+    table = FactorTable.open(folder / "factors.safetensors")
+    parts = {**parts, "factors": MeDUETFactors.from_table(table, folder / "store", whole=True)}
     pipeline = make_pipeline(parts, content="tokens", content_by_volume=True)
     settings: dict[str, Any] = {"content": scan if asked == "scan" else asked, "style": "mr", "steps": 1}
     told: list[Tensor] = []

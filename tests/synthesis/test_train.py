@@ -51,6 +51,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "unet": {"network": "unet"},
     "tokens": {"content": "tokens"},
     "unet tokens": {"network": "unet", "content": "tokens", "content_pool": 2},
+    "tokens of a box, style of a volume": {
+        "content": "tokens",
+        "factor_source": "volume",
+        "exchanged_share": 0.5,
+    },
     "volume": {"factor_source": "volume", "standardise": "none"},
     "epsilon": {"diffusion": DiffusionConfig(objective="epsilon")},
     "aligned": {"diffusion": DiffusionConfig(times="logit_normal", align=0.5, align_until=0.5)},
@@ -275,11 +280,6 @@ def test_what_is_no_network_is_refused(place: Path, tmp_path: Path) -> None:
         ("diffusion", {"drop_style": 1.0}, "drop_style: found 1"),
         ("diffusion", {"min_snr": 0.0}, "min_snr: found 0, expected more than 0, or null"),
         ("run", {"power_averages": (0.1, 0.5)}, "power_averages: found .0.1, 0.5., expected 0 < value"),
-        (
-            "run",
-            {"content": "tokens", "factor_source": "volume"},
-            "factor_source: found volume, expected own",
-        ),
     ],
 )
 def test_settings_are_checked(kind: str, changes: dict[str, Any], message: str) -> None:
