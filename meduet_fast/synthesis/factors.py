@@ -596,8 +596,8 @@ class FactorTable:
 
     def exchanged_style(self, volume: int, exchanged: int) -> Tensor:
         """Return the style (Ds,) of a volume in an exchanged style: the mean over its tokens."""
-        tokens = torch.from_numpy(np.array(self._array("style", volume, exchanged)))  # (X, Y, Z, Ds)
-        return tokens.view(torch.bfloat16).float().mean((0, 1, 2))
+        tokens = _values(self._array("style", volume, exchanged))  # (X, Y, Z, Ds)
+        return tokens.float().mean((0, 1, 2))
 
     def exchanged_latents(
         self, volume: int, start: Sequence[int], size: Sequence[int], exchanged: int
@@ -605,7 +605,7 @@ class FactorTable:
         """Read a box of a volume's latents in another style: (C, x, y, z) bfloat16."""
         latents = self._array("latents", volume, exchanged)  # (C, x, y, z)
         x, y, z = (slice(begin, begin + edge) for begin, edge in zip(start, size, strict=True))
-        return torch.from_numpy(np.array(latents[:, x, y, z])).view(torch.bfloat16)
+        return _values(latents[:, x, y, z])
 
     def _array(self, kind: str, volume: int, exchanged: int | None) -> np.ndarray:
         """Return the bits of a volume's bfloat16 array, which stay in the file until they are used."""
@@ -631,10 +631,15 @@ class FactorTable:
                     f"{self.patch} from {record['first']} on"
                 )
             box.append(slice(place, place + edge // self.patch))
-        return torch.from_numpy(np.array(tokens[tuple(box)])).view(torch.bfloat16).float()
+        return _values(tokens[tuple(box)]).float()
 
 
 _ABOUT = ("encoder", "window", "patch", "tokens", "exchanged", "volumes")  # in the metadata, as JSON
+
+
+def _values(bits: np.ndarray) -> Tensor:
+    """Copy bfloat16 values out of the file, given their bits."""
+    return torch.from_numpy(np.array(bits)).view(torch.bfloat16)
 
 
 def _edges(values: Sequence[int]) -> Edges:
